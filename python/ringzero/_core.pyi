@@ -1,0 +1,75 @@
+"""The boundary between the Python package and its Rust core, written once and checked by stubtest.
+
+Addresses are guest physical, in bytes, unless a name says otherwise. Sizes are bytes. Every call that may
+wait releases the GIL. What the operator must know is raised as `CoreError`, one sentence a message.
+"""
+
+from collections.abc import Buffer
+from typing import Protocol, final
+
+class CoreError(Exception):
+    """The core refused or failed: the message is one sentence and says what to do."""
+
+class PortDevice(Protocol):
+    """What the bus asks of a slow device that is written in Python; called from one dispatcher thread a VM."""
+
+    def read(self, offset: int, size: int) -> int:
+        """Return the value of `size` (1, 2 or 4) bytes at `offset` from the device's first port."""
+
+    def write(self, offset: int, size: int, value: int) -> None:
+        """Take `value` of `size` bytes at `offset` from the device's first port."""
+
+@final
+class Vm:
+    """A virtual machine: its memory, processors, and devices. Not started until `start`."""
+
+    def __init__(
+        self,
+        memory: int,
+        *,
+        cpus: int = 1,
+        engine: str = "translate",
+        count_instructions: bool = False,
+        trace_path: str | None = None,
+    ) -> None: ...
+    def memory_map(self) -> list[tuple[int, int, str]]:
+        """Return (first address, size, kind) rows; kind is 'ram' or 'mmio'. RAM has a hole below 4 GiB."""
+    def read_memory(self, address: int, size: int) -> bytes:
+        """Read guest physical memory of a VM that is not started, paused or ended. Raises CoreError outside RAM."""
+    def write_memory(self, address: int, data: Buffer) -> None:
+        """Write guest physical memory, under the same conditions as `read_memory`."""
+    def remap_page(self, address: int) -> None:
+        """Move the page at `address` to another machine page while the guest runs; the guest does not notice."""
+    def registers(self, cpu: int = 0) -> dict[str, int]:
+        """Return the registers of a processor that is not running: rax..r15, rip, rflags, cr0, cr2, cr3, cr4, cr8,
+        efer, and cs, ss, ds, es, fs, gs, tr, ldtr as NAME (selector), NAME_base, NAME_limit, NAME_attributes
+        (bits 0-7 and 12-15 as in bytes 5 and 6 of the descriptor), gdtr_base, gdtr_limit, idtr_base, idtr_limit."""
+    def set_registers(self, values: dict[str, int], cpu: int = 0) -> None:
+        """Set some registers by the names of `registers`. Raises CoreError for an unknown name."""
+    def set_cmos(self, index: int, value: int) -> None:
+        """Set one byte of the CMOS RAM."""
+    def add_port_device(self, first: int, count: int, device: PortDevice) -> None:
+        """Give `count` I/O ports from `first` to a Python device. Before `start` only."""
+    def serial_fd(self, index: int) -> int:
+        """Return a stream socket joined to serial port `index` (0-3: ttyS0-ttyS3). The caller owns and closes it.
+        Bytes written to it reach the guest in order, with back pressure; none is dropped."""
+    def start(self) -> None:
+        """Run the processors, each in a thread of its own. Returns at once."""
+    def pause(self) -> None:
+        """Stop the processors between two instructions; returns when they stand still."""
+    def resume(self) -> None: ...
+    def stop(self) -> None:
+        """End the VM from outside. `wait` then returns 'stopped'."""
+    def wait(self, timeout: float | None = None) -> str | None:
+        """Wait until the VM ends and return why: 'poweroff', 'reboot', 'panic', 'triple-fault', 'stopped', or
+        'error: ...' (a defect of ours). None when `timeout` (seconds) passed first."""
+    def request_end(self, reason: str) -> None:
+        """End the VM from a device, with the reason that `wait` returns."""
+    def raise_irq(self, line: int, level: bool) -> None:
+        """Drive an ISA interrupt line (0-15) from a Python device."""
+    def stats(self) -> dict[str, int]:
+        """Return the counters, by dotted name."""
+
+def engines() -> list[str]: ...
+def host_features() -> dict[str, bool | int | str]:
+    """Return what `ringzero doctor` shows of the host processor."""
