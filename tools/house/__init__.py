@@ -1,0 +1,1 @@
+"""What `tools/dev` does, one file a subject. Standard library only."""

@@ -1,0 +1,106 @@
+"""The command line of tools/dev: names the commands and calls their parts."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from house import checks, run, setup, tests
+from house.shell import Failed
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of tools/dev."""
+    door = argparse.ArgumentParser(
+        prog="tools/dev",
+        description="The one door for developers of ringzero. Everything it needs goes into .venv and "
+        "target/; what only the system can give it installs through apt when it may, or says what to install.",
+    )
+    commands = door.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    check = commands.add_parser(
+        "check",
+        help="format, lints, types, import rules, docs paths",
+        description="Run every check that does not run the program. File lengths only warn.",
+    )
+    check.add_argument(
+        "only", nargs="*", metavar="NAME", help=f"run only these checks; known: {', '.join(checks.CHECKS)}"
+    )
+
+    test = commands.add_parser(
+        "test",
+        help="checks, then cargo's tests, then pytest's",
+        description="Run all checks and tests to the end, and fail if any failed. What cannot run here "
+        "(no apt mirror, no KVM, not root, no QEMU) is skipped with its reason in pytest's summary.",
+    )
+    test.add_argument(
+        "only", nargs="*", metavar="SUITE", help=f"run only these suites; known: {', '.join(tests.SUITES)}"
+    )
+
+    commands.add_parser("guests", help="compile the small guests into python/ringzero/images/builtin/")
+
+    fuzz = commands.add_parser(
+        "fuzz",
+        help="compare random instructions: native, interpreted, translated",
+        description="Run the comparing tests with fresh random seeds until the time is over. A difference "
+        "ends the run with status 1 and prints the seed that repeats it.",
+    )
+    fuzz.add_argument("--minutes", type=float, default=60.0, help="how long (default: 60)")
+    fuzz.add_argument("--seed", type=int, default=None, help="first seed (default: from the clock)")
+
+    bench = commands.add_parser(
+        "bench",
+        help="`ringzero bench ...` of this tree",
+        description="Build, then pass everything on to `ringzero bench`; see `tools/dev bench --help`.",
+        add_help=False,
+    )
+    bench.add_argument("arguments", nargs=argparse.REMAINDER)
+
+    build = commands.add_parser(
+        "build", help="build the Rust core, the guests and the Python package into .venv"
+    )
+    build.add_argument("--wheel", action="store_true", help="make an abi3 wheel in dist/ instead")
+    build.add_argument(
+        "--force", action="store_true", help="build even if nothing has changed since the last time"
+    )
+
+    commands.add_parser(
+        "run",
+        help="boot the default guest to a prompt",
+        description="Build, fetch the default guest, and boot it to a prompt. With no terminal on standard "
+        "input: boot it, run tools/demo.sh in it, and end with the status of that.",
+    )
+    return door
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run one command of tools/dev and return its exit status."""
+    options = parser().parse_args(arguments)
+    try:
+        match options.command:
+            case "check":
+                setup.prepare()
+                return checks.check(options.only)
+            case "test":
+                setup.prepare()
+                return tests.test(options.only)
+            case "guests":
+                setup.guests()
+            case "fuzz":
+                return tests.fuzz(options.minutes, options.seed)
+            case "bench":
+                setup.prepare()
+                return run.ringzero(["bench", *options.arguments])
+            case "build":
+                if options.wheel:
+                    setup.wheel()
+                else:
+                    setup.prepare(force=options.force)
+            case "run":
+                setup.prepare()
+                return run.default_guest()
+    except Failed as failure:
+        print(f"tools/dev: {failure}", file=sys.stderr)
+        return failure.status
+    except KeyboardInterrupt:
+        return 130
+    return 0
