@@ -1,0 +1,185 @@
+//! Memory maps of the host: the memfd behind the machine-page pool, and the block in which a VCPU lives.
+//!
+//! Contract: a map owns its range of addresses until it is dropped and never moves. Pointers handed out are valid for
+//! that long; who keeps one must keep the map.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::ptr::NonNull;
+
+pub const PAGE: usize = 4096;
+
+/// A range of addresses mapped by us, unmapped on drop.
+#[derive(Debug)]
+pub struct Map {
+    base: NonNull<u8>,
+    size: usize,
+}
+
+// SAFETY: a Map is only an owned range of addresses; what is stored in it is shared under the rules of its users.
+unsafe impl Send for Map {}
+// SAFETY: as above; `&Map` gives out the base address and nothing else.
+unsafe impl Sync for Map {}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Protection {
+    None,
+    Read,
+    ReadWrite,
+    ReadExecute,
+}
+
+impl Protection {
+    fn bits(self) -> i32 {
+        match self {
+            Protection::None => libc::PROT_NONE,
+            Protection::Read => libc::PROT_READ,
+            Protection::ReadWrite => libc::PROT_READ | libc::PROT_WRITE,
+            Protection::ReadExecute => libc::PROT_READ | libc::PROT_EXEC,
+        }
+    }
+}
+
+impl Map {
+    /// Maps `size` bytes of zeroes, private, without reserving memory for them.
+    pub fn anonymous(size: usize) -> io::Result<Map> {
+        Map::map(size, Protection::ReadWrite, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE, -1)
+    }
+
+    /// Maps the first `size` bytes of `file`, shared with every other map of it.
+    pub fn shared(file: &File, size: usize, protection: Protection) -> io::Result<Map> {
+        Map::map(size, protection, libc::MAP_SHARED | libc::MAP_NORESERVE, file.as_raw_fd())
+    }
+
+    fn map(size: usize, protection: Protection, flags: i32, fd: i32) -> io::Result<Map> {
+        // SAFETY: a fresh mapping at an address of the kernel's choice touches nothing that exists.
+        let base = unsafe { libc::mmap(std::ptr::null_mut(), size, protection.bits(), flags, fd, 0) };
+        if base == libc::MAP_FAILED {
+            return Err(io::Error::last_os_error());
+        }
+        let base = NonNull::new(base.cast()).ok_or_else(|| io::Error::other("mmap gave address zero"))?;
+        Ok(Map { base, size })
+    }
+
+    #[must_use]
+    pub fn base(&self) -> NonNull<u8> {
+        self.base
+    }
+
+    #[must_use]
+    pub fn size(&self) -> usize {
+        self.size
+    }
+
+    /// Changes what may be done with `size` bytes from `offset`; both are multiples of the page size.
+    pub fn protect(&self, offset: usize, size: usize, protection: Protection) -> io::Result<()> {
+        assert!(offset.checked_add(size).is_some_and(|end| end <= self.size), "protect outside the map");
+        // SAFETY: the range is inside this map, which we own.
+        let result = unsafe { libc::mprotect(self.base.as_ptr().add(offset).cast(), size, protection.bits()) };
+        if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+    }
+
+    /// Asks the kernel to back the map with huge pages where it can: fewer host TLB misses.
+    pub fn advise_huge(&self) {
+        // SAFETY: advice on a range that we own; a refusal changes nothing.
+        unsafe { libc::madvise(self.base.as_ptr().cast(), self.size, libc::MADV_HUGEPAGE) };
+    }
+}
+
+impl Drop for Map {
+    fn drop(&mut self) {
+        // SAFETY: we own the range, and by the contract nobody keeps a pointer past this.
+        unsafe { libc::munmap(self.base.as_ptr().cast(), self.size) };
+    }
+}
+
+/// Makes an anonymous file of `size` bytes that lives in memory. Pages cost nothing until they are written.
+pub fn memfd(name: &std::ffi::CStr, size: u64) -> io::Result<File> {
+    // SAFETY: plain system call on a valid C string.
+    let fd = unsafe { libc::memfd_create(name.as_ptr(), libc::MFD_CLOEXEC) };
+    if fd < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the kernel just gave us this descriptor; nobody else owns it.
+    let file = File::from(unsafe { OwnedFd::from_raw_fd(fd) });
+    file.set_len(size)?;
+    Ok(file)
+}
+
+/// Gives the memory behind `size` bytes of a memfd back to the system; they read as zeroes afterwards.
+pub fn punch_hole(file: &File, offset: u64, size: u64) -> io::Result<()> {
+    let mode = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
+    // SAFETY: plain system call on a descriptor that we hold.
+    let result = unsafe { libc::fallocate(file.as_raw_fd(), mode, offset as i64, size as i64) };
+    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+/// A value at a fixed address between two groups of raw pages: `below` bytes (a small stack grows down into them) and
+/// `above` bytes, page-aligned, whose protection may change.
+#[derive(Debug)]
+pub struct Placed<T> {
+    map: Map,
+    value: NonNull<T>,
+    above: usize,
+}
+
+// SAFETY: Placed owns its T as a Box would.
+unsafe impl<T: Send> Send for Placed<T> {}
+
+impl<T> Placed<T> {
+    /// `initialize` gets the place, all zero bytes, and must make it a valid T.
+    ///
+    /// # Safety
+    /// After `initialize` the place must hold a valid `T`.
+    pub unsafe fn new(below: usize, above: usize, initialize: impl FnOnce(*mut T)) -> io::Result<Self> {
+        let below = below.next_multiple_of(PAGE.max(align_of::<T>()));
+        let middle = size_of::<T>().next_multiple_of(PAGE);
+        let map = Map::anonymous(PAGE + below + middle + above + PAGE)?;
+        map.protect(0, PAGE, Protection::None)?;
+        map.protect(PAGE + below + middle + above, PAGE, Protection::None)?;
+        // SAFETY: the offset is inside the map.
+        let place: *mut T = unsafe { map.base().as_ptr().add(PAGE + below) }.cast();
+        assert!(place.is_aligned());
+        initialize(place);
+        let value = NonNull::new(place).ok_or_else(|| io::Error::other("null place"))?;
+        Ok(Placed { map, value, above: PAGE + below + middle })
+    }
+
+    /// Address and offset (from the value) of the pages above.
+    #[must_use]
+    pub fn above_offset() -> usize {
+        size_of::<T>().next_multiple_of(PAGE)
+    }
+
+    pub fn protect_above(&self, size: usize, protection: Protection) -> io::Result<()> {
+        self.map.protect(self.above, size, protection)
+    }
+
+    #[must_use]
+    pub fn as_ptr(&self) -> *mut T {
+        self.value.as_ptr()
+    }
+}
+
+impl<T> std::ops::Deref for Placed<T> {
+    type Target = T;
+    fn deref(&self) -> &T {
+        // SAFETY: initialized in `new`, owned by us, not moved.
+        unsafe { self.value.as_ref() }
+    }
+}
+
+impl<T> std::ops::DerefMut for Placed<T> {
+    fn deref_mut(&mut self) -> &mut T {
+        // SAFETY: as in deref, and `&mut self` is exclusive.
+        unsafe { self.value.as_mut() }
+    }
+}
+
+impl<T> Drop for Placed<T> {
+    fn drop(&mut self) {
+        // SAFETY: the value is valid and dropped just once; the map goes after it.
+        unsafe { std::ptr::drop_in_place(self.value.as_ptr()) };
+    }
+}

@@ -1,0 +1,209 @@
+//! One guest's physical memory: a pmap over a pool, read and written by guest physical address.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use x86::{Gpa, Mpn, PAGE_SHIFT, PAGE_SIZE, Ppn};
+
+use crate::Error;
+use crate::bytes::PageRef;
+use crate::pmap::Pmap;
+use crate::pool::Pool;
+use crate::trace::CodeTraces;
+
+#[derive(Debug)]
+pub struct GuestMemory {
+    pool: Pool,
+    pmap: Pmap,
+    /// Pages whose code somebody holds in another form.
+    pub code: CodeTraces,
+    /// Counts remappings: whoever keeps host addresses (a soft TLB) drops them when it changes.
+    epoch: AtomicU64,
+}
+
+/// The pool is a little larger than the guest, so that a page can be moved while both copies exist.
+const SPARE_PAGES: u64 = 64;
+const SMALLEST: u64 = 1 << 20;
+const LARGEST: u64 = 512 << 30;
+
+impl GuestMemory {
+    pub fn new(size: u64) -> Result<GuestMemory, Error> {
+        if !size.is_multiple_of(PAGE_SIZE) || !(SMALLEST..=LARGEST).contains(&size) {
+            return Err(Error::Size(size));
+        }
+        let pages = size >> PAGE_SHIFT;
+        Ok(GuestMemory {
+            pool: Pool::new(pages + SPARE_PAGES)?,
+            pmap: Pmap::new(pages),
+            code: CodeTraces::default(),
+            epoch: AtomicU64::new(0),
+        })
+    }
+
+    #[must_use]
+    pub fn pmap(&self) -> &Pmap {
+        &self.pmap
+    }
+
+    #[must_use]
+    pub fn pool(&self) -> &Pool {
+        &self.pool
+    }
+
+    #[must_use]
+    pub fn is_ram(&self, ppn: Ppn) -> bool {
+        self.pmap.get(ppn).is_some()
+    }
+
+    /// The machine page behind a page of RAM, given on first touch. `None` when there is no RAM at `ppn`, or the pool is
+    /// exhausted (which its size excludes).
+    #[must_use]
+    pub fn machine_page(&self, ppn: Ppn) -> Option<Mpn> {
+        let entry = self.pmap.get(ppn)?;
+        if let Some(mpn) = entry.mpn() {
+            return Some(mpn);
+        }
+        let fresh = self.pool.allocate().ok()?;
+        let winner = self.pmap.set_if_unbacked(ppn, fresh)?;
+        if winner != fresh {
+            // Another processor touched the page first. A failed release only loses one spare page.
+            let _ = self.pool.release(fresh);
+        }
+        Some(winner)
+    }
+
+    #[must_use]
+    pub fn page(&self, ppn: Ppn) -> Option<PageRef<'_>> {
+        self.machine_page(ppn).map(|mpn| self.pool.page(mpn))
+    }
+
+    /// Calls `each` with every page piece of a range: (page, offset in page, range within the buffer).
+    fn pieces(
+        &self,
+        address: Gpa,
+        size: usize,
+        mut each: impl FnMut(Ppn, PageRef<'_>, u64, std::ops::Range<usize>),
+    ) -> Result<(), Error> {
+        let not_ram = || Error::NotRam { address, size: size as u64 };
+        let end = address.0.checked_add(size as u64).ok_or_else(not_ram)?;
+        let pages = Gpa(address.0).ppn().0..end.div_ceil(PAGE_SIZE);
+        if !pages.clone().all(|page| self.is_ram(Ppn(page))) {
+            return Err(not_ram());
+        }
+        let mut done = 0;
+        while done < size {
+            let at = address.add(done as u64);
+            let count = (PAGE_SIZE - at.offset()).min((size - done) as u64) as usize;
+            let page = self.page(at.ppn()).ok_or(Error::PoolEmpty)?;
+            each(at.ppn(), page, at.offset(), done..done + count);
+            done += count;
+        }
+        Ok(())
+    }
+
+    pub fn read(&self, address: Gpa, buffer: &mut [u8]) -> Result<(), Error> {
+        self.pieces(address, buffer.len(), |_, page, offset, range| page.read(offset, &mut buffer[range]))
+    }
+
+    /// Writes as a device or a loader does; code made of the written bytes is reported as stale.
+    pub fn write(&self, address: Gpa, data: &[u8]) -> Result<(), Error> {
+        self.pieces(address, data.len(), |ppn, page, offset, range| {
+            page.write(offset, &data[range.clone()]);
+            if self.pmap.get(ppn).is_some_and(|entry| entry.is_traced()) {
+                self.note_store(ppn, offset, range.len() as u64);
+            }
+        })
+    }
+
+    /// Tells the code trace of a store to a traced page; true when it hit code.
+    pub fn note_store(&self, ppn: Ppn, offset: u64, size: u64) -> bool {
+        let hit = self.code.written(ppn, offset, size);
+        if hit {
+            self.pmap.set_traced(ppn, false);
+        }
+        hit
+    }
+
+    /// Traces stores to `size` bytes of code; true when the page was not traced before, so that soft TLBs which may
+    /// hold it as writable must drop it.
+    pub fn trace_code(&self, ppn: Ppn, offset: u64, size: u64) -> bool {
+        let first = self.code.add(ppn, offset, size);
+        if first {
+            self.pmap.set_traced(ppn, true);
+        }
+        first
+    }
+
+    /// Forgets all code traces.
+    pub fn untrace_all(&self) {
+        for ppn in self.code.clear() {
+            self.pmap.set_traced(ppn, false);
+        }
+    }
+
+    /// Moves a page to another machine page. The caller has stopped every processor of the VM between two instructions;
+    /// their TLBs must be emptied before they go on, as [`GuestMemory::epoch`] tells them.
+    pub fn remap(&self, ppn: Ppn) -> Result<(), Error> {
+        let old = self.machine_page(ppn).ok_or(Error::NotRam { address: ppn.gpa(), size: PAGE_SIZE })?;
+        let new = self.pool.allocate()?;
+        let mut content = [0; PAGE_SIZE as usize];
+        self.pool.page(old).read(0, &mut content);
+        self.pool.page(new).write(0, &content);
+        self.pmap.replace(ppn, new);
+        self.epoch.fetch_add(1, Ordering::AcqRel);
+        self.pool.release(old)
+    }
+
+    #[inline]
+    #[must_use]
+    pub fn epoch(&self) -> u64 {
+        self.epoch.load(Ordering::Acquire)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn memory_is_given_on_first_touch_and_reads_as_zero() {
+        let memory = GuestMemory::new(16 << 20).unwrap();
+        assert_eq!(memory.pool().in_use(), 0);
+        let mut bytes = [0xff; 6];
+        memory.read(Gpa(0x1ffd), &mut bytes).unwrap();
+        assert_eq!(bytes, [0; 6]);
+        assert_eq!(memory.pool().in_use(), 2);
+    }
+
+    #[test]
+    fn a_range_is_written_whole_or_not_at_all() {
+        let memory = GuestMemory::new(1 << 20).unwrap();
+        let end = Gpa((1 << 20) - 2);
+        assert!(matches!(memory.write(end, &[1, 2, 3]), Err(Error::NotRam { .. })));
+        let mut bytes = [9; 2];
+        memory.read(end, &mut bytes).unwrap();
+        assert_eq!(bytes, [0, 0]);
+        assert!(memory.write(Gpa(u64::MAX), &[1, 2]).is_err());
+    }
+
+    #[test]
+    fn a_moved_page_keeps_its_content_and_changes_its_machine_page() {
+        let memory = GuestMemory::new(1 << 20).unwrap();
+        memory.write(Gpa(0x3008), b"here").unwrap();
+        let before = memory.machine_page(Ppn(3)).unwrap();
+        memory.remap(Ppn(3)).unwrap();
+        assert_ne!(memory.machine_page(Ppn(3)).unwrap(), before);
+        let mut bytes = [0; 4];
+        memory.read(Gpa(0x3008), &mut bytes).unwrap();
+        assert_eq!(&bytes, b"here");
+        assert_eq!(memory.epoch(), 1);
+    }
+
+    #[test]
+    fn ram_above_the_hole_starts_at_4_gib() {
+        let memory = GuestMemory::new(4 << 30).unwrap();
+        assert!(memory.is_ram(Gpa(0xbfff_f000).ppn()));
+        assert!(!memory.is_ram(Gpa(0xc000_0000).ppn()));
+        assert!(memory.is_ram(Gpa(1 << 32).ppn()));
+        assert!(!memory.is_ram(Gpa((1 << 32) + (1 << 30)).ppn()));
+    }
+}

@@ -1,0 +1,18 @@
+//! MEMORY VIRTUALIZATION. A guest's "physical" pages (Ppn) are machine pages (Mpn) of a pool, joined by the pmap; guest
+//! virtual addresses reach them through the guest's own page tables (walk) and a soft TLB that remembers the result.
+//!
+//! One guest load: [`tlb`] hit -> bytes. On a miss: [`walk`] -> [`pmap`] -> [`pool`] -> the TLB is filled.
+
+pub mod bytes;
+mod error;
+pub mod guest;
+pub mod pmap;
+pub mod pool;
+pub mod tlb;
+pub mod trace;
+pub mod walk;
+
+pub use error::Error;
+pub use guest::GuestMemory;
+pub use tlb::{Bank, SoftTlb};
+pub use walk::{Access, Paging, Translation, walk};

@@ -1,0 +1,72 @@
+//! The machine-page pool: 4 KiB pages of one memfd, given out on demand. A page costs the host nothing until its first
+//! write, and nothing again after it is released.
+
+use std::fs::File;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use host::map::{Map, Protection, memfd, punch_hole};
+use x86::{Mpn, PAGE_SHIFT, PAGE_SIZE};
+
+use crate::Error;
+use crate::bytes::PageRef;
+
+#[derive(Debug)]
+pub struct Pool {
+    file: File,
+    map: Map,
+    capacity: u64,
+    /// Pages below this were given out at least once.
+    next: AtomicU64,
+    /// Pages that came back; they read as zeroes.
+    free: Mutex<Vec<Mpn>>,
+    in_use: AtomicU64,
+}
+
+impl Pool {
+    pub fn new(capacity: u64) -> Result<Pool, Error> {
+        let size = capacity << PAGE_SHIFT;
+        let file = memfd(c"ringzero-pool", size)?;
+        let map = Map::shared(&file, size as usize, Protection::ReadWrite)?;
+        Ok(Pool { file, map, capacity, next: AtomicU64::new(0), free: Mutex::default(), in_use: AtomicU64::new(0) })
+    }
+
+    /// Gives out a page of zeroes.
+    pub fn allocate(&self) -> Result<Mpn, Error> {
+        let recycled = self.free.lock().unwrap_or_else(std::sync::PoisonError::into_inner).pop();
+        let mpn = match recycled {
+            Some(mpn) => mpn,
+            None => {
+                let next = self.next.fetch_add(1, Ordering::Relaxed);
+                if next >= self.capacity {
+                    self.next.fetch_sub(1, Ordering::Relaxed);
+                    return Err(Error::PoolEmpty);
+                }
+                Mpn(next)
+            }
+        };
+        self.in_use.fetch_add(1, Ordering::Relaxed);
+        Ok(mpn)
+    }
+
+    /// Takes a page back and returns its memory to the system. Nothing may refer to it any more.
+    pub fn release(&self, mpn: Mpn) -> Result<(), Error> {
+        punch_hole(&self.file, mpn.0 << PAGE_SHIFT, PAGE_SIZE)?;
+        self.free.lock().unwrap_or_else(std::sync::PoisonError::into_inner).push(mpn);
+        self.in_use.fetch_sub(1, Ordering::Relaxed);
+        Ok(())
+    }
+
+    #[must_use]
+    pub fn page(&self, mpn: Mpn) -> PageRef<'_> {
+        assert!(mpn.0 < self.capacity, "machine page outside the pool");
+        // SAFETY: inside the map (checked), which lives as long as `self`; it is mapped readable and writable.
+        unsafe { PageRef::new(self.map.base().as_ptr().add((mpn.0 << PAGE_SHIFT) as usize)) }
+    }
+
+    /// How many pages are given out.
+    #[must_use]
+    pub fn in_use(&self) -> u64 {
+        self.in_use.load(Ordering::Relaxed)
+    }
+}
