@@ -1,0 +1,271 @@
+/*
+ * /init of the guest images: makes the file systems ready, then serves the console, the host, or both.
+ *
+ * What it does is chosen by words on the kernel command line (the kernel keeps words with a dot from init's
+ * environment, so they are read from /proc/cmdline):
+ *   ringzero.shell      a login shell on the console; the machine powers off when it ends
+ *   ringzero.agent      commands from the host over the second serial port (frame.h)
+ *   ringzero.poweroff   power off at once: what the boot bench measures
+ * With none of them: a shell, so that the image also works in another machine.
+ *
+ * busybox's poweroff, reboot and halt ask process 1 by signal (busybox 1.35, init/halt.c), and are answered.
+ */
+#include "agent.h"
+
+static char command_line[4096];
+static int console_pid;
+static int modules_loaded;
+
+void *memcpy(void *to, const void *from, usize size)
+{
+    void *start = to;
+    __asm__ volatile("rep movsb" : "+D"(to), "+S"(from), "+c"(size) : : "memory");
+    return start;
+}
+
+void *memmove(void *to, const void *from, usize size)
+{
+    if (to <= from || (u8 *)to >= (u8 *)from + size)
+        return memcpy(to, from, size);
+    for (usize i = size; i > 0; i--)
+        ((volatile u8 *)to)[i - 1] = ((const u8 *)from)[i - 1];
+    return to;
+}
+
+void *memset(void *to, int value, usize size)
+{
+    void *start = to;
+    __asm__ volatile("rep stosb" : "+D"(to), "+c"(size) : "a"(value) : "memory");
+    return start;
+}
+
+int memcmp(const void *a, const void *b, usize size)
+{
+    const volatile u8 *x = a, *y = b;
+    for (usize i = 0; i < size; i++)
+        if (x[i] != y[i])
+            return x[i] - y[i];
+    return 0;
+}
+
+/* The kernel gives process 1 the console as its descriptors 0, 1 and 2 (init/main.c console_on_rootfs, Linux 6.1). */
+static void say(const char *text)
+{
+    sys_write(1, text, length(text));
+}
+
+/* Is `word` on the command line, alone or as word=1? */
+static int asked(const char *word)
+{
+    usize size = length(word);
+    for (char *at = command_line; *at;) {
+        while (*at == ' ' || *at == '\n')
+            at++;
+        if (memcmp(at, word, size) == 0) {
+            char after = at[size];
+            if (after == 0 || after == ' ' || after == '\n' || (after == '=' && at[size + 1] != '0'))
+                return 1;
+        }
+        while (*at && *at != ' ' && *at != '\n')
+            at++;
+    }
+    return 0;
+}
+
+static void end(long how)
+{
+    line_drain();
+    /* The kernel does not wait for a terminal's queue before it powers off: the last words would be lost. */
+    sys_ioctl(1, TCSBRK, (void *)1);
+    sys_sync();
+    sys_reboot(how);
+    for (;;)
+        sys_poll(0, 0, -1);
+}
+
+void child_reset_signals(void)
+{
+    u64 none = 0;
+    sys_mask(SIG_SETMASK, &none);
+}
+
+static void prepare(void)
+{
+    sys_mount("devtmpfs", "/dev", "devtmpfs", "mode=0755");
+    sys_mkdir("/dev/pts", 0755);
+    sys_mkdir("/dev/shm", 01777);
+    sys_mount("devpts", "/dev/pts", "devpts", "mode=0620,ptmxmode=0666");
+    sys_mount("tmpfs", "/dev/shm", "tmpfs", "mode=1777");
+    sys_mount("sysfs", "/sys", "sysfs", 0);
+    sys_mount("tmpfs", "/run", "tmpfs", "mode=0755");
+    sys_mount("tmpfs", "/tmp", "tmpfs", "mode=1777");
+    sys_sethostname("ringzero", 8);
+}
+
+static void load(const char *path)
+{
+    int fd = (int)sys_open(path, O_RDONLY | O_CLOEXEC);
+    if (fd >= 0) {
+        sys_finit_module(fd);
+        sys_close(fd);
+    }
+}
+
+/* Tell the machine of a panic through its pvpanic port. Done when the machine first idles: nobody waits for it. */
+static void load_modules(void)
+{
+    modules_loaded = 1;
+    load("/lib/modules/pvpanic.ko");
+    load("/lib/modules/pvpanic-mmio.ko");
+}
+
+static void start_shell(void)
+{
+    static char term[64] = "TERM=linux";
+    static char *argv[] = {"-sh", 0};
+    static char *env[] = {"HOME=/root", "PATH=/usr/sbin:/usr/bin:/sbin:/bin", "USER=root", "LOGNAME=root",
+                          "SHELL=/bin/sh", term, 0};
+    console_pid = (int)sys_fork();
+    if (console_pid != 0)
+        return;
+    for (char *at = command_line; *at; at++)
+        if ((at == command_line || at[-1] == ' ') && memcmp(at, "TERM=", 5) == 0)
+            for (usize i = 5; i < sizeof term - 1; i++) {
+                term[i] = at[i] > ' ' ? at[i] : 0;
+                if (!term[i])
+                    break;
+            }
+    sys_setsid();
+    child_reset_signals();
+    /* /dev/console cannot be a controlling terminal (no job control, no Ctrl-C); the port behind it can. */
+    int fd = (int)sys_open("/dev/ttyS0", O_RDWR);
+    if (fd < 0)
+        fd = (int)sys_open("/dev/console", O_RDWR);
+    sys_ioctl(fd, TIOCSCTTY, (void *)1);
+    for (int i = 0; i < 3; i++)
+        sys_dup2(fd, i);
+    if (fd > 2)
+        sys_close(fd);
+    sys_chdir("/root");
+    sys_execve("/bin/sh", argv, env);
+    say("ringzero: /bin/sh could not be started\n");
+    sys_exit(127);
+}
+
+static void reap(void)
+{
+    int status, pid;
+    while ((pid = (int)sys_wait(-1, &status, WNOHANG)) > 0)
+        if (!process_reap(pid, status) && pid == console_pid)
+            end(REBOOT_POWER_OFF);
+}
+
+static void read_signals(int fd)
+{
+    u32 info[32]; /* struct signalfd_siginfo: 128 bytes, the number first */
+    while (sys_read(fd, info, sizeof info) == sizeof info) {
+        switch (info[0]) {
+        case SIGUSR2: end(REBOOT_POWER_OFF); break;
+        case SIGUSR1: end(REBOOT_POWER_OFF); break; /* halt: a halted machine is of no use to anyone */
+        case SIGTERM: end(REBOOT_RESTART); break;
+        }
+    }
+    reap(); /* SIGCHLD, of which one may stand for several */
+}
+
+void agent_frame(u8 type, u8 flags, u16 id, u8 *payload, u32 size)
+{
+    u16 rows = 0, columns = 0;
+    switch (type) {
+    case FRAME_EXEC: process_exec(id, flags, payload, size); break;
+    case FRAME_STDIN: process_stdin(id, payload, size); break;
+    case FRAME_STDIN_EOF: process_stdin_eof(id); break;
+    case FRAME_RESIZE:
+        if (size < 4)
+            break;
+        rows = (u16)(payload[0] | payload[1] << 8);
+        columns = (u16)(payload[2] | payload[3] << 8);
+        if (id == CONSOLE_ID) {
+            struct winsize window = {rows, columns, 0, 0};
+            int console = (int)sys_open("/dev/ttyS0", O_RDWR | O_NOCTTY | O_NONBLOCK);
+            if (console >= 0) {
+                sys_ioctl(console, TIOCSWINSZ, &window);
+                sys_close(console);
+            }
+        } else
+            process_resize(id, rows, columns);
+        break;
+    case FRAME_SIGNAL:
+        if (size >= 4)
+            process_signal(id, payload[0]);
+        break;
+    case FRAME_POWEROFF: end(REBOOT_POWER_OFF); break;
+    case FRAME_REBOOT: end(REBOOT_RESTART); break;
+    }
+}
+
+static void serve(int signals)
+{
+    static struct pollfd list[POLL_MAX];
+    for (;;) {
+        int count = 0;
+        list[count++] = (struct pollfd){signals, POLLIN, 0};
+        if (line_fd >= 0)
+            list[count++] = (struct pollfd){line_fd, (short)(POLLIN | (line_pending() ? POLLOUT : 0)), 0};
+        count += process_poll_list(list + count);
+        if (sys_poll(list, count, modules_loaded ? -1 : 50) == 0) {
+            load_modules();
+            continue;
+        }
+        if (line_fd >= 0)
+            line_receive();
+        read_signals(signals);
+        process_service();
+        if (line_fd >= 0)
+            line_flush();
+    }
+}
+
+/* Called by _start below, as process 1. */
+__attribute__((used)) static void agent_main(void)
+{
+    u64 watched = 1UL << (SIGUSR1 - 1) | 1UL << (SIGUSR2 - 1) | 1UL << (SIGTERM - 1) | 1UL << (SIGCHLD - 1);
+    int fd, shell, agent;
+    /* Without a console the first descriptors would be taken for other things, and given to commands as theirs. */
+    while ((fd = (int)sys_open("/dev/null", O_RDWR)) >= 0 && fd < 3)
+        ;
+    if (fd >= 0)
+        sys_close(fd);
+    sys_mount("proc", "/proc", "proc", 0);
+    fd = (int)sys_open("/proc/cmdline", O_RDONLY);
+    if (fd >= 0) {
+        sys_read(fd, command_line, sizeof command_line - 1);
+        sys_close(fd);
+    }
+    if (asked("ringzero.poweroff")) {
+        say("ringzero: /init reached\n");
+        end(REBOOT_POWER_OFF);
+    }
+    prepare();
+    sys_mask(SIG_BLOCK, &watched);
+    int signals = (int)sys_signalfd(&watched, O_NONBLOCK | O_CLOEXEC);
+    agent = asked("ringzero.agent");
+    shell = asked("ringzero.shell") || !agent;
+    if (agent) {
+        line_open();
+        if (line_fd < 0)
+            say("ringzero: the agent's serial port (ttyS1) is not there\n");
+        else {
+            usize size = sizeof FRAME_MAGIC - 1;
+            memcpy(line_payload(), FRAME_MAGIC, size);
+            line_commit(FRAME_READY, 0, (u32)size);
+            line_flush();
+        }
+    }
+    if (shell)
+        start_shell();
+    serve(signals);
+}
+
+/* The kernel enters here with the stack pointer on argc: align it as the ABI wants it before a call. */
+__asm__(".globl _start\n_start:\n\txor %ebp, %ebp\n\tand $-16, %rsp\n\tcall agent_main\n\thlt\n");

@@ -1,0 +1,143 @@
+/* The serial line to the host: frames queued for sending, frames put together from what arrives. */
+#include "agent.h"
+
+/* Output of processes is read straight into the queue, so it holds a few frames of the largest useful size. */
+#define QUEUE_SIZE (192 * 1024)
+#define ACK_EVERY (LINE_WINDOW / 4)
+
+int line_fd = -1;
+static u8 queue[QUEUE_SIZE];
+static usize queue_head, queue_tail;
+static u8 arrived[FRAME_HEADER + FRAME_MAX];
+static usize arrived_size;
+static u32 unacknowledged;
+
+static void put32(u8 *at, u32 value)
+{
+    for (int i = 0; i < 4; i++)
+        at[i] = (u8)(value >> (8 * i));
+}
+
+void line_open(void)
+{
+    struct termios mode;
+    int fd = (int)sys_open("/dev/ttyS1", O_RDWR | O_NOCTTY | O_NONBLOCK | O_CLOEXEC);
+    if (fd < 0)
+        return;
+    /* A port without a chip behind it opens, but refuses its settings with EIO. */
+    if (sys_ioctl(fd, TCGETS, &mode) < 0) {
+        sys_close(fd);
+        return;
+    }
+    mode.iflag = 0;
+    mode.oflag = 0;
+    mode.lflag = 0;
+    mode.cflag = 0x1002 | 0x30 | 0x80 | 0x800; /* B115200, CS8, CREAD, CLOCAL */
+    mode.cc[5] = 0;                            /* VTIME */
+    mode.cc[6] = 1;                            /* VMIN */
+    if (sys_ioctl(fd, TCSETS, &mode) < 0) {
+        sys_close(fd);
+        return;
+    }
+    line_fd = fd;
+}
+
+int line_has_room(usize payload)
+{
+    if (queue_head == queue_tail)
+        queue_head = queue_tail = 0;
+    if (QUEUE_SIZE - queue_tail >= payload + FRAME_HEADER)
+        return 1;
+    /* Move what waits to the front once that is worth it: at most once for half a queue of bytes. */
+    if (queue_head >= QUEUE_SIZE / 2) {
+        memmove(queue, queue + queue_head, queue_tail - queue_head);
+        queue_tail -= queue_head;
+        queue_head = 0;
+        return QUEUE_SIZE - queue_tail >= payload + FRAME_HEADER;
+    }
+    return 0;
+}
+
+u8 *line_payload(void)
+{
+    return queue + queue_tail + FRAME_HEADER;
+}
+
+void line_commit(u8 type, u16 id, u32 size)
+{
+    u8 *header = queue + queue_tail;
+    header[0] = type;
+    header[1] = 0;
+    header[2] = (u8)id;
+    header[3] = (u8)(id >> 8);
+    put32(header + 4, size);
+    queue_tail += FRAME_HEADER + size;
+}
+
+void line_send_u32(u8 type, u16 id, u32 value)
+{
+    /* Small frames come from a bounded number of events, and output leaves room for them (see process.c). */
+    while (!line_has_room(4)) {
+        struct pollfd ready = {line_fd, POLLOUT, 0};
+        sys_poll(&ready, 1, -1);
+        line_flush();
+    }
+    put32(line_payload(), value);
+    line_commit(type, id, 4);
+}
+
+int line_pending(void)
+{
+    return queue_head != queue_tail;
+}
+
+void line_flush(void)
+{
+    while (queue_head != queue_tail) {
+        long sent = sys_write(line_fd, queue + queue_head, queue_tail - queue_head);
+        if (sent <= 0)
+            return; /* the port is full: poll says when it is not */
+        queue_head += (usize)sent;
+    }
+}
+
+void line_drain(void)
+{
+    while (line_fd >= 0 && line_pending()) {
+        struct pollfd ready = {line_fd, POLLOUT, 0};
+        sys_poll(&ready, 1, -1);
+        line_flush();
+    }
+    if (line_fd >= 0)
+        sys_ioctl(line_fd, TCSBRK, (void *)1);
+}
+
+void line_receive(void)
+{
+    for (;;) {
+        long got = sys_read(line_fd, arrived + arrived_size, sizeof arrived - arrived_size);
+        if (got <= 0)
+            break;
+        arrived_size += (usize)got;
+        unacknowledged += (u32)got;
+        usize at = 0;
+        while (arrived_size - at >= FRAME_HEADER) {
+            u8 *frame = arrived + at;
+            u32 size = frame[4] | frame[5] << 8 | frame[6] << 16 | (u32)frame[7] << 24;
+            if (size > FRAME_MAX) { /* the host does not do this: the line lost its place, start afresh */
+                at = arrived_size;
+                break;
+            }
+            if (arrived_size - at < FRAME_HEADER + size)
+                break;
+            agent_frame(frame[0], frame[1], (u16)(frame[2] | frame[3] << 8), frame + FRAME_HEADER, size);
+            at += FRAME_HEADER + size;
+        }
+        memmove(arrived, arrived + at, arrived_size - at);
+        arrived_size -= at;
+        if (unacknowledged >= ACK_EVERY) {
+            line_send_u32(FRAME_ACK, 0, unacknowledged);
+            unacknowledged = 0;
+        }
+    }
+}

@@ -1,0 +1,154 @@
+#!/usr/bin/env python3
+"""Build our own small guests with the machine's gcc and ld, and run them under QEMU as the oracle.
+
+    guests/build.py                   build every guest into build/guests/, and hello into the package
+    guests/build.py arithmetic paging only these
+    guests/build.py --qemu [NAME...]  build, then run each under QEMU TCG and report PASS or FAIL
+    guests/build.py --native [NAME]   build and run as a Linux program, where a guest can (it has `HOSTED` in it): the
+                                      processor itself is then the oracle
+    guests/build.py --list            names only
+
+A guest is `guests/NAME.c`, `guests/hostile/NAME.c` (named hostile_NAME), or a folder `guests/NAME/` with `main.c`.
+Every one is linked with guests/lib into an ELF with a PVH note.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
+OUT = ROOT / "build" / "guests"
+BUILTIN = ROOT / "python" / "ringzero" / "images" / "builtin"
+
+# -mgeneral-regs-only: the compiler itself must not touch SSE, or an interrupt handler would clobber what a guest tests.
+CFLAGS = [
+    "-std=gnu11", "-O1", "-g", "-Wall", "-Wextra", "-Werror", "-ffreestanding", "-fno-pic", "-fno-pie", "-fno-builtin",
+    "-fno-stack-protector", "-fno-asynchronous-unwind-tables", "-fno-omit-frame-pointer", "-fcf-protection=none",
+    "-mno-red-zone", "-mgeneral-regs-only", "-mcmodel=small", f"-I{HERE / 'lib'}",
+]  # fmt: skip
+LDFLAGS = [
+    "-nostdlib", "-static", "-no-pie", "-z", "max-page-size=4096", "-z", "noexecstack", "--build-id=none",
+    "-T", str(HERE / "lib" / "guest.ld"),
+]  # fmt: skip
+QEMU = [
+    "qemu-system-x86_64", "-accel", "tcg", "-M", "pc", "-cpu", "max,vendor=GenuineIntel", "-m", "256M", "-nodefaults",
+    "-display", "none", "-serial", "stdio", "-no-reboot",
+]  # fmt: skip
+
+
+def guests() -> dict[str, list[Path]]:
+    """Every guest: name -> its C and assembler sources, without the library's."""
+    found = {path.stem: [path] for path in sorted(HERE.glob("*.c"))}
+    for path in sorted((HERE / "hostile").glob("*.c")):
+        found[f"hostile_{path.stem}"] = [path]
+    for main in sorted(HERE.glob("*/main.c")):
+        folder = main.parent
+        found[folder.name] = sorted([*folder.glob("*.c"), *folder.glob("*.S")])
+    return found
+
+
+def library() -> list[Path]:
+    lib = HERE / "lib"
+    return [lib / "start.S", lib / "traps.S", lib / "lib.c"]
+
+
+def build(name: str, sources: list[Path]) -> Path:
+    """Compile and link one guest. Raises CalledProcessError when the compiler or linker refuses."""
+    objects = []
+    inputs = [*library(), *sources]
+    headers = [*HERE.glob("lib/*.h"), *HERE.glob("*.h"), HERE / "lib" / "guest.ld", Path(__file__)]
+    target = OUT / f"{name}.elf"
+    newest = max(path.stat().st_mtime for path in [*inputs, *headers])
+    if not target.exists() or target.stat().st_mtime <= newest:
+        work = OUT / "objects" / name
+        work.mkdir(parents=True, exist_ok=True)
+        for source in inputs:
+            made = work / f"{source.parent.name}-{source.name}.o"
+            subprocess.run(["gcc", *CFLAGS, "-c", str(source), "-o", str(made)], check=True)
+            objects.append(str(made))
+        subprocess.run(["ld", *LDFLAGS, "-o", str(target), *objects], check=True)
+    if name == "hello":
+        BUILTIN.mkdir(parents=True, exist_ok=True)
+        # Without its debug sections: they are nine tenths of the file, and it goes into the wheel.
+        subprocess.run(["strip", "--strip-debug", "-o", str(BUILTIN / "hello.elf"), str(target)], check=True)
+    return target
+
+
+def run_native(name: str, sources: list[Path], arguments: list[str]) -> int:
+    """Build `name` with -DHOSTED against the C library and run it here. Returns its exit status."""
+    if not any("HOSTED" in source.read_text() for source in sources):
+        print(f"{name}: uses privileged instructions, so it has no native form")
+        return 0
+    work = OUT / "native"
+    work.mkdir(parents=True, exist_ok=True)
+    target = work / name
+    flags = ["-std=gnu11", "-O1", "-DHOSTED", "-fno-builtin", "-mno-red-zone", "-fno-pie", "-no-pie", f"-I{HERE / 'lib'}"]
+    command = ["gcc", *flags, *map(str, sources), str(HERE / "lib" / "hosted.c"), "-o", str(target)]
+    subprocess.run(command, check=True)
+    return subprocess.run([str(target), *arguments], check=False).returncode
+
+
+def run_qemu(name: str, elf: Path, timeout: float, append: str) -> bool:
+    """Run a guest under QEMU TCG. A hostile guest passes when QEMU ends, or has to be stopped, without a crash."""
+    command = [*QEMU, "-kernel", str(elf), *(["-append", append] if append else [])]
+    try:
+        done = subprocess.run(command, capture_output=True, timeout=timeout, check=False)
+        output, status = done.stdout.decode(errors="replace"), str(done.returncode)
+    except subprocess.TimeoutExpired as late:
+        output, status = (late.stdout or b"").decode(errors="replace"), "stopped"
+    lines = output.replace("\r", "").strip().splitlines()
+    good = bool(lines) and lines[-1] == "PASS" if not name.startswith("hostile_") else status in ("0", "stopped")
+    print(f"{'PASS' if good else 'FAIL'} {name} (qemu: {status}; {len(lines)} lines; last: {lines[-1] if lines else '-'!r})")
+    if not good:
+        print("\n".join("    " + line for line in lines if not line.startswith("ok ")))
+    return good
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("names", nargs="*", help="guests to build (all of them when none is named)")
+    parser.add_argument("--list", action="store_true", help="print the names of all guests")
+    parser.add_argument("--qemu", action="store_true", help="run each under QEMU TCG after building")
+    parser.add_argument("--native", action="store_true", help="build and run as a Linux program")
+    parser.add_argument("--append", default="", help="command line for the guest")
+    parser.add_argument("--timeout", type=float, default=60.0, help="seconds a guest under QEMU may take")
+    options = parser.parse_args()
+    known = guests()
+    if options.list:
+        print("\n".join(known))
+        return 0
+    unknown = [name for name in options.names if name not in known]
+    if unknown:
+        print(f"no guest is called {unknown[0]!r}: see guests/build.py --list", file=sys.stderr)
+        return 2
+    for tool in ("gcc", "ld", "strip"):
+        if shutil.which(tool) is None:
+            print(f"{tool} is missing: install gcc and binutils (apt install gcc binutils)", file=sys.stderr)
+            return 2
+    OUT.mkdir(parents=True, exist_ok=True)
+    names = options.names or list(known)
+    good = True
+    for name in names:
+        try:
+            if options.native:
+                good &= run_native(name, known[name], options.append.split()) == 0
+                continue
+            elf = build(name, known[name])
+        except subprocess.CalledProcessError as failed:
+            print(f"{name}: {failed.cmd[0]} failed", file=sys.stderr)
+            return 1
+        if options.qemu:
+            limit = 5.0 if name.startswith("hostile_") else options.timeout
+            good &= run_qemu(name, elf, limit, options.append)
+        else:
+            print(elf.relative_to(ROOT))
+    return 0 if good else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
