@@ -40,6 +40,11 @@ QEMU = [
     "-display", "none", "-serial", "stdio", "-no-reboot",
 ]  # fmt: skip
 
+# Where QEMU 7.2 itself is wrong and the bare processor (--native, or the manual) is right.
+QEMU_DEFECTS = {
+    "arithmetic": {"blsi"},  # CF inverted; fixed in QEMU 8.0
+}
+
 
 def guests() -> dict[str, list[Path]]:
     """Every guest: name -> its C and assembler sources, without the library's."""
@@ -102,7 +107,12 @@ def run_qemu(name: str, elf: Path, timeout: float, append: str) -> bool:
     except subprocess.TimeoutExpired as late:
         output, status = (late.stdout or b"").decode(errors="replace"), "stopped"
     lines = output.replace("\r", "").strip().splitlines()
-    good = bool(lines) and lines[-1] == "PASS" if not name.startswith("hostile_") else status in ("0", "stopped")
+    if name.startswith("hostile_"):
+        good = status in ("0", "stopped")
+    else:
+        failed = {line.split()[1] for line in lines if line.startswith("FAIL ")} - {lines[-1].split()[-1] if lines else ""}
+        known = QEMU_DEFECTS.get(name, set())
+        good = bool(lines) and (lines[-1] == "PASS" or (lines[-1].startswith("FAIL ") and failed == known))
     print(f"{'PASS' if good else 'FAIL'} {name} (qemu: {status}; {len(lines)} lines; last: {lines[-1] if lines else '-'!r})")
     if not good:
         print("\n".join("    " + line for line in lines if not line.startswith("ok ")))

@@ -56,7 +56,7 @@ uint64_t recursive_calls(const struct places *places)
 {
     (void)places;
     clock_start();
-    uint64_t result = fibonacci(34);
+    uint64_t result = fibonacci(36);
     clock_stop();
     return result;
 }
@@ -64,7 +64,7 @@ uint64_t recursive_calls(const struct places *places)
 uint64_t dot_product(const struct places *places)
 {
     (void)places;
-    enum { LENGTH = 4096, ROUNDS = 12000 };
+    enum { LENGTH = 4096, ROUNDS = 30000 };
     static double left[LENGTH], right[LENGTH];
     uint64_t state = 362436069;
     for (int i = 0; i < LENGTH; i++) {
