@@ -1,0 +1,8 @@
+//! THE GROUND: what the host system gives us. Memory maps, signals, clocks, events, ranked locks, and the one list of
+//! counters. Knows nothing of guests.
+
+pub mod clock;
+pub mod counters;
+pub mod events;
+pub mod lock;
+pub mod map;
