@@ -13,7 +13,7 @@ def parser() -> argparse.ArgumentParser:
     door = argparse.ArgumentParser(
         prog="tools/dev",
         description="The one door for developers of ringzero. Everything it needs goes into .venv and "
-        "target/; what only the system can give it installs through apt when it may, or says what to install.",
+        "target/; what only the system can give, it installs by apt when it may, or says what to type.",
     )
     commands = door.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
@@ -78,10 +78,8 @@ def main(arguments: Sequence[str]) -> int:
     try:
         match options.command:
             case "check":
-                setup.prepare()
                 return checks.check(options.only)
             case "test":
-                setup.prepare()
                 return tests.test(options.only)
             case "guests":
                 setup.guests()

@@ -81,8 +81,8 @@ def rust() -> None:
     if found is None or found < version(wanted):
         have = "there is none on the PATH" if found is None else f"this one is {'.'.join(map(str, found))}"
         raise Failed(
-            f"Rust {wanted} or newer is needed and {have}: install it with rustup "
-            "(Debian 13 and Ubuntu 24.04: `sudo apt-get install rustup && rustup default stable`), then try again",
+            f"Rust {wanted} or newer is needed and {have}: install it by rustup "
+            "(Debian 13, Ubuntu 24.04: `sudo apt-get install rustup && rustup default stable`) and try again",
             2,
         )
     missing = [part for part in ("cargo-fmt", "cargo-clippy") if which(part) is None or not runs(part)]
@@ -134,14 +134,14 @@ def environment_ready() -> None:
 
 def guests() -> None:
     """Compile guests/ into python/ringzero/images/builtin/, where the wheel takes them from."""
-    folder = ROOT / "guests"
-    makefiles = sorted(folder.glob("*/Makefile"))
-    mark = digest(files_under([folder]))
+    mark = digest(files_under([ROOT / "guests"]))
     if is_stamped("guests", mark) and all((BUILTIN / name).exists() for name in stamped_names()):
         return
     BUILTIN.mkdir(parents=True, exist_ok=True)
-    for makefile in makefiles:
-        say(f"guest {makefile.parent.name}")
+    say("guests")
+    for script in [ROOT / "guests/build.py", *sorted((ROOT / "guests").glob("*/build.py"))]:
+        call([sys.executable, script])
+    for makefile in sorted((ROOT / "guests").glob("*/Makefile")):
         call(["make", "--no-print-directory", "-C", makefile.parent, f"OUT={BUILTIN}"])
     stamp("guest-names").parent.mkdir(parents=True, exist_ok=True)
     stamp("guest-names").write_text("\n".join(sorted(path.name for path in BUILTIN.iterdir())))

@@ -56,6 +56,7 @@ def test(only: Sequence[str] = ()) -> int:
     unknown = sorted(set(only) - set(SUITES))
     if unknown:
         raise Failed(f"no such suite: {', '.join(unknown)}; known: {', '.join(SUITES)}", 2)
+    setup.prepare()
     summary: list[str] = []
     failed: list[str] = []
     for name, run in SUITES.items():

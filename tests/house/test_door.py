@@ -1,0 +1,62 @@
+"""tools/dev explains itself, refuses what it does not know, and ends with the status of what it ran."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from house import setup, tests
+
+DEV = Path(__file__).resolve().parents[2] / "tools/dev"
+
+
+def dev(*words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, str(DEV), *words], capture_output=True, text=True, timeout=60)
+
+
+@pytest.mark.parametrize("command", ["check", "test", "guests", "fuzz", "bench", "build"])
+def test_help_names_every_command(command: str) -> None:
+    assert command in dev("--help").stdout
+
+
+@pytest.mark.parametrize("words", [["check", "nonsense"], ["test", "nonsense"], ["nonsense"]])
+def test_what_it_does_not_know_is_bad_input(words: list[str]) -> None:
+    done = dev(*words)
+    assert done.returncode == 2
+    assert "nonsense" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_one_failed_suite_fails_the_whole_and_the_rest_still_runs(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ran: list[str] = []
+
+    def suite(name: str, status: int) -> tests.Suite:
+        def run() -> tuple[int, list[str]]:
+            ran.append(name)
+            return status, [f"closing line of {name}"]
+
+        return run
+
+    monkeypatch.setattr(setup, "prepare", lambda: None)
+    monkeypatch.setattr(tests, "SUITES", {"first": suite("first", 3), "second": suite("second", 0)})
+    assert tests.test() == 1
+    assert ran == ["first", "second"]
+    output = capsys.readouterr().out
+    assert "first: FAILED with status 3" in output
+    assert "closing line of second" in output
+
+
+def test_the_digest_sees_names_and_contents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(setup, "ROOT", tmp_path)
+    one, two = tmp_path / "one", tmp_path / "two"
+    one.write_text("a")
+    two.write_text("a")
+    before = setup.digest([one])
+    assert setup.digest([two]) != before
+    one.write_text("b")
+    assert setup.digest([one]) != before
+    one.unlink()
+    assert setup.digest([one]) != before
