@@ -4,8 +4,9 @@ Addresses are guest physical, in bytes, unless a name says otherwise. Sizes are 
 wait releases the GIL. What the operator must know is raised as `CoreError`, one sentence a message.
 """
 
-from collections.abc import Buffer
 from typing import Protocol, final
+
+from typing_extensions import Buffer  # collections.abc has it from 3.12 on
 
 class CoreError(Exception):
     """The core refused or failed: the message is one sentence and says what to do."""
