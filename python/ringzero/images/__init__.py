@@ -1,0 +1,101 @@
+"""Guest images: where they come from, and what a machine needs to start one."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ringzero.errors import InputError, InternalError
+
+if TYPE_CHECKING:
+    from ringzero.images.apt import Progress
+
+__all__ = ["IMAGES", "Image", "find", "pull", "resolve"]
+
+IMAGES = {
+    "debian": "Debian's cloud kernel (6.1; debian:6.12 for 6.12), busybox and a shell",
+    "hello": "a guest of our own, inside the package: says what machine it found itself on",
+}
+"""Every image by name, with a line about it."""
+
+
+@dataclass(frozen=True)
+class Image:
+    """What a machine starts from."""
+
+    name: str
+    kernel: Path
+    initrd: Path | None = None
+    append: str = ""
+    """Words for the kernel command line that the image itself needs."""
+    agent: bool = False
+    """Whether the image holds our agent, which runs commands for the host."""
+
+
+# `panic=-1`: a panic restarts the guest at once, and the monitor tells the operator. `ttyS0,115200`: at the default of
+# 9600 baud the kernel would wait for bytes to leave a wire that is not there.
+DEBIAN_APPEND = "console=ttyS0,115200 panic=-1 8250.nr_uarts=4"
+
+
+def resolve(name: str, kernel: str | None = None) -> tuple[str, str | None]:
+    """Split NAME or NAME:KERNEL. Raises InputError for an unknown image, with what there is."""
+    base, _, series = name.partition(":")
+    if base not in IMAGES:
+        from difflib import get_close_matches
+
+        close = get_close_matches(base, IMAGES, n=1, cutoff=0.5)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        raise InputError(f"there is no image {name!r}{hint} There is: {', '.join(IMAGES)}".replace("?,", "?"))
+    if series and base != "debian":
+        raise InputError(f"the image {base!r} has no versions: write {base!r} alone")
+    return base, kernel or series or None
+
+
+def find(name: str, kernel: str | None = None) -> Image | None:
+    """Return an image that is on this machine, whole; None when it must be pulled first."""
+    base, series = resolve(name, kernel)
+    if base == "hello":
+        return _hello()
+    from ringzero.images.cache import ImageCache
+    from ringzero.images.debian import DEFAULT_KERNEL, find_debian
+
+    series = series or DEFAULT_KERNEL
+    files = find_debian(series, ImageCache())
+    return _debian(series, files) if files is not None else None
+
+
+def pull(
+    name: str,
+    kernel: str | None = None,
+    progress: Progress | None = None,
+    *,
+    force: bool = False,
+    waiting: AbstractContextManager[None] | None = None,
+) -> Image:
+    """Return an image, fetched and built first when this machine has no whole copy of it.
+
+    `progress` is told of the steps; `waiting` is entered while another pull holds the cache.
+    """
+    base, series = resolve(name, kernel)
+    if base == "hello":
+        return _hello()
+    from ringzero.images.apt import no_progress
+    from ringzero.images.cache import ImageCache
+    from ringzero.images.debian import DEFAULT_KERNEL, pull_debian
+
+    series = series or DEFAULT_KERNEL
+    files = pull_debian(series, ImageCache(), progress or no_progress, force=force, waiting=waiting)
+    return _debian(series, files)
+
+
+def _debian(series: str, files: dict[str, Path]) -> Image:
+    return Image(f"debian:{series}", files["vmlinuz"], files["initrd"], DEBIAN_APPEND, agent=True)
+
+
+def _hello() -> Image:
+    path = Path(__file__).parent / "builtin" / "hello.elf"
+    if not path.is_file():
+        raise InternalError(f"the guest 'hello' is missing from the package ({path}): build it with guests/build.py")
+    return Image("hello", path)

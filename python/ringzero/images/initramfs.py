@@ -1,0 +1,83 @@
+"""Build the initramfs of a Debian image: the guest agent, busybox, and the few files that a shell wants."""
+
+from __future__ import annotations
+
+import io
+import lzma
+import subprocess
+from pathlib import Path
+
+from ringzero.errors import FetchError, InternalError
+from ringzero.images.newc import NewcWriter
+
+BUILTIN = Path(__file__).parent / "builtin"
+
+# A mount point each; the agent mounts them (guests/agent/agent.c `prepare`).
+DIRECTORIES = ("dev", "proc", "sys", "run", "tmp", "root", "etc", "var", "var/tmp", "mnt", "lib/modules")
+
+PROFILE = """\
+export PATH=/usr/sbin:/usr/bin:/sbin:/bin
+PS1='\\u@\\h:\\w\\$ '
+echo "Linux $(uname -r), unmodified, in an ordinary process. Ctrl-] leaves at once; exit or poweroff ends."
+"""
+
+# The agent loads these two, in this order, to have a panic reported through the pvpanic port. Both are modules in
+# Debian's cloud kernels (CONFIG_PVPANIC_MMIO=m, 6.1.192 and 6.12.117).
+MODULES = ("pvpanic.ko", "pvpanic-mmio.ko")
+
+
+def agent_path() -> Path:
+    """Return the guest agent that was built into the package. Raises InternalError when it is not there."""
+    path = BUILTIN / "agent"
+    if not path.is_file():
+        raise InternalError(f"the guest agent is missing from the package ({path}): build it with guests/agent/build.py")
+    return path
+
+
+def build_initramfs(busybox: bytes, applets: list[str], modules: dict[str, bytes], agent: bytes) -> bytes:
+    """Return a newc archive, not compressed: at 2 MB the kernel copies it faster than it could inflate it.
+
+    `applets` are paths without a leading slash, as `busybox --list-full` prints them; `modules` are by file name.
+    """
+    out = io.BytesIO()
+    with NewcWriter(out) as archive:
+        for path in DIRECTORIES:
+            archive.directory(path, 0o1777 if path.endswith("tmp") else 0o755)
+        # The kernel opens these before the agent can mount anything over them.
+        archive.device("dev/console", 5, 1)
+        archive.device("dev/null", 1, 3, mode=0o666)
+        archive.file("init", agent, 0o755)
+        archive.file("bin/busybox", busybox, 0o755)
+        for applet in applets:
+            if applet not in ("bin/busybox", "init", "linuxrc"):
+                archive.symlink(applet, "/bin/busybox")
+        for name, module in modules.items():
+            archive.file(f"lib/modules/{name}", module)
+        archive.file("etc/passwd", b"root:x:0:0:root:/root:/bin/sh\nnobody:x:65534:65534:nobody:/:/bin/false\n")
+        archive.file("etc/group", b"root:x:0:\ntty:x:5:\nnogroup:x:65534:\n")
+        archive.file("etc/hostname", b"ringzero\n")
+        archive.file("etc/hosts", b"127.0.0.1 localhost ringzero\n")
+        archive.file("etc/profile", PROFILE.encode())
+    return out.getvalue()
+
+
+def busybox_applets(busybox: Path) -> list[str]:
+    """Ask a busybox which commands are in it. It is a static program for x86-64, so this host can run it."""
+    try:
+        listed = subprocess.run([str(busybox), "--list-full"], capture_output=True, text=True, check=True, timeout=30)
+    except (OSError, subprocess.SubprocessError) as error:
+        raise FetchError(f"the fetched busybox does not run on this machine: {error}") from error
+    return [line for line in listed.stdout.split() if line]
+
+
+def collect_modules(tree: Path) -> dict[str, bytes]:
+    """Read the modules that the agent loads from an unpacked kernel package; absent ones are left out."""
+    found = {}
+    for name in MODULES:
+        for path in sorted(tree.glob(f"**/{name}*")):
+            data = path.read_bytes()
+            if path.name == name:
+                found[name] = data
+            elif path.suffix == ".xz":
+                found[name] = lzma.decompress(data)
+    return found
