@@ -252,6 +252,38 @@ u64 run_user(u64 rip, u64 rsp, u64 cs, u64 rflags, struct user_state *registers)
     return vector;
 }
 
+void check_trap(const char *name, u64 got, u64 vector, u64 error, u64 rip)
+{
+    const struct frame *frame = &last_trap.frame;
+    if (got == vector && (got == NO_TRAP || (frame->error == error && (!rip || frame->rip == rip)))) {
+        say("ok %s\n", name);
+        return;
+    }
+    failures++;
+    if (got == NO_TRAP)
+        say("FAIL %s got no trap want vector %lu error 0x%lx\n", name, vector, error);
+    else
+        say("FAIL %s got vector %lu error 0x%lx rip 0x%lx cr2 0x%lx want vector %lu error 0x%lx rip 0x%lx\n", name, got, frame->error,
+            frame->rip, last_trap.cr2, vector, error, rip);
+}
+
+void expect_trap(const char *name, void *function, void *argument, u64 vector, u64 error, u64 rip)
+{
+    u64 got = catch((void (*)(void *))function, argument);
+    check_trap(name, got, vector, error, rip);
+}
+
+void expect_page_fault(const char *name, void *function, u64 address, u64 error, u64 cr2)
+{
+    u64 got = catch((void (*)(void *))function, (void *)address);
+    if (got == PF && last_trap.cr2 != cr2) {
+        failures++;
+        say("FAIL %s got cr2 0x%lx want 0x%lx\n", name, last_trap.cr2, cr2);
+        return;
+    }
+    check_trap(name, got, PF, error, 0);
+}
+
 static void set_up_traps(void)
 {
     for (unsigned vector = 0; vector < 256; vector++)

@@ -83,6 +83,17 @@ u64 catch(void (*function)(void *), void *argument);
 void enter_user(void *state);
 /* Run `rip` at CPL 3 until it traps (int $0x80 is the polite way); returns the vector. */
 u64 run_user(u64 rip, u64 rsp, u64 cs, u64 rflags, struct user_state *registers);
+/* Report `ok` when function(argument) traps with this vector, error code and (unless 0) saved rip. */
+void expect_trap(const char *name, void *function, void *argument, u64 vector, u64 error, u64 rip);
+/* The same for the page fault of an access to `address`. */
+void expect_page_fault(const char *name, void *function, u64 address, u64 error, u64 cr2);
+/* The last trap, whoever ran into it, against what it should have been. */
+void check_trap(const char *name, u64 got_vector, u64 vector, u64 error, u64 rip);
+/* Machine code by name, for functions whose every byte matters: rdi is the argument. */
+#define CODE(name, text) \
+    asm(".pushsection .text\n.balign 16\n.globl " #name "\n" #name ":\n" text "\n.popsection"); \
+    extern u8 name[]
+#define LABEL(name) extern u8 name[]
 void set_gate(unsigned vector, void *handler, unsigned ist, unsigned dpl, unsigned type);
 
 enum { GATE_INTERRUPT = 14, GATE_TRAP = 15 };
