@@ -1,0 +1,116 @@
+"""The command line of the benchmarks; `ringzero.cli` hangs `app` up as `ringzero bench`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from ringzero.bench import boot as boot_bench
+from ringzero.bench import compute as compute_bench
+from ringzero.bench import guests, report
+from ringzero.bench import idle as idle_bench
+from ringzero.errors import InputError
+
+__all__ = ["app"]
+
+app = typer.Typer(
+    help="Measure this machine: always a ratio, interleaved, in one run.",
+    no_args_is_help=True,
+    add_completion=False,
+)
+
+Runs = Annotated[int, typer.Option(min=1, help="Runs of each engine; medians want at least 5.")]
+Engine = Annotated[str, typer.Option(help="Our engine: translate or interpret.")]
+Json = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write all figures as JSON, too.")]
+WithoutQemu = Annotated[bool, typer.Option("--without-qemu", help="Measure ringzero alone.")]
+
+
+def kernels(series: list[str], files: list[Path]) -> list[tuple[str, Path]]:
+    """Return the kernels to boot, as (name, file). Raises InputError for a file that is not there."""
+    for file in files:
+        if not file.is_file():
+            raise InputError(f"there is no kernel {file}")
+    return [(file.name, file) for file in files] or [(name, guests.kernel(name)) for name in series]
+
+
+@app.command()
+def boot(
+    runs: Runs = 5,
+    linux: Annotated[list[str] | None, typer.Option(help="Debian kernel series; may be repeated.")] = None,
+    kernel: Annotated[list[Path] | None, typer.Option(help="A kernel file instead; may be repeated.")] = None,
+    engine: Engine = "translate",
+    memory: Annotated[int, typer.Option(min=64, help="Guest memory in MiB.")] = 256,
+    timeout: Annotated[float, typer.Option(help="Seconds after which a run counts as failed.")] = 120.0,
+    without_qemu: WithoutQemu = False,
+    json: Json = None,
+) -> None:
+    """Start to power-off of Debian's kernels, against QEMU TCG; how many of the runs got there."""
+    console = Console()
+    described = report.machine()
+    bench = boot_bench.BootBench(
+        kernels=kernels(linux or ["6.1", "6.12"], kernel or []),
+        engine=engine,
+        runs=runs,
+        memory=memory,
+        timeout=timeout,
+        with_qemu=not without_qemu,
+    )
+    report.say_machine(console, described)
+    outcomes = bench.measure(console)
+    boot_bench.show(console, outcomes)
+    if json is not None:
+        report.write_json(json, boot_bench.as_json(outcomes, described))
+    if any(len(one.good) < len(one.runs) for one in outcomes):
+        raise typer.Exit(1)
+
+
+@app.command()
+def compute(
+    runs: Runs = 5,
+    linux: Annotated[str, typer.Option(help="Debian kernel series.")] = "6.1",
+    kernel: Annotated[Path | None, typer.Option(help="A kernel file instead.")] = None,
+    engine: Engine = "translate",
+    memory: Annotated[int, typer.Option(min=384, help="Guest memory in MiB.")] = 512,
+    timeout: Annotated[
+        float, typer.Option(help="Seconds that one boot with the whole set may take.")
+    ] = 600.0,
+    without_qemu: WithoutQemu = False,
+    json: Json = None,
+) -> None:
+    """Fourteen programs under ringzero, QEMU TCG and on the bare machine, with geometric means."""
+    console = Console()
+    described = report.machine()
+    [(_, file)] = kernels([linux], [kernel] if kernel is not None else [])
+    bench = compute_bench.ComputeBench(
+        kernel=file, engine=engine, runs=runs, memory=memory, timeout=timeout, with_qemu=not without_qemu
+    )
+    report.say_machine(console, described)
+    results = bench.measure(console)
+    compute_bench.show(console, results, engine)
+    if json is not None:
+        report.write_json(json, compute_bench.as_json(results, described, engine))
+    if results.complaints():
+        raise typer.Exit(1)
+
+
+@app.command()
+def idle(
+    image: Annotated[str, typer.Option(help="The image to boot.")] = "debian",
+    engine: Engine = "translate",
+    memory: Annotated[int, typer.Option(min=64, help="Guest memory in MiB.")] = 256,
+    seconds: Annotated[float, typer.Option(min=1.0, help="How long to watch.")] = 20.0,
+    json: Json = None,
+) -> None:
+    """Processor time and memory of a guest that waits at its prompt."""
+    console = Console()
+    described = report.machine()
+    report.say_machine(console, described)
+    measured = idle_bench.IdleBench(image=image, engine=engine, memory=memory, seconds=seconds).measure(
+        console
+    )
+    idle_bench.show(console, measured)
+    if json is not None:
+        report.write_json(json, idle_bench.as_json(measured, described))

@@ -1,0 +1,79 @@
+"""What runs inside the engines that are compared: kernels from the image cache, initramfs made here."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+from ringzero import images
+from ringzero.errors import InternalError
+from ringzero.images.newc import NewcWriter
+
+__all__ = ["POWEROFF", "boot_initramfs", "busybox", "compute_initramfs", "kernel", "program"]
+
+POWEROFF = "poweroff"
+"""The argument with which the bench program, as /init, powers the machine off at once."""
+
+
+def program() -> Path:
+    """Return the bench program: /init of a guest, or an ordinary program of this host (guests/bench)."""
+    path = Path(images.__file__).parent / "builtin" / "bench"
+    if not path.is_file():
+        raise InternalError(
+            f"the bench program is missing from the package ({path}): build it with tools/dev guests"
+        )
+    return path
+
+
+def kernel(series: str) -> Path:
+    """Return Debian's cloud kernel of a series, "6.1" or "6.12", pulled first if it is not in the cache."""
+    return images.pull("debian", series).kernel
+
+
+def busybox() -> bytes:
+    """Return the static busybox of the default image."""
+    initrd = images.pull("debian").initrd
+    found = None if initrd is None else member(initrd.read_bytes(), "bin/busybox")
+    if found is None:
+        raise InternalError(
+            "the debian image holds no bin/busybox: pull it again with `ringzero pull debian --force`"
+        )
+    return found
+
+
+def boot_initramfs() -> bytes:
+    """Return an initramfs whose /init can do nothing but say that it runs and power off."""
+    return _initramfs(None)
+
+
+def compute_initramfs() -> bytes:
+    """Return an initramfs that runs the whole compute set and powers off."""
+    return _initramfs(busybox())
+
+
+def _initramfs(tools: bytes | None) -> bytes:
+    out = io.BytesIO()
+    with NewcWriter(out) as archive:
+        archive.device("dev/console", 5, 1)
+        archive.device("dev/null", 1, 3, mode=0o666)
+        archive.file("init", program().read_bytes(), 0o755)
+        if tools is not None:
+            archive.file("bin/busybox", tools, 0o755)
+    return out.getvalue()
+
+
+def member(archive: bytes, name: str) -> bytes | None:
+    """Return one file of a newc archive of our own making, or None (Linux, buffer-format.rst)."""
+    at = 0
+    while archive[at : at + 6] == b"070701":
+        fields = [int(archive[at + 6 + 8 * i : at + 14 + 8 * i], 16) for i in range(13)]
+        size, name_size = fields[6], fields[11]
+        start = _padded(at + 110 + name_size)
+        if archive[at + 110 : at + 110 + name_size - 1].decode() == name:
+            return archive[start : start + size]
+        at = _padded(start + size)
+    return None
+
+
+def _padded(offset: int) -> int:
+    return (offset + 3) & ~3
