@@ -43,6 +43,11 @@ QEMU = [
 # Where QEMU 7.2 itself is wrong and the bare processor (--native, or the manual) is right.
 QEMU_DEFECTS = {
     "arithmetic": {"blsi"},  # CF inverted; fixed in QEMU 8.0
+    "exceptions": {
+        "icebp", "lock-load", "ltr-null",
+        "xm", "xm-off",  # no unmasked SSE exceptions
+        "gate-bad-type", "gate-not-present", "gate-beyond-idt", "serial-fault", "user-int-gate-level",  # vector * 16 + 2
+    },
     "paging": {
         "non-canonical-stack",  # #SS for the stack segment, QEMU raises #GP
         "missing-modify", "straddle-missing-add",  # a read-modify-write faults as a write (seen on the bare processor)

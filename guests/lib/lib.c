@@ -201,6 +201,8 @@ u64 digest(u64 before, u64 value)
 
 bool is_intel(void) { return cpuid(0, 0).b == 0x756e6547; } /* "Genu" */
 
+bool under_qemu(void) { return has1c(31) && cpuid(0x40000000, 0).b == 0x54474354; } /* "TCGT" */
+
 /* ---- traps ---- */
 
 void set_gate(unsigned vector, void *handler, unsigned ist, unsigned dpl, unsigned type)

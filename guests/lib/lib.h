@@ -190,6 +190,7 @@ INSTRUCTION bool has7c(int bit) { return cpuid(0, 0).a >= 7 && (cpuid(7, 0).c >>
 INSTRUCTION bool has_ext_c(int bit) { return cpuid(0x80000001, 0).c >> bit & 1; }
 INSTRUCTION bool has_ext_d(int bit) { return cpuid(0x80000001, 0).d >> bit & 1; }
 bool is_intel(void);
+bool under_qemu(void); /* QEMU's TCG: lax where the manual wants a fault, so a few checks would not survive there */
 
 enum { FLAG_CF = 1, FLAG_PF = 4, FLAG_AF = 0x10, FLAG_ZF = 0x40, FLAG_SF = 0x80, FLAG_TF = 0x100, FLAG_IF = 0x200,
        FLAG_DF = 0x400, FLAG_OF = 0x800, FLAG_NT = 0x4000, FLAG_RF = 0x10000, FLAG_AC = 0x40000, FLAG_ID = 0x200000 };
