@@ -56,7 +56,7 @@ class BootBench:
     with_qemu: bool = True
 
     def measure(self, console: Console) -> list[Outcome]:
-        """Run everything, interleaved: a round is each kernel under each engine, and rounds alternate in order."""
+        """Run everything, interleaved: a round is each kernel under each engine."""
         engines = [self.engine, *(["qemu"] if self.with_qemu else [])]
         collected: dict[tuple[str, str], list[Run]] = {(k, e): [] for k, _ in self.kernels for e in engines}
         with tempfile.TemporaryDirectory(prefix="ringzero-bench-") as folder:
@@ -89,8 +89,8 @@ def ratios(outcomes: Sequence[Outcome]) -> dict[str, float]:
 def show(console: Console, outcomes: Sequence[Outcome]) -> None:
     """Print the table, and how each failed run ended."""
     against = ratios(outcomes)
-    table = Table(title="start to power-off, whole process", title_justify="left")
-    for heading in ("kernel", "engine", "median", "spread", "reached /init and powered off", "QEMU / this"):
+    table = Table(title="start of the process to power-off of the guest", title_justify="left")
+    for heading in ("kernel", "engine", "median", "spread", "good runs", "QEMU / this"):
         table.add_column(heading, justify="left" if heading in ("kernel", "engine") else "right")
     for one in outcomes:
         seconds = one.seconds

@@ -1,7 +1,7 @@
 """`ringzero bench compute`: fourteen programs under ringzero, under QEMU TCG, and on the bare machine.
 
-Times are taken inside, by the guest's clock; the host's clock checks that clock from outside, and the checksums
-of what was computed must agree between all engines.
+Times are taken inside, by the guest's clock; the host's clock checks that one from outside, and the
+checksums of what was computed must agree between all engines.
 """
 
 from __future__ import annotations
@@ -177,7 +177,7 @@ def show(console: Console, results: Results, engine: str) -> None:
     """Print the table and the geometric means."""
     with_qemu = "qemu" in results.rounds
     table = Table(title="compute, medians", title_justify="left")
-    table.add_column("item")
+    table.add_column("item", no_wrap=True)
     table.add_column("native", justify="right")
     table.add_column(engine, justify="right")
     table.add_column("spread", justify="right")
@@ -207,7 +207,7 @@ def show(console: Console, results: Results, engine: str) -> None:
     to_qemu = results.means("qemu", engine) if with_qemu else {}
     for group, value in to_native.items():
         qemu = ("", report.ratio(to_qemu[group])) if with_qemu else ()
-        table.add_row(f"geometric mean, {group}", "", "", "", report.ratio(value), *qemu)
+        table.add_row(f"geomean, {group}", "", "", "", report.ratio(value), *qemu)
     console.print(table)
     for complaint in results.complaints():
         console.print(f"WRONG: {complaint}", markup=False, style="red")

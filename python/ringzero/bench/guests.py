@@ -65,7 +65,7 @@ def _initramfs(tools: bytes | None) -> bytes:
 def member(archive: bytes, name: str) -> bytes | None:
     """Return one file of a newc archive of our own making, or None (Linux, buffer-format.rst)."""
     at = 0
-    while archive[at : at + 6] == b"070701":
+    while archive[at : at + 6] == b"070701" and at + 110 <= len(archive):
         fields = [int(archive[at + 6 + 8 * i : at + 14 + 8 * i], 16) for i in range(13)]
         size, name_size = fields[6], fields[11]
         start = _padded(at + 110 + name_size)

@@ -20,7 +20,7 @@ from ringzero.errors import GuestError
 
 __all__ = ["Idle", "IdleBench"]
 
-# A shell's prompt ends what was printed; colours and the cursor question of busybox's line editor do not count.
+# A shell's prompt ends what was printed; colours and questions of busybox's line editor do not count.
 PROMPT = re.compile(rb"[#$] $")
 ESCAPES = re.compile(rb"\x1b\[[0-9;?]*[A-Za-z]")
 SETTLE_SECONDS = 3.0

@@ -1,0 +1,149 @@
+"""The benchmarks' own arithmetic and their readers: a wrong figure is worse than none."""
+
+import io
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+import pytest
+
+from ringzero.bench import compute, engines, figures, guests
+from ringzero.bench.engines import Run
+from ringzero.errors import GuestError, InputError
+from ringzero.images.newc import NewcWriter
+
+
+def whole_run(names: Iterable[str] = tuple(compute.CLASSES), *, status: int = 0, clock: float = 1.0) -> Run:
+    """Return a run of one second an item by the host's clock, `clock` seconds by the guest's."""
+    lines: list[tuple[float, str]] = []
+    for number, name in enumerate(names):
+        lines += [
+            (2.0 * number, "BENCH-START"),
+            (2.0 * number + 1.0, "[    0.1] some kernel message BENCH-STOP"),
+            (2.0 * number + 1.1, f"BENCH {name} {int(clock * 1e9)} {number:016x}"),
+        ]
+    return Run(2.0 * len(lines), status, False, lines)
+
+
+def test_the_geometric_mean_does_not_care_which_engine_is_the_unit() -> None:
+    ratios = [0.5, 2.0, 8.0]
+    assert figures.geometric_mean(ratios) == pytest.approx(2.0)
+    assert figures.geometric_mean(1 / ratio for ratio in ratios) == pytest.approx(0.5)
+
+
+def test_a_sample_is_its_median_and_range() -> None:
+    sample = figures.sample([4.0, 1.0, 2.0])
+    assert (sample.median, sample.low, sample.high, sample.spread) == (2.0, 1.0, 4.0, 0.75)
+    with pytest.raises(ValueError, match="nothing"):
+        figures.sample([])
+
+
+def test_a_whole_run_is_parsed() -> None:
+    items = compute.parse(whole_run())
+    assert set(items) == set(compute.CLASSES)
+    assert items["sort"] == compute.Item(1.0, pytest.approx(1.0), f"{len(compute.CLASSES) - 1:016x}")
+
+
+@pytest.mark.parametrize("run", [whole_run(["awk"]), whole_run(status=4)], ids=["items missing", "panic"])
+def test_a_run_that_is_not_whole_gives_no_figure(run: Run) -> None:
+    with pytest.raises(GuestError):
+        compute.parse(run)
+
+
+def test_times_of_an_item_in_several_parts_are_added() -> None:
+    first = [(0.0, "BENCH-START"), (0.25, "BENCH-STOP"), (5.0, "BENCH-START"), (5.5, "BENCH-STOP")]
+    rest = whole_run(name for name in compute.CLASSES if name != "gzip")
+    run = Run(9.0, 0, False, [*first, (5.6, f"BENCH gzip 750000000 {0:016x}"), *rest.lines])
+    assert compute.parse(run)["gzip"].host_seconds == pytest.approx(0.75)
+
+
+def test_a_guest_clock_that_flatters_is_called_wrong() -> None:
+    results = compute.Results()
+    results.add("native", compute.parse(whole_run()))
+    results.add("translate", compute.parse(whole_run()))
+    assert results.complaints() == []
+    results.add("translate", compute.parse(whole_run(clock=0.5)))
+    complaints = results.complaints()
+    assert len(complaints) == len(compute.CLASSES)
+    assert "the guest's clock says 0.500 s, the host's 1.000 s" in complaints[0]
+
+
+def test_a_wrong_result_is_called_wrong() -> None:
+    results = compute.Results()
+    results.add("native", compute.parse(whole_run()))
+    results.add("translate", compute.parse(whole_run(reversed(compute.CLASSES))))
+    assert "the checksums differ" in results.complaints()[0]
+
+
+def test_means_are_of_qemu_over_ours() -> None:
+    results = compute.Results()
+    results.add("translate", compute.parse(whole_run()))
+    results.add("qemu", compute.parse(whole_run(clock=3.0)))
+    assert results.means("qemu", "translate") == {
+        group: pytest.approx(3.0) for group in ("all", "user", "float", "kernel")
+    }
+
+
+def test_without_qemu_the_sentence_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "/nonexistent")
+    with pytest.raises(InputError, match="qemu-system-x86"):
+        engines.qemu_command(engines.Guest(Path("k"), Path("i"), "", 256))
+
+
+def test_both_engines_get_the_same_guest(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shutil.which", lambda name: f"/bin/{name}")
+    guest = engines.Guest(Path("/k"), Path("/i"), "console=ttyS0 -- poweroff", 256)
+    for command in (engines.qemu_command(guest), engines.ringzero_command(guest)):
+        for words in (["/k"], ["/i"], ["console=ttyS0 -- poweroff"], ["256M"]):
+            assert set(words) <= set(command)
+
+
+def test_a_run_that_hangs_is_stopped() -> None:
+    run = engines.run(
+        [sys.executable, "-c", "print('here', flush=True); import time; time.sleep(60)"], timeout=2
+    )
+    assert run.timed_out
+    assert run.seconds < 30
+    assert run.has("here")
+
+
+def test_a_run_keeps_status_and_lines() -> None:
+    run = engines.run(["sh", "-c", "printf 'one\\r\\ntwo\\n'; exit 3"], timeout=30)
+    assert (run.status, run.timed_out, [line for _, line in run.lines]) == (3, False, ["one", "two"])
+
+
+def test_a_file_comes_out_of_an_initramfs_as_it_went_in() -> None:
+    out = io.BytesIO()
+    with NewcWriter(out) as archive:
+        archive.file("init", b"first")
+        archive.file("bin/busybox", b"second, of another length", 0o755)
+    assert guests.member(out.getvalue(), "bin/busybox") == b"second, of another length"
+    assert guests.member(out.getvalue(), "bin/sh") is None
+    assert guests.member(out.getvalue()[:50], "init") is None
+
+
+@pytest.mark.needs_debian
+def test_the_bench_program_runs_on_the_bare_machine(tmp_path: Path) -> None:
+    tools = tmp_path / "busybox"
+    tools.write_bytes(guests.busybox())
+    tools.chmod(0o755)
+    first, second = (
+        compute.parse(engines.run([str(guests.program()), "all", str(tools), str(tmp_path)], timeout=120))
+        for _ in range(2)
+    )
+    assert {name: item.checksum for name, item in first.items()} == {
+        name: item.checksum for name, item in second.items()
+    }
+    assert not list(tmp_path.glob("text*"))
+
+
+@pytest.mark.needs_debian
+@pytest.mark.needs_qemu
+def test_the_boot_guest_powers_qemu_off(tmp_path: Path) -> None:
+    from ringzero.bench import boot
+
+    initrd = tmp_path / "initrd"
+    initrd.write_bytes(guests.boot_initramfs())
+    guest = engines.Guest(guests.kernel("6.1"), initrd, boot.APPEND, 256)
+    outcome = boot.Outcome("6.1", "qemu", (engines.run(engines.qemu_command(guest), timeout=120),))
+    assert outcome.good, outcome.runs[0].tail()
