@@ -8,7 +8,8 @@ use std::marker::PhantomData;
 use std::ptr;
 use std::sync::atomic::{AtomicU8, AtomicU16, AtomicU32, AtomicU64, Ordering};
 
-use x86::PAGE_SIZE;
+use host::map::Map;
+use x86::{Mpn, PAGE_SHIFT, PAGE_SIZE};
 
 /// One machine page.
 #[derive(Clone, Copy, Debug)]
@@ -17,13 +18,17 @@ pub struct PageRef<'pool> {
     pool: PhantomData<&'pool ()>,
 }
 
-impl PageRef<'_> {
-    /// # Safety
-    /// `base` is the first byte of a mapped, writable page that stays mapped for the lifetime of the result.
-    pub(crate) unsafe fn new(base: *mut u8) -> Self {
-        PageRef { base, pool: PhantomData }
+impl<'pool> PageRef<'pool> {
+    /// The machine page of a pool's map, which is mapped readable and writable as long as the pool lives.
+    pub(crate) fn in_map(map: &'pool Map, mpn: Mpn) -> Self {
+        let offset = (mpn.0 as usize) << PAGE_SHIFT;
+        assert!(offset < map.size(), "machine page outside the pool");
+        // SAFETY: inside the map (checked), and the result borrows the map.
+        PageRef { base: unsafe { map.base().as_ptr().add(offset) }, pool: PhantomData }
     }
+}
 
+impl PageRef<'_> {
     /// The host address of the page: for addends of the soft TLB.
     #[must_use]
     pub fn host_address(self) -> u64 {

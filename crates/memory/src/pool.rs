@@ -59,9 +59,7 @@ impl Pool {
 
     #[must_use]
     pub fn page(&self, mpn: Mpn) -> PageRef<'_> {
-        assert!(mpn.0 < self.capacity, "machine page outside the pool");
-        // SAFETY: inside the map (checked), which lives as long as `self`; it is mapped readable and writable.
-        unsafe { PageRef::new(self.map.base().as_ptr().add((mpn.0 << PAGE_SHIFT) as usize)) }
+        PageRef::in_map(&self.map, mpn)
     }
 
     /// How many pages are given out.
