@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from house import checks, run, setup, tests
 from house.shell import Failed
 
+ENGINES = ("interpret", "translate")
+
 
 def parser() -> argparse.ArgumentParser:
     """Return the parser of tools/dev."""
@@ -45,6 +47,12 @@ def parser() -> argparse.ArgumentParser:
         "ends the run with status 1 and prints the seed that repeats it.",
     )
     fuzz.add_argument("--minutes", type=float, default=60.0, help="how long (default: 60)")
+    fuzz.add_argument(
+        "--engine",
+        action="append",
+        choices=ENGINES,
+        help="compare only this engine; may be repeated (default: both)",
+    )
     fuzz.add_argument("--seed", type=int, default=None, help="first seed (default: from the clock)")
 
     bench = commands.add_parser(
@@ -84,7 +92,7 @@ def main(arguments: Sequence[str]) -> int:
             case "guests":
                 setup.guests()
             case "fuzz":
-                return tests.fuzz(options.minutes, options.seed)
+                return tests.fuzz(options.minutes, options.seed, options.engine or ENGINES)
             case "bench":
                 setup.prepare()
                 return run.ringzero(["bench", *options.arguments])

@@ -76,24 +76,33 @@ def test(only: Sequence[str] = ()) -> int:
     return 1 if failed else 0
 
 
-def fuzz(minutes: float, seed: int | None) -> int:
-    """Compare random instruction sequences until the time is over; return 0 if no difference was found."""
+def fuzz(minutes: float, seed: int | None, engines: Sequence[str]) -> int:
+    """Compare random instruction sequences with the bare processor, the engines sharing the time evenly.
+
+    Returns 0 if no difference was found. Raises Failed when the machine cannot build it.
+    """
     setup.system()
     first = seed if seed is not None else int(time.time())
-    say(f"random instructions for {minutes:g} minutes, first seed {first}")
-    status, _, _ = watch(
-        [
-            "cargo",
-            "test",
-            "--release",
-            "--locked",
-            "-p",
-            "ringzero-processor",
-            "--",
-            "--ignored",
-            "--nocapture",
-            "fuzz",
-        ],
-        extra={"RINGZERO_FUZZ_SECONDS": str(int(minutes * 60)), "RINGZERO_FUZZ_SEED": str(first)},
-    )
-    return status
+    failed = False
+    for engine in engines:
+        share = minutes / len(engines)
+        say(
+            f"random instructions: {engine} against the bare processor, {share:g} minutes, first seed {first}"
+        )
+        words = ["--engine", engine, "--minutes", f"{share:g}", "--seed", str(first)]
+        status, _, _ = watch(
+            [
+                "cargo",
+                "run",
+                "--release",
+                "--locked",
+                "-p",
+                "ringzero-processor",
+                "--example",
+                "fuzz",
+                "--",
+                *words,
+            ]
+        )
+        failed |= status != 0
+    return 1 if failed else 0
