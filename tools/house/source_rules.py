@@ -13,7 +13,7 @@ UNSAFE_PLACES = (
     "crates/processor/src/code_cache.rs",
     "crates/processor/src/translate/enter.rs",
     "crates/processor/src/kvm/",
-    # The oracle of the comparing tests (feature `testing`, in no wheel): runs instructions on the bare processor.
+    # The oracle of the comparing tests, in no wheel: runs instructions on the bare processor.
     "crates/processor/src/native/",
 )
 FORBID_UNSAFE = ("x86", "io", "paravirt", "monitor")
