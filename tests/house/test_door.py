@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from house import setup, tests
+from house.shell import Failed
 
 DEV = Path(__file__).resolve().parents[2] / "tools/dev"
 
@@ -60,3 +61,24 @@ def test_the_digest_sees_names_and_contents(tmp_path: Path, monkeypatch: pytest.
     assert setup.digest([one]) != before
     one.unlink()
     assert setup.digest([one]) != before
+
+
+def test_without_root_it_says_what_to_type(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.geteuid", lambda: 1000)
+    monkeypatch.setattr("shutil.which", lambda name: "/usr/bin/apt-get" if name == "apt-get" else None)
+    with pytest.raises(
+        Failed, match=r"`sudo apt-get install -y --no-install-recommends gcc libc6-dev`"
+    ) as raised:
+        setup.apt_install(["gcc", "libc6-dev"])
+    assert raised.value.status == 2
+
+
+@pytest.mark.parametrize("found", [None, (1, 63)])
+def test_an_old_rust_is_named_with_what_to_install(
+    monkeypatch: pytest.MonkeyPatch, found: tuple[int, ...] | None
+) -> None:
+    monkeypatch.setattr(setup, "which", lambda name: None)
+    monkeypatch.setattr(setup, "apt_has", lambda name: False)
+    monkeypatch.setattr(setup, "rust_version", lambda: found)
+    with pytest.raises(Failed, match=r"Rust 1\.\d+ or newer is needed .*rustup"):
+        setup.rust()
