@@ -1,0 +1,3 @@
+//! x87, MMX, SSE and AVX for the interpreter.
+
+pub mod features;

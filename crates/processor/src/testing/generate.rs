@@ -1,0 +1,710 @@
+//! Makes random instruction sequences: random bytes in the shape of instructions, of which those are kept that a user
+//! program may run and whose memory operands lie in the arena.
+
+use iced_x86::{
+    Code, ConstantOffsets, CpuidFeature as F, Decoder, DecoderOptions, FlowControl, Instruction, InstructionInfoFactory,
+    Mnemonic, OpKind, Register,
+};
+use x86::Gva;
+
+use super::flags;
+use super::random::Random;
+use crate::native::sequence::{CONSTANT_OFFSET, DATA_OFFSET, DATA_SIZE};
+use crate::simd::features;
+
+/// Which instructions a sequence is made of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Kinds {
+    pub integer: bool,
+    pub x87: bool,
+    /// MMX and SSE.
+    pub sse: bool,
+    pub avx: bool,
+}
+
+impl Kinds {
+    pub const INTEGER: Kinds = Kinds { integer: true, x87: false, sse: false, avx: false };
+    pub const SIMD: Kinds = Kinds { integer: false, x87: true, sse: true, avx: true };
+    pub const ALL: Kinds = Kinds { integer: true, x87: true, sse: true, avx: true };
+}
+
+/// Something in an item that depends on where it comes to lie.
+#[derive(Clone, Copy, Debug)]
+enum Fix {
+    /// A 32-bit displacement at `at`, relative to `end`, that names a place in the arena.
+    Place { at: usize, end: usize, arena: i64 },
+    /// An 8-bit displacement in the last byte, over the next `items` items.
+    Skip { items: usize },
+}
+
+/// One or a few instructions that belong together.
+#[derive(Clone, Debug, Default)]
+struct Item {
+    bytes: Vec<u8>,
+    fixes: Vec<Fix>,
+}
+
+impl Item {
+    fn append(&mut self, other: &Item) {
+        let base = self.bytes.len();
+        self.bytes.extend_from_slice(&other.bytes);
+        self.fixes.extend(other.fixes.iter().map(|fix| match *fix {
+            Fix::Place { at, end, arena } => Fix::Place { at: at + base, end: end + base, arena },
+            skip @ Fix::Skip { .. } => skip,
+        }));
+    }
+
+    fn of(bytes: &[u8]) -> Item {
+        Item { bytes: bytes.to_vec(), fixes: Vec::new() }
+    }
+}
+
+/// A sequence that keeps the promise of [`crate::native::sequence::Arena::run`]: only this file makes one.
+#[derive(Clone, Debug)]
+pub struct Sequence {
+    items: Vec<Item>,
+    /// Numbers of the two registers that hold pointers into the data.
+    pub pointers: [usize; 2],
+    pub code: Vec<u8>,
+    /// Where each instruction starts, and the end; and the flags that are undefined there.
+    pub undefined: Vec<(u64, u64)>,
+}
+
+impl Sequence {
+    /// The number of parts that can be left out one by one.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.items.len()
+    }
+
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.items.is_empty()
+    }
+
+    /// The same without `count` parts from `first`; `None` if that would read undefined flags.
+    #[must_use]
+    pub fn without(&self, first: usize, count: usize) -> Option<Sequence> {
+        let mut items = self.items.clone();
+        items.drain(first..(first + count).min(self.items.len()));
+        Sequence::assemble(items, self.pointers)
+    }
+
+    fn assemble(items: Vec<Item>, pointers: [usize; 2]) -> Option<Sequence> {
+        let mut starts = vec![0_usize];
+        for item in &items {
+            starts.push(starts.last()? + item.bytes.len());
+        }
+        let mut code = Vec::with_capacity(*starts.last()?);
+        for (index, item) in items.iter().enumerate() {
+            let start = starts[index];
+            code.extend_from_slice(&item.bytes);
+            for fix in &item.fixes {
+                match *fix {
+                    Fix::Place { at, end, arena } => {
+                        let displacement = (arena - (start + end) as i64) as i32;
+                        code[start + at..start + at + 4].copy_from_slice(&displacement.to_le_bytes());
+                    }
+                    Fix::Skip { items: over } => {
+                        let end = starts[index + 1];
+                        let mut target = (index + 1 + over).min(items.len());
+                        while starts[target] - end > 127 {
+                            target -= 1;
+                        }
+                        code[end - 1] = (starts[target] - end) as u8;
+                    }
+                }
+            }
+        }
+        let instructions = decode(&code, Gva(0));
+        let entry = flags::undefined(&instructions)?;
+        let mut undefined: Vec<_> = instructions.iter().zip(&entry).map(|(i, flags)| (i.ip(), *flags)).collect();
+        undefined.push((code.len() as u64, *entry.last()?));
+        Some(Sequence { items, pointers, code, undefined })
+    }
+
+    /// The undefined flags when control is at `rip`, an offset in the code.
+    #[must_use]
+    pub fn undefined_at(&self, rip: u64) -> u64 {
+        self.undefined.iter().find(|(start, _)| *start == rip).map_or(0, |(_, flags)| *flags)
+    }
+}
+
+/// All instructions of `code`.
+#[must_use]
+pub fn decode(code: &[u8], base: Gva) -> Vec<Instruction> {
+    Decoder::with_ip(64, code, base.0, DecoderOptions::NONE).iter().collect()
+}
+
+/// A memory operand's bytes.
+struct Form {
+    /// ModRM without the reg field, SIB, displacement.
+    bytes: Vec<u8>,
+    b: u8,
+    x: u8,
+    /// What must run before it: keeps an index small.
+    setup: Item,
+    index: Option<u8>,
+    arena: Option<i64>,
+}
+
+const RSP: u8 = 4;
+
+pub struct Generator {
+    random: Random,
+    kinds: Kinds,
+    factory: InstructionInfoFactory,
+    pointers: [u8; 2],
+}
+
+impl Generator {
+    #[must_use]
+    pub fn new(seed: u64, kinds: Kinds) -> Generator {
+        let mut random = Random::new(seed);
+        let mut candidates: Vec<u8> = (0..16).filter(|r| *r != RSP).collect();
+        let first = candidates.remove(random.below(candidates.len()));
+        let second = candidates.remove(random.below(candidates.len()));
+        Generator { random, kinds, factory: InstructionInfoFactory::new(), pointers: [first, second] }
+    }
+
+    pub fn sequence(&mut self) -> Sequence {
+        let pointers = self.pointers.map(usize::from);
+        let length = 1 + self.random.below(24);
+        let mut best = Sequence::assemble(Vec::new(), pointers).unwrap_or_else(|| unreachable!("an empty sequence"));
+        while best.len() < length {
+            let mut items = best.items.clone();
+            let item = self.item();
+            items.push(item);
+            // An item that reads undefined flags is not taken.
+            if let Some(longer) = Sequence::assemble(items, pointers) {
+                best = longer;
+            }
+        }
+        best
+    }
+
+    fn item(&mut self) -> Item {
+        loop {
+            let item = match self.random.below(if self.kinds.integer { 100 } else { 74 }) {
+                0..74 => self.plain(),
+                74..82 => Some(self.skip()),
+                82..86 => self.repeat(),
+                86..90 => self.call(),
+                90..95 => self.string(),
+                95..97 => Some(self.pop_flags()),
+                _ => self.divide(),
+            };
+            if let Some(item) = item {
+                return item;
+            }
+        }
+    }
+
+    fn place(&mut self) -> i64 {
+        let place = if self.random.chance(4) {
+            CONSTANT_OFFSET + self.random.below(0x800)
+        } else {
+            DATA_OFFSET + 0x1000 + self.random.below(DATA_SIZE - 0x2000)
+        };
+        self.aligned(place as i64)
+    }
+
+    fn aligned(&mut self, value: i64) -> i64 {
+        let alignment = self.random.pick(&[1, 1, 8, 16, 32, 32, 64]);
+        value & !(alignment - 1)
+    }
+
+    fn is_pointer(&self, register: u8) -> bool {
+        register == RSP || self.pointers.contains(&register)
+    }
+
+    /// A memory operand relative to a pointer, with or without index, or to RIP.
+    fn form(&mut self) -> Form {
+        let mut form = Form { bytes: vec![], b: 0, x: 0, setup: Item::default(), index: None, arena: None };
+        if self.random.chance(15) {
+            form.bytes = vec![5, 0, 0, 0, 0];
+            form.arena = Some(self.place());
+            return form;
+        }
+        let base = self.random.pick(&[self.pointers[0], self.pointers[1], self.pointers[0], RSP]);
+        form.b = base >> 3;
+        let wide = self.random.chance(30);
+        let none = !wide && base & 7 != 5 && self.random.chance(20);
+        let mode = if none { 0 } else if wide { 0x80 } else { 0x40 };
+        let index = self.random.byte() & 15;
+        if self.random.chance(25) && !self.is_pointer(index) {
+            form.index = Some(index);
+            form.x = index >> 3;
+            form.bytes = vec![mode | 4, self.random.byte() & 0xc0 | (index & 7) << 3 | base & 7];
+            // movsx or movzx index, its low byte: indexes stay small, flags stay as they are.
+            let opcode = self.random.pick(&[0xb6, 0xbe]);
+            form.setup = Item::of(&[0x48 | (index >> 3) * 5, 0x0f, opcode, 0xc0 | (index & 7) * 9]);
+        } else if base & 7 == 4 {
+            form.bytes = vec![mode | 4, 0x20 | base & 7];
+        } else {
+            form.bytes = vec![mode | base & 7];
+        }
+        if wide {
+            let displacement = self.random.below(0x800) as i64 - 0x400;
+            form.bytes.extend_from_slice(&(self.aligned(displacement) as i32).to_le_bytes());
+        } else if !none {
+            let displacement = i64::from(self.random.byte() as i8);
+            form.bytes.push(self.aligned(displacement) as u8);
+        }
+        form
+    }
+
+    /// One random instruction, perhaps with what makes its memory operand safe.
+    fn plain(&mut self) -> Option<Item> {
+        for _ in 0..4000 {
+            if let Some(item) = self.attempt() {
+                return Some(item);
+            }
+        }
+        None
+    }
+
+    fn attempt(&mut self) -> Option<Item> {
+        let form = self.random.chance(50).then(|| self.form());
+        let (b, x) = match &form {
+            Some(form) => (form.b, form.x),
+            None => (self.random.byte() & 1, self.random.byte() & 1),
+        };
+        let kinds = self.kinds;
+        let simd = !kinds.integer || (kinds != Kinds::INTEGER && self.random.chance(50));
+        let mut bytes = Vec::with_capacity(24);
+        if self.random.chance(if kinds.avx && simd { 50 } else { 5 }) {
+            let map = self.random.pick(&[1, 2, 2, 3]);
+            self.vex(&mut bytes, map, b, x);
+        } else {
+            self.legacy(&mut bytes, simd, b, x);
+        }
+        let reg = self.random.byte() & 7;
+        match &form {
+            Some(form) => {
+                bytes.push(form.bytes[0] | reg << 3);
+                bytes.extend_from_slice(&form.bytes[1..]);
+            }
+            None => bytes.push(0xc0 | reg << 3 | self.random.byte() & 7),
+        }
+        let mut immediate = [0; 8];
+        self.random.fill(&mut immediate);
+        bytes.extend_from_slice(&immediate);
+        let mut decoder = Decoder::with_ip(64, &bytes, 0, DecoderOptions::NONE);
+        let instruction = decoder.decode();
+        if instruction.is_invalid() || !self.allows(&instruction, form.as_ref()) {
+            return None;
+        }
+        let offsets = decoder.get_constant_offsets(&instruction);
+        bytes.truncate(instruction.len());
+        Some(self.complete(&instruction, &offsets, bytes, form))
+    }
+
+    fn legacy(&mut self, bytes: &mut Vec<u8>, simd: bool, b: u8, x: u8) {
+        let random = &mut self.random;
+        if random.chance(8) && !simd {
+            bytes.push(0xf0);
+        }
+        let opcode = random.byte();
+        let (map, repeat) = if simd { (random.below(10), 45) } else { (random.pick(&[0, 0, 0, 0, 3, 3, 3, 8, 9, 0]), 8) };
+        let x87 = simd && map < 3 && self.kinds.x87;
+        if random.chance(if x87 { 2 } else { 25 }) {
+            bytes.push(0x66);
+        }
+        if random.chance(if x87 { 2 } else { repeat }) {
+            bytes.push(random.pick(&[0xf2, 0xf3]));
+        }
+        let w = random.byte() & 1;
+        if b | x != 0 || random.chance(60) {
+            bytes.push(0x40 | w << 3 | (random.byte() & 1) << 2 | x << 1 | b);
+        }
+        if x87 {
+            bytes.push(0xd8 | opcode & 7);
+            return;
+        }
+        match map {
+            0 => {}
+            8 => bytes.extend_from_slice(&[0x0f, 0x38]),
+            9 => bytes.extend_from_slice(&[0x0f, 0x3a]),
+            _ => bytes.push(0x0f),
+        }
+        bytes.push(opcode);
+    }
+
+    fn vex(&mut self, bytes: &mut Vec<u8>, map: u8, b: u8, x: u8) {
+        let random = &mut self.random;
+        let r = random.byte() & 1;
+        let vvvv = if random.chance(40) { 15 } else { random.byte() & 15 };
+        let (w, l, pp) = (random.byte() & 1, random.byte() & 1, random.byte() & 3);
+        if map == 1 && b | x | w == 0 && random.chance(50) {
+            bytes.extend_from_slice(&[0xc5, (r ^ 1) << 7 | vvvv << 3 | l << 2 | pp]);
+        } else {
+            bytes.push(0xc4);
+            bytes.push((r ^ 1) << 7 | (x ^ 1) << 6 | (b ^ 1) << 5 | map);
+            bytes.push(w << 7 | vvvv << 3 | l << 2 | pp);
+        }
+        bytes.push(random.byte());
+    }
+
+    /// Adds what an instruction needs before it, and says what depends on its place.
+    fn complete(
+        &mut self,
+        instruction: &Instruction,
+        offsets: &ConstantOffsets,
+        bytes: Vec<u8>,
+        form: Option<Form>,
+    ) -> Item {
+        let mut own = Item { bytes, fixes: vec![] };
+        let mut item = Item::default();
+        if let Some(form) = form {
+            if let Some(arena) = form.arena {
+                let end = own.bytes.len();
+                own.fixes.push(Fix::Place { at: offsets.displacement_offset(), end, arena });
+            }
+            item.append(&form.setup);
+        }
+        if is_bit_string(instruction) {
+            // movsx of the bit number's low half: +-4 KiB from the base.
+            let number = instruction.op1_register().full_register().number() as u8;
+            item.append(&Item::of(&[0x48 | (number >> 3) * 5, 0x0f, 0xbf, 0xc0 | (number & 7) * 9]));
+        }
+        if instruction.is_vsib() {
+            // vmovdqu index, [rip+...]: small numbers from the constants.
+            let number = instruction.memory_index().number() as u8;
+            let arena = CONSTANT_OFFSET + 0x800 + 32 * self.random.below(32);
+            item.append(&Item {
+                bytes: vec![0xc5, if number < 8 { 0xfe } else { 0x7e }, 0x6f, 5 | (number & 7) << 3, 0, 0, 0, 0],
+                fixes: vec![Fix::Place { at: 4, end: 8, arena: arena as i64 }],
+            });
+        }
+        item.append(&own);
+        item
+    }
+
+    fn allows(&mut self, instruction: &Instruction, form: Option<&Form>) -> bool {
+        if instruction.flow_control() != FlowControl::Next
+            || instruction.is_privileged()
+            || is_denied(instruction)
+            || !self.has_features(instruction)
+        {
+            return false;
+        }
+        for operand in 0..instruction.op_count() {
+            match instruction.op_kind(operand) {
+                OpKind::Memory => {
+                    // The ModRM of the form may not have become one.
+                    let Some(form) = form else { return false };
+                    if !self.is_safe(instruction, form) {
+                        return false;
+                    }
+                }
+                OpKind::Register => {
+                    let register = instruction.op_register(operand);
+                    if register.is_segment_register() || register.is_cr() || register.is_dr() {
+                        return false;
+                    }
+                    if instruction.is_stack_instruction() && register.full_register() == Register::RSP && operand == 0
+                        && instruction.mnemonic() == Mnemonic::Pop
+                    {
+                        return false;
+                    }
+                }
+                kind => {
+                    if matches!(kind, OpKind::FarBranch16 | OpKind::FarBranch32)
+                        || (kind as u32) >= (OpKind::MemorySegSI as u32) && kind != OpKind::Memory && is_memory(kind)
+                    {
+                        return false;
+                    }
+                }
+            }
+        }
+        let register = |number: u8| Register::RAX + u32::from(number);
+        let pointers = self.pointers;
+        if pointers.iter().any(|p| flags::writes(&mut self.factory, instruction, register(*p))) {
+            return false;
+        }
+        instruction.is_stack_instruction() || !flags::writes(&mut self.factory, instruction, Register::RSP)
+    }
+
+    fn is_safe(&self, instruction: &Instruction, form: &Form) -> bool {
+        if instruction.segment_prefix() != Register::None {
+            return false;
+        }
+        let number = |register: Register| register.full_register().number() as u8;
+        if instruction.is_vsib() {
+            return form.index.is_some() && self.is_pointer(number(instruction.memory_base()));
+        }
+        if is_bit_string(instruction) {
+            let bit = number(instruction.op1_register());
+            // The index is made small too, and the two would be in each other's way.
+            if self.is_pointer(bit) || form.index.is_some() {
+                return false;
+            }
+        }
+        if instruction.is_ip_rel_memory_operand() {
+            return form.arena.is_some();
+        }
+        if form.arena.is_some() || instruction.memory_base() == Register::None {
+            return false;
+        }
+        let index = instruction.memory_index();
+        let index = (index != Register::None).then(|| number(index));
+        self.is_pointer(number(instruction.memory_base())) && index == form.index
+    }
+
+    fn has_features(&self, instruction: &Instruction) -> bool {
+        let mut any_x87 = false;
+        let mut any_sse = false;
+        let mut any_avx = false;
+        for feature in instruction.cpuid_features() {
+            match feature {
+                F::INTEL8086 | F::INTEL186 | F::INTEL286 | F::INTEL386 | F::INTEL486 | F::X64 | F::CMOV | F::CX8
+                | F::MULTIBYTENOP | F::PREFETCHW | F::PAUSE => {}
+                F::BMI1 | F::BMI2 | F::ADX | F::POPCNT | F::LZCNT | F::MOVBE | F::CMPXCHG16B => {
+                    if !self.has_integer(*feature) {
+                        return false;
+                    }
+                }
+                F::FPU | F::FPU287 | F::FPU387 => any_x87 = true,
+                F::AVX | F::AVX2 | F::FMA | F::F16C | F::VAES | F::VPCLMULQDQ => {
+                    any_avx = true;
+                    if !features::is_offered(*feature) {
+                        return false;
+                    }
+                }
+                _ if features::is_offered(*feature) => any_sse = true,
+                _ => return false,
+            }
+        }
+        let integer_sse = matches!(
+            instruction.mnemonic(),
+            Mnemonic::Crc32 | Mnemonic::Movnti | Mnemonic::Lfence | Mnemonic::Mfence | Mnemonic::Sfence
+        );
+        if integer_sse || !(any_x87 || any_sse || any_avx) {
+            return self.kinds.integer;
+        }
+        if any_x87 {
+            return self.kinds.x87;
+        }
+        if any_avx { self.kinds.avx } else { self.kinds.sse }
+    }
+
+    fn has_integer(&self, feature: F) -> bool {
+        match feature {
+            F::BMI1 => std::is_x86_feature_detected!("bmi1"),
+            F::BMI2 => std::is_x86_feature_detected!("bmi2"),
+            F::ADX => std::is_x86_feature_detected!("adx"),
+            F::POPCNT => std::is_x86_feature_detected!("popcnt"),
+            F::LZCNT => std::is_x86_feature_detected!("lzcnt"),
+            F::MOVBE => std::is_x86_feature_detected!("movbe"),
+            _ => std::is_x86_feature_detected!("cmpxchg16b"),
+        }
+    }
+
+    /// A jump over some of what follows.
+    fn skip(&mut self) -> Item {
+        let items = 1 + self.random.below(4);
+        let opcode = match self.random.below(8) {
+            0 => 0xeb,
+            1 => 0xe3,
+            _ => 0x70 | self.random.byte() & 15,
+        };
+        Item { bytes: vec![opcode, 0], fixes: vec![Fix::Skip { items }] }
+    }
+
+    /// A few rounds of one or two instructions, counted by RCX.
+    fn repeat(&mut self) -> Option<Item> {
+        if self.pointers.contains(&1) {
+            return None;
+        }
+        let mut item = Item::of(&[0xb9, 1 + self.random.byte() % 5, 0, 0, 0]);
+        let start = item.bytes.len();
+        for _ in 0..1 + self.random.below(2) {
+            let body = self.plain()?;
+            let writes_count = decode(&body.bytes, Gva(0))
+                .iter()
+                .any(|i| flags::writes(&mut self.factory, i, Register::RCX) || i.is_stack_instruction());
+            if writes_count {
+                return None;
+            }
+            item.append(&body);
+        }
+        let tail: &[u8] = self.random.pick(&[&[0xe2_u8][..], &[0xff, 0xc9, 0x75][..], &[0x48, 0x83, 0xe9, 1, 0x75][..]]);
+        item.bytes.extend_from_slice(tail);
+        let back = i64::try_from(start).ok()? - item.bytes.len() as i64 - 1;
+        item.bytes.push(i8::try_from(back).ok()? as u8);
+        Some(item)
+    }
+
+    /// A call, a return or an indirect jump, to what follows.
+    fn call(&mut self) -> Option<Item> {
+        let register = self.random.byte() & 15;
+        if self.is_pointer(register) {
+            return None;
+        }
+        let (high, low) = (register >> 3, register & 7);
+        // lea register, [rip+n]
+        let lea = |n: u8| [0x48 | high << 2, 0x8d, 5 | low << 3, n, 0, 0, 0];
+        let rest: &[u8] = match self.random.below(6) {
+            // call next; pop register
+            0 => return Some(Item::of(&[0xe8, 0, 0, 0, 0, 0x40 | high, 0x58 | low])),
+            // call over a jump; jmp end; ret
+            1 => return Some(Item::of(&[0xe8, 2, 0, 0, 0, 0xeb, 1, 0xc3])),
+            // push register; ret
+            2 => &[0x40 | high, 0x50 | low, 0xc3],
+            // jmp register
+            3 => &[0x40 | high, 0xff, 0xe0 | low],
+            // call register; then (also where it leads) add rsp, 8
+            4 => &[0x40 | high, 0xff, 0xd0 | low],
+            // push register; ret 16; then sub rsp, 16 (lea, to leave the flags)
+            _ => &[0x40 | high, 0x50 | low, 0xc2, 16, 0],
+        };
+        let mut item = Item::of(&lea(rest.len() as u8));
+        item.bytes.extend_from_slice(rest);
+        match rest.last() {
+            Some(0) => item.bytes.extend_from_slice(&[0x48, 0x8d, 0x64, 0x24, 0xf0]),
+            Some(0xd0..=0xd7) => item.bytes.extend_from_slice(&[0x48, 0x8d, 0x64, 0x24, 8]),
+            _ => {}
+        }
+        Some(item)
+    }
+
+    /// lea `to`, [pointer + displacement]
+    fn lea(&mut self, to: u8) -> Item {
+        let base = self.random.pick(&self.pointers);
+        let displacement = self.random.below(0x400) as i64 - 0x200;
+        let mut bytes = vec![0x48 | base >> 3, 0x8d, 0x80 | to << 3 | base & 7];
+        if base & 7 == 4 {
+            bytes.push(0x24);
+        }
+        bytes.extend_from_slice(&(self.aligned(displacement) as i32).to_le_bytes());
+        Item::of(&bytes)
+    }
+
+    /// A string instruction, XLAT or a masked store, with its fixed registers set.
+    fn string(&mut self) -> Option<Item> {
+        if self.pointers.iter().any(|p| matches!(p, 0 | 1 | 3 | 6 | 7)) {
+            return None;
+        }
+        let mut item = Item::default();
+        if self.random.chance(10) {
+            item.append(&self.lea(3));
+            item.bytes.push(0xd7);
+            return Some(item);
+        }
+        item.append(&self.lea(6));
+        item.append(&self.lea(7));
+        if self.kinds.sse && self.random.chance(30) {
+            // maskmovdqu or maskmovq
+            if self.random.chance(50) {
+                item.bytes.push(0x66);
+            }
+            item.bytes.extend_from_slice(&[0x0f, 0xf7, 0xc0 | self.random.byte() & 0x3f]);
+            return Some(item);
+        }
+        let repeat = self.random.pick(&[0, 0xf3, 0xf3, 0xf2]);
+        if repeat != 0 {
+            item.bytes.extend_from_slice(&[0xb9, self.random.byte() & 0x3f, 0, 0, 0]);
+        }
+        if self.random.chance(20) {
+            item.bytes.push(self.random.pick(&[0xfc, 0xfd]));
+        }
+        if self.random.chance(25) {
+            item.bytes.push(0x66);
+        }
+        if repeat != 0 {
+            item.bytes.push(repeat);
+        }
+        if self.random.chance(40) {
+            item.bytes.push(0x48);
+        }
+        item.bytes.push(self.random.pick(&[0xa4, 0xa5, 0xa6, 0xa7, 0xaa, 0xab, 0xac, 0xad, 0xae, 0xaf]));
+        Some(item)
+    }
+
+    /// push flags; popf. TF, NT, AC, VM and RF stay clear.
+    fn pop_flags(&mut self) -> Item {
+        let flags = (self.random.word() as u32 & 0xcd5 | 0x202).to_le_bytes();
+        if self.random.chance(25) {
+            return Item::of(&[0x66, 0x68, flags[0], flags[1], 0x66, 0x9d]);
+        }
+        Item::of(&[0x68, flags[0], flags[1], flags[2], flags[3], 0x9d])
+    }
+
+    /// A division that does not overflow every time.
+    fn divide(&mut self) -> Option<Item> {
+        let divisor = self.random.byte() & 15;
+        if self.pointers.iter().any(|p| *p == 0 || *p == 2) || divisor == 0 || divisor == 2 {
+            return None;
+        }
+        let (high, low) = (divisor >> 3, divisor & 7);
+        let signed = self.random.chance(50);
+        let width = self.random.below(4);
+        let rex = 0x40 | high | if width == 3 { 8 } else { 0 };
+        let mut item = Item::default();
+        if width == 1 {
+            item.bytes.push(0x66);
+        }
+        match (width, signed) {
+            (0, false) => item.bytes.extend_from_slice(&[0x0f, 0xb6, 0xc0]),
+            (0, true) => item.bytes.extend_from_slice(&[0x66, 0x98]),
+            (_, true) => item.bytes.extend_from_slice(&[rex & !1, 0x99]),
+            // movzx edx, dl leaves some overflows; xor would change flags, which is also fine, but this keeps them.
+            (1, false) => item.bytes.extend_from_slice(&[0xba, 0, 0]),
+            (_, false) => item.bytes.extend_from_slice(&[0xba, 0, 0, 0, 0]),
+        }
+        if width == 1 {
+            item.bytes.push(0x66);
+        }
+        let opcode = if width == 0 { 0xf6 } else { 0xf7 };
+        item.bytes.extend_from_slice(&[rex, opcode, if signed { 0xf8 } else { 0xf0 } | low]);
+        Some(item)
+    }
+}
+
+fn is_memory(kind: OpKind) -> bool {
+    !matches!(
+        kind,
+        OpKind::Register
+            | OpKind::Immediate8
+            | OpKind::Immediate8_2nd
+            | OpKind::Immediate16
+            | OpKind::Immediate32
+            | OpKind::Immediate64
+            | OpKind::Immediate8to16
+            | OpKind::Immediate8to32
+            | OpKind::Immediate8to64
+            | OpKind::Immediate32to64
+    )
+}
+
+fn is_bit_string(instruction: &Instruction) -> bool {
+    matches!(instruction.mnemonic(), Mnemonic::Bt | Mnemonic::Bts | Mnemonic::Btr | Mnemonic::Btc)
+        && instruction.op0_kind() == OpKind::Memory
+        && instruction.op1_kind() == OpKind::Register
+}
+
+/// Instructions whose result is not the same everywhere or is not defined, or that reach outside the arena.
+fn is_denied(instruction: &Instruction) -> bool {
+    use Mnemonic as M;
+    match instruction.mnemonic() {
+        M::Cpuid | M::Rdtsc | M::Rdtscp | M::Rdpmc | M::Rdrand | M::Rdseed | M::Rdpid | M::Xgetbv | M::Syscall
+        | M::Sysenter | M::Sgdt | M::Sidt | M::Sldt | M::Str | M::Smsw | M::Lar | M::Lsl | M::Verr | M::Verw
+        | M::Enter | M::Leave | M::Popf | M::Popfq | M::Popfd | M::Xlatb | M::Maskmovq | M::Maskmovdqu
+        | M::Vmaskmovdqu | M::Lss | M::Lfs | M::Lgs | M::Cli | M::Sti | M::In | M::Out | M::Hlt | M::Ud0 | M::Ud1
+        | M::Ud2 | M::Xabort | M::Xbegin | M::Xend | M::Xtest => true,
+        // These hold or show instruction pointers.
+        M::Fnstenv | M::Fldenv | M::Fnsave | M::Frstor | M::Fstenv | M::Fsave | M::Fxsave | M::Fxsave64 | M::Fxrstor
+        | M::Fxrstor64 | M::Xsave | M::Xsave64 | M::Xsaveopt | M::Xsaveopt64 | M::Xsavec | M::Xsavec64 | M::Xrstor
+        | M::Xrstor64 | M::Xsaves | M::Xsaves64 | M::Xrstors | M::Xrstors64 => true,
+        // Undefined results: 16-bit byte swap, double shifts of 16 bits by more.
+        M::Bswap => instruction.code() == Code::Bswap_r16,
+        M::Shld | M::Shrd => {
+            let small = instruction.op1_register().size() == 2;
+            small && (instruction.op2_kind() == OpKind::Register || instruction.immediate8() & 31 > 16)
+        }
+        // SSE4.2 string compares and others that read RAX/RDX are fine; CLFLUSH and its kin are nothing to compare.
+        M::Clflush | M::Clflushopt | M::Clwb => true,
+        _ => false,
+    }
+}
