@@ -6,3 +6,4 @@ pub mod counters;
 pub mod events;
 pub mod lock;
 pub mod map;
+pub mod signal;

@@ -14,6 +14,8 @@ use std::time::Duration;
 pub enum Rank {
     /// The assembly of one VM: start, pause, stop.
     Machine,
+    /// One virtual processor, held by its thread while it runs and by whoever looks at it while it stands still.
+    Processor,
     /// The list of ports that a service thread serves.
     Service,
     /// One device on the bus: a UART, the PIT, the ACPI block, a Python device.
@@ -22,8 +24,10 @@ pub enum Rank {
     Wiring,
     /// One processor's local APIC. No two are ever held at once.
     LocalApic,
-    /// The deadlines of a VM's timer thread. Anything may arm a timer, so it is last.
+    /// The deadlines of a VM's timer thread. Anything may arm a timer, so it is late.
     Timers,
+    /// What one thread sleeps on until another wakes it. Anything may wake, so it is last: nothing is taken under it.
+    Waiting,
 }
 
 /// A [`std::sync::Mutex`] with a rank. Release builds check nothing and pay nothing.

@@ -146,6 +146,12 @@ impl<T> Placed<T> {
         Ok(Placed { map, value, above: PAGE + below + middle })
     }
 
+    /// Places a value that is made elsewhere.
+    pub fn from_value(below: usize, above: usize, value: T) -> io::Result<Self> {
+        // SAFETY: the place is aligned, writable and as large as T; writing the value makes it valid.
+        unsafe { Self::new(below, above, |place| place.write(value)) }
+    }
+
     /// Address and offset (from the value) of the pages above.
     #[must_use]
     pub fn above_offset() -> usize {

@@ -143,3 +143,39 @@ pub(crate) unsafe fn compare_exchange(address: u64, size: usize, expected: u64, 
         }
     }
 }
+
+/// As [`compare_exchange`], of 16 bytes.
+///
+/// # Safety
+/// `address` .. `address + 16` lies inside one mapped, writable page of a pool and `address` is a multiple of 16.
+pub(crate) unsafe fn compare_exchange16(address: u64, expected: u128, new: u128) -> u128 {
+    #[target_feature(enable = "cmpxchg16b")]
+    unsafe fn exchange(place: *mut u128, expected: u128, new: u128) -> u128 {
+        // SAFETY: by the promise of the outer function.
+        unsafe { std::arch::x86_64::cmpxchg16b(place, expected, new, Ordering::SeqCst, Ordering::SeqCst) }
+    }
+    if std::arch::is_x86_feature_detected!("cmpxchg16b") {
+        // SAFETY: by the caller's promise, and the processor has the instruction.
+        return unsafe { exchange(address as *mut u128, expected, new) };
+    }
+    // Processors without the instruction are older than any that can run a guest of several processors at speed; a guest of
+    // one cannot tell.
+    // SAFETY: by the caller's promise.
+    unsafe {
+        let old = ptr::read_volatile(address as *const u128);
+        if old == expected {
+            ptr::write_volatile(address as *mut u128, new);
+        }
+        old
+    }
+}
+
+/// Copies upwards between host addresses.
+///
+/// # Safety
+/// Both ranges are mapped for `size` bytes and the target is writable. One may be guest memory that others write at the same
+/// time: no references to it exist.
+pub(crate) unsafe fn copy(to: u64, from: u64, size: usize) {
+    // SAFETY: by the caller's promise.
+    unsafe { ptr::copy(from as *const u8, to as *mut u8, size) };
+}

@@ -1,6 +1,6 @@
 //! The soft TLB: small direct-mapped arrays that translated code probes in line and that the monitor fills after a walk.
 //!
-//! Contract: an entry whose tag matches promises that its page is mapped in the host at `tag + addend`, that it is RAM of
+//! Contract: an entry whose tag matches promises that its page is mapped in the host at `page`, that it is RAM of
 //! this guest, and that the guest's tables and the traces allow the access. Entries are only made by [`SoftTlb::fill`] from
 //! a [`PageRef`], and are emptied before that page can be moved, traced or released ([`GuestMemory::epoch`]).
 //!
@@ -27,13 +27,13 @@ pub struct TlbEntry {
     pub read: u64,
     /// The page's address, when stores may use it.
     pub write: u64,
-    /// Host address minus guest virtual address.
-    pub addend: u64,
+    /// The host address of the page.
+    pub page: u64,
     pub flags: u64,
 }
 
 impl TlbEntry {
-    const EMPTY: TlbEntry = TlbEntry { read: EMPTY, write: EMPTY, addend: 0, flags: 0 };
+    const EMPTY: TlbEntry = TlbEntry { read: EMPTY, write: EMPTY, page: 0, flags: 0 };
 }
 
 /// Which rights a bank holds translations for.
@@ -93,7 +93,7 @@ impl SoftTlb {
         self.banks[bank as usize].entries[index(address)] = TlbEntry {
             read: tag,
             write: if writable { tag } else { EMPTY },
-            addend: page.host_address().wrapping_sub(tag),
+            page: page.host_address(),
             flags: if global { GLOBAL } else { 0 },
         };
     }
@@ -104,7 +104,7 @@ impl SoftTlb {
         let entry = &self.banks[bank as usize].entries[index(address)];
         let tag = if write { entry.write } else { entry.read };
         let inside = (address.0 & PAGE_MASK) + size as u64 <= PAGE_SIZE;
-        (tag == address.page().0 && inside).then(|| address.0.wrapping_add(entry.addend))
+        (tag == address.page().0 && inside).then(|| entry.page + (address.0 & PAGE_MASK))
     }
 
     /// Loads 1, 2, 4 or 8 bytes on a hit.
@@ -133,6 +133,44 @@ impl SoftTlb {
         let host = self.probe(bank, address, size, true)?;
         // SAFETY: as in `store`.
         Some(unsafe { bytes::compare_exchange(host, size, expected, new) })
+    }
+
+    /// As [`SoftTlb::compare_exchange`], of 16 bytes at a multiple of 16.
+    #[must_use]
+    pub fn compare_exchange16(&self, bank: Bank, address: Gva, expected: u128, new: u128) -> Option<u128> {
+        let host = self.probe(bank, address, 16, true).filter(|host| host.is_multiple_of(16))?;
+        // SAFETY: as in `store`, and aligned.
+        Some(unsafe { bytes::compare_exchange16(host, expected, new) })
+    }
+
+    /// Copies `size` bytes, all in one page on either side, upwards, on a hit of both; says whether it did. It does not when
+    /// the target begins inside the source, where a copy byte by byte would read what it wrote.
+    #[must_use]
+    pub fn copy(&self, bank: Bank, to: Gva, from: Gva, size: usize) -> bool {
+        let (Some(to), Some(from)) = (self.probe(bank, to, size, true), self.probe(bank, from, size, false)) else {
+            return false;
+        };
+        if (1..size as u64).contains(&to.wrapping_sub(from)) {
+            return false;
+        }
+        // SAFETY: both hits promise `size` mapped bytes, and the first that they may be written.
+        unsafe { bytes::copy(to, from, size) };
+        true
+    }
+
+    /// Stores bytes that lie in one page, on a hit; says whether it did.
+    #[must_use]
+    pub fn store_bytes(&self, bank: Bank, to: Gva, data: &[u8]) -> bool {
+        let Some(to) = self.probe(bank, to, data.len(), true) else { return false };
+        // SAFETY: as in `store`; our own bytes are no guest memory.
+        unsafe { bytes::copy(to, data.as_ptr() as u64, data.len()) };
+        true
+    }
+
+    /// Whether a load or store of one byte would hit.
+    #[must_use]
+    pub fn allows(&self, bank: Bank, address: Gva, write: bool) -> bool {
+        self.probe(bank, address, 1, write).is_some()
     }
 
     fn empty(&mut self, bank: usize, keep: u64) {
@@ -168,8 +206,7 @@ impl SoftTlb {
     pub fn flush_page(&mut self, address: Gva) {
         for bank in &mut self.banks {
             let entry = &mut bank.entries[index(address)];
-            if (entry.addend, entry.flags) != (0, 0) && (entry.read == address.page().0 || entry.write == address.page().0)
-            {
+            if entry.read == address.page().0 {
                 *entry = TlbEntry::EMPTY;
             }
         }
@@ -179,7 +216,7 @@ impl SoftTlb {
     pub fn protect(&mut self, page: PageRef<'_>) {
         for bank in &mut self.banks {
             for entry in &mut bank.entries {
-                if entry.write != EMPTY && entry.write.wrapping_add(entry.addend) == page.host_address() {
+                if entry.write != EMPTY && entry.page == page.host_address() {
                     entry.write = EMPTY;
                 }
             }

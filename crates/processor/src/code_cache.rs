@@ -1,0 +1,123 @@
+//! The code cache: where translated code lives. One memfd mapped twice, writable for the translator and executable for
+//! the processor, so that no page is both at one address.
+//!
+//! Contract: code is only written through [`CodeCache::write`], inside the cache; addresses handed out are those of the
+//! executable mapping, and stay valid until the cache is dropped. The first page holds no code: it is the poll page, which
+//! translated code reads at every loop and which a [`Poll`] makes unreadable to stop it.
+
+use std::io;
+use std::ptr;
+use std::sync::Arc;
+
+use host::map::{Map, PAGE, Protection, memfd};
+
+#[derive(Debug)]
+pub struct CodeCache {
+    writable: Map,
+    executable: Arc<Map>,
+    /// First free byte.
+    next: usize,
+    /// Where code starts after [`CodeCache::clear`]: behind the poll page and the stubs.
+    first: usize,
+}
+
+/// The first page of a code cache.
+#[derive(Clone, Debug)]
+pub struct Poll {
+    map: Arc<Map>,
+}
+
+impl Poll {
+    /// Makes every poll fault. Any thread may do it.
+    pub fn arm(&self) {
+        // Only lack of memory in the kernel could make it fail; the VCPU then stops at its next leave instead.
+        let _ = self.map.protect(0, PAGE, Protection::None);
+    }
+
+    pub fn disarm(&self) {
+        let _ = self.map.protect(0, PAGE, Protection::Read);
+    }
+}
+
+const ALIGNMENT: usize = 16;
+
+impl CodeCache {
+    pub fn new(size: usize) -> io::Result<CodeCache> {
+        let file = memfd(c"ringzero-code", size as u64)?;
+        let writable = Map::shared(&file, size, Protection::ReadWrite)?;
+        let executable = Arc::new(Map::shared(&file, size, Protection::ReadExecute)?);
+        executable.protect(0, PAGE, Protection::Read)?;
+        Ok(CodeCache { writable, executable, next: PAGE, first: PAGE })
+    }
+
+    #[must_use]
+    pub fn poll(&self) -> Poll {
+        Poll { map: Arc::clone(&self.executable) }
+    }
+
+    #[must_use]
+    pub fn poll_address(&self) -> u64 {
+        self.executable.base().as_ptr() as u64
+    }
+
+    /// The range of host addresses that hold code.
+    #[must_use]
+    pub fn range(&self) -> std::ops::Range<u64> {
+        let base = self.executable.base().as_ptr() as u64;
+        base..base + self.executable.size() as u64
+    }
+
+    /// Where the next code will be.
+    #[must_use]
+    pub fn next_address(&self) -> u64 {
+        self.range().start + self.next as u64
+    }
+
+    #[must_use]
+    pub fn free(&self) -> usize {
+        self.executable.size() - self.next
+    }
+
+    #[must_use]
+    pub fn used(&self) -> usize {
+        self.next
+    }
+
+    /// Adds code made for [`CodeCache::next_address`]. `None` when the cache is full.
+    pub fn add(&mut self, code: &[u8]) -> Option<u64> {
+        if code.len() > self.free() {
+            return None;
+        }
+        let address = self.next_address();
+        self.write(address, code);
+        self.next = (self.next + code.len()).next_multiple_of(ALIGNMENT).min(self.executable.size());
+        Some(address)
+    }
+
+    /// Overwrites code, e.g. the target of a jump. No processor runs these bytes meanwhile.
+    pub fn write(&mut self, address: u64, code: &[u8]) {
+        let offset = (address - self.range().start) as usize;
+        assert!(offset >= PAGE && offset + code.len() <= self.writable.size(), "write outside the code cache");
+        // SAFETY: inside the writable map, as just checked; the source is a Rust slice elsewhere.
+        unsafe { ptr::copy_nonoverlapping(code.as_ptr(), self.writable.base().as_ptr().add(offset), code.len()) };
+    }
+
+    /// Reads a 32-bit word that lies beside code.
+    #[must_use]
+    pub fn read_u32(&self, address: u64) -> u32 {
+        let offset = (address - self.range().start) as usize;
+        assert!(offset + 4 <= self.writable.size(), "read outside the code cache");
+        // SAFETY: inside the map, as just checked.
+        unsafe { ptr::read_unaligned(self.writable.base().as_ptr().add(offset).cast()) }
+    }
+
+    /// What was added so far survives [`CodeCache::clear`].
+    pub fn keep_from_here(&mut self) {
+        self.first = self.next;
+    }
+
+    /// Forgets all code but what is kept.
+    pub fn clear(&mut self) {
+        self.next = self.first;
+    }
+}

@@ -1,0 +1,277 @@
+//! What an instruction works on: one VCPU, the guest's memory, and the machine outside. Every access to guest virtual
+//! memory by either engine's slow path goes through here: soft TLB, else walk, pmap, pool, else MMIO.
+
+use memory::tlb::Bank;
+use memory::{Access, GuestMemory, Paging, Translation, walk};
+use x86::{GuestFault, Gpa, Gva, PAGE_SIZE, vector};
+
+use crate::engine::Outside;
+use crate::vcpu::Vcpu;
+
+pub struct Core<'a> {
+    pub vcpu: &'a mut Vcpu,
+    pub memory: &'a GuestMemory,
+    pub outside: &'a mut dyn Outside,
+}
+
+/// How many of `size` bytes at `address` lie in its page.
+pub(crate) fn in_page(address: Gva, size: usize) -> usize {
+    size.min((PAGE_SIZE - address.offset()) as usize)
+}
+
+fn mask(size: usize) -> u64 {
+    u64::MAX >> (64 - 8 * size)
+}
+
+impl Core<'_> {
+    /// Explicit access by the running code.
+    #[must_use]
+    pub fn access(&self, write: bool) -> Access {
+        Access { write, fetch: false, user: self.vcpu.cpu.cpl() == 3, implicit: false }
+    }
+
+    /// The bank whose entries mean the same as `access`, if there is one.
+    fn bank_of(&self, access: Access) -> Bank {
+        if access.user {
+            Bank::User
+        } else if access.implicit {
+            Bank::Kernel
+        } else {
+            self.vcpu.bank()
+        }
+    }
+
+    pub(crate) fn check_canonical(&self, address: Gva, size: usize) -> Result<(), GuestFault> {
+        if !self.vcpu.cpu.is_long_mode() {
+            return Ok(());
+        }
+        let last = address.add(size as u64 - 1);
+        if address.is_canonical() && last.is_canonical() { Ok(()) } else { Err(GuestFault::GP0) }
+    }
+
+    /// Walks the guest's tables and fills the TLB when the page is RAM.
+    pub fn translate(&mut self, address: Gva, access: Access) -> Result<Translation, GuestFault> {
+        let paging = Paging::of(&self.vcpu.cpu);
+        let translation = walk(self.memory, &paging, address, access)?;
+        let ppn = translation.gpa.ppn();
+        if !access.fetch
+            && let Some(page) = self.memory.page(ppn)
+        {
+            let traced = self.memory.pmap().get(ppn).is_some_and(|entry| entry.is_traced());
+            let bank = self.bank_of(access);
+            let writable = translation.writable && !traced;
+            self.vcpu.tlb.fill(bank, address, page, writable, translation.global);
+        }
+        Ok(translation)
+    }
+
+    /// Where code at `address` is, checked for execution at the current privilege.
+    pub fn translate_fetch(&mut self, address: Gva) -> Result<Gpa, GuestFault> {
+        self.check_canonical(address, 1)?;
+        let access = Access::fetch(self.vcpu.cpu.cpl() == 3);
+        Ok(self.translate(address, access)?.gpa)
+    }
+
+    /// Reads 1, 2, 4 or 8 bytes for the running code.
+    #[inline]
+    pub fn read(&mut self, address: Gva, size: usize) -> Result<u64, GuestFault> {
+        if self.vcpu.checks != 0 {
+            self.check_access(address, size, false)?;
+        }
+        match self.vcpu.tlb.load(self.vcpu.bank(), address, size) {
+            Some(value) => Ok(value),
+            None => self.read_as(address, size, self.access(false)),
+        }
+    }
+
+    /// Writes 1, 2, 4 or 8 bytes for the running code; all of them or, with a fault, none.
+    #[inline]
+    pub fn write(&mut self, address: Gva, size: usize, value: u64) -> Result<(), GuestFault> {
+        if self.vcpu.checks != 0 {
+            self.check_access(address, size, true)?;
+        }
+        if self.vcpu.tlb.store(self.vcpu.bank(), address, size, value) {
+            return Ok(());
+        }
+        self.write_as(address, size, value, self.access(true))
+    }
+
+    /// Reads with given rights, e.g. [`Access::system`] for descriptor tables.
+    pub fn read_as(&mut self, address: Gva, size: usize, access: Access) -> Result<u64, GuestFault> {
+        self.check_canonical(address, size)?;
+        let first = in_page(address, size);
+        if first == size {
+            return self.read_in_page(address, size, access);
+        }
+        // Both pages are checked before either is read, so that MMIO is not touched by an access that faults.
+        self.translate(address, access)?;
+        self.translate(self.wrap(address.add(first as u64)), access)?;
+        let mut value = 0;
+        for byte in 0..size as u64 {
+            value |= self.read_in_page(self.wrap(address.add(byte)), 1, access)? << (8 * byte);
+        }
+        Ok(value)
+    }
+
+    /// Outside 64-bit mode linear addresses have 32 bits.
+    fn wrap(&self, address: Gva) -> Gva {
+        if self.vcpu.cpu.is_long_mode() { address } else { Gva(address.0 & 0xffff_ffff) }
+    }
+
+    fn read_in_page(&mut self, address: Gva, size: usize, access: Access) -> Result<u64, GuestFault> {
+        let bank = self.bank_of(access);
+        if let Some(value) = self.vcpu.tlb.load(bank, address, size) {
+            return Ok(value);
+        }
+        let translation = self.translate(address, access)?;
+        match self.memory.page(translation.gpa.ppn()) {
+            Some(page) => {
+                let mut bytes = [0; 8];
+                page.read(translation.gpa.offset(), &mut bytes[..size]);
+                Ok(u64::from_le_bytes(bytes))
+            }
+            None => Ok(self.outside.mmio_read(translation.gpa, size as u8) & mask(size)),
+        }
+    }
+
+    pub fn write_as(&mut self, address: Gva, size: usize, value: u64, access: Access) -> Result<(), GuestFault> {
+        self.check_canonical(address, size)?;
+        let first = in_page(address, size);
+        if first == size {
+            return self.write_in_page(address, size, value, access);
+        }
+        self.translate(address, access)?;
+        self.translate(self.wrap(address.add(first as u64)), access)?;
+        for byte in 0..size as u64 {
+            self.write_in_page(self.wrap(address.add(byte)), 1, value >> (8 * byte) & 0xff, access)?;
+        }
+        Ok(())
+    }
+
+    fn write_in_page(&mut self, address: Gva, size: usize, value: u64, access: Access) -> Result<(), GuestFault> {
+        let bank = self.bank_of(access);
+        if self.vcpu.tlb.store(bank, address, size, value) {
+            return Ok(());
+        }
+        let translation = self.translate(address, access)?;
+        let gpa = translation.gpa;
+        match self.memory.page(gpa.ppn()) {
+            Some(page) => {
+                page.write(gpa.offset(), &value.to_le_bytes()[..size]);
+                self.note_store(gpa, size);
+            }
+            None => self.outside.mmio_write(gpa, size as u8, value & mask(size)),
+        }
+        Ok(())
+    }
+
+    /// Tells the code trace of a store that went past the TLB.
+    fn note_store(&mut self, gpa: Gpa, size: usize) {
+        if self.memory.pmap().get(gpa.ppn()).is_some_and(|entry| entry.is_traced()) {
+            self.memory.note_store(gpa.ppn(), gpa.offset(), size as u64);
+        }
+    }
+
+    /// Replaces a value of 1, 2, 4 or 8 bytes in one atomic step with respect to other processors (aligned RAM), as a LOCKed
+    /// instruction does: `change` gets the old value and says the new one; it may be asked again when another processor
+    /// interfered. Gives back the old value. A locked instruction is a store even when the value stays the same.
+    pub fn update(&mut self, address: Gva, size: usize, mut change: impl FnMut(u64) -> u64) -> Result<u64, GuestFault> {
+        let access = self.access(true);
+        let bank = self.vcpu.bank();
+        self.check_canonical(address, size)?;
+        if self.vcpu.checks != 0 {
+            self.check_access(address, size, true)?;
+        }
+        if in_page(address, size) == size {
+            for attempt in 0.. {
+                if let Some(old) = self.vcpu.tlb.load(bank, address, size) {
+                    match self.vcpu.tlb.compare_exchange(bank, address, size, old, change(old)) {
+                        Some(seen) if seen == old => return Ok(old),
+                        Some(_) => continue,
+                        None => {}
+                    }
+                }
+                if attempt > 0 {
+                    break;
+                }
+                self.translate(address, access)?;
+            }
+        }
+        // Traced pages, MMIO and accesses across pages.
+        let first = in_page(address, size);
+        self.translate(address, access)?;
+        if first < size {
+            self.translate(self.wrap(address.add(first as u64)), access)?;
+        }
+        let old = self.read_as(address, size, access)?;
+        self.write_as(address, size, change(old), access)?;
+        Ok(old)
+    }
+
+    /// Checks that `size` bytes can be accessed, faulting as the access would: for instructions that must fault before
+    /// they change anything.
+    pub fn probe(&mut self, address: Gva, size: usize, write: bool) -> Result<(), GuestFault> {
+        self.check_canonical(address, size)?;
+        let access = self.access(write);
+        let mut at = address;
+        let end = address.add(size as u64 - 1);
+        loop {
+            self.translate(at, access)?;
+            if at.page() == end.page() {
+                return Ok(());
+            }
+            at = Gva(at.page().0.wrapping_add(PAGE_SIZE));
+        }
+    }
+
+    /// Reads any number of bytes for the running code.
+    pub fn read_bytes(&mut self, address: Gva, buffer: &mut [u8]) -> Result<(), GuestFault> {
+        let mut done = 0;
+        while done < buffer.len() {
+            let at = self.wrap(address.add(done as u64));
+            let size = match buffer.len() - done {
+                8.. if in_page(at, 8) == 8 => 8,
+                4.. if in_page(at, 4) == 4 => 4,
+                _ => 1,
+            };
+            let value = self.read(at, size)?;
+            buffer[done..done + size].copy_from_slice(&value.to_le_bytes()[..size]);
+            done += size;
+        }
+        Ok(())
+    }
+
+    /// Writes any number of bytes for the running code; all or, with a fault, none.
+    pub fn write_bytes(&mut self, address: Gva, data: &[u8]) -> Result<(), GuestFault> {
+        if data.is_empty() {
+            return Ok(());
+        }
+        self.probe(address, data.len(), true)?;
+        let mut done = 0;
+        while done < data.len() {
+            let at = self.wrap(address.add(done as u64));
+            let size = match data.len() - done {
+                8.. if in_page(at, 8) == 8 => 8,
+                4.. if in_page(at, 4) == 4 => 4,
+                _ => 1,
+            };
+            let mut bytes = [0; 8];
+            bytes[..size].copy_from_slice(&data[done..done + size]);
+            self.write(at, size, u64::from_le_bytes(bytes))?;
+            done += size;
+        }
+        Ok(())
+    }
+
+    /// INVLPG and its like: both the TLB and the code caches forget one page.
+    pub fn flush_page(&mut self, address: Gva) {
+        self.vcpu.tlb.flush_page(address);
+        self.vcpu.stale.all_mappings = true;
+    }
+}
+
+/// The fault of a non-canonical or misplaced stack access is #SS(0) instead of #GP(0).
+#[must_use]
+pub fn as_stack_fault(fault: GuestFault) -> GuestFault {
+    if fault.vector == vector::GP && fault.error == Some(0) { GuestFault::SS0 } else { fault }
+}

@@ -1,0 +1,153 @@
+//! Into translated code and out of it.
+//!
+//! Contract: [`Stubs::enter`] is the only call from Rust into the code cache. Translated code keeps host RSP pointing into
+//! a VCPU made by [`Vcpu::place`], reaches guest memory only through TLB entries, other fields of the VCPU only at the
+//! displacements of `frame`, and comes back only through the leave stubs, which restore the host's registers.
+
+use std::mem;
+
+use super::asm::{Asm, Mem, R12, R13, R14, R15, RAX, RBP, RBX, RDI, RDX, RSI, Reg, T0, T1};
+use super::frame;
+use crate::code_cache::CodeCache;
+use crate::vcpu::Vcpu;
+
+/// Where each guest register lives while translated code runs: itself in most cases, so that instructions can be copied.
+/// Guest RSP is in R15, because host RSP is the base register. R10 and R11, which compilers use least, are scratch; with
+/// R15 they live in the VCPU.
+#[must_use]
+pub fn home(guest: u8) -> Option<Reg> {
+    match guest {
+        4 => Some(R15),
+        10 | 11 | 15 => None,
+        other => Some(Reg(other)),
+    }
+}
+
+/// Addresses of the stubs in the code cache.
+#[derive(Debug, Default)]
+pub struct Stubs {
+    enter: [u64; 2],
+    /// By whether the guest's flags are in RFLAGS (they are then saved), and whether SIMD state is in registers. Reached
+    /// by `call`; the return address names the site.
+    leave: [[u64; 2]; 2],
+    /// Where the signal handler sends a faulting thread.
+    fault: [u64; 2],
+    /// What the fault stubs' calls leave as their return address.
+    fault_site: [u64; 2],
+}
+
+impl Stubs {
+    #[must_use]
+    pub fn leave(&self, flags_in_host: bool, simd: bool) -> u64 {
+        self.leave[usize::from(flags_in_host)][usize::from(simd)]
+    }
+
+    #[must_use]
+    pub fn fault(&self, simd: bool) -> u64 {
+        self.fault[usize::from(simd)]
+    }
+
+    /// Whether a return address says that code left through the fault stub.
+    #[must_use]
+    pub fn is_fault(&self, site: u64) -> bool {
+        self.fault_site.contains(&site)
+    }
+
+    /// Emits all stubs; `None` when the cache is too small for them.
+    pub fn emit(cache: &mut CodeCache) -> Option<Stubs> {
+        let mut stubs = Stubs::default();
+        let mut asm = Asm::default();
+        for simd in [false, true] {
+            asm.restart(cache.next_address());
+            enter(&mut asm, simd);
+            asm.finish();
+            stubs.enter[usize::from(simd)] = cache.add(&asm.code)?;
+            for flags in [false, true] {
+                asm.restart(cache.next_address());
+                leave(&mut asm, flags, simd);
+                asm.finish();
+                stubs.leave[usize::from(flags)][usize::from(simd)] = cache.add(&asm.code)?;
+            }
+            asm.restart(cache.next_address());
+            // The same way out, but the flags go to a slot of their own: which of the two is right depends on the site.
+            asm.byte(0x9c);
+            asm.pop_mem(Mem::vcpu(frame::FAULT_FLAGS));
+            asm.call_address(stubs.leave(false, simd));
+            asm.finish();
+            stubs.fault[usize::from(simd)] = cache.add(&asm.code)?;
+            stubs.fault_site[usize::from(simd)] = stubs.fault(simd) + asm.code.len() as u64;
+        }
+        cache.keep_from_here();
+        Some(stubs)
+    }
+
+    /// Runs translated code from `target` until it leaves.
+    pub fn enter(&self, vcpu: &mut Vcpu, target: u64, simd: bool) {
+        assert!(vcpu.hot.is_placed, "this VCPU was not made by Vcpu::place");
+        // SAFETY: the address is that of the enter stub for this build of the frame; the stub follows the System V
+        // calling convention; `vcpu` is exclusive and placed with stack room below; `target` came from the translator.
+        unsafe {
+            let stub: extern "sysv64" fn(*mut u8, u64) = mem::transmute(self.enter[usize::from(simd)]);
+            let base = std::ptr::from_mut(vcpu).cast::<u8>().add(frame::BIAS);
+            stub(base, target);
+        }
+    }
+}
+
+const SAVED: [Reg; 6] = [RBP, RBX, R12, R13, R14, R15];
+
+/// XSAVE components x87, SSE and AVX.
+fn select_components(asm: &mut Asm) {
+    asm.mov_imm(RAX, 7);
+    asm.mov_imm(RDX, 0);
+}
+
+fn enter(asm: &mut Asm, simd: bool) {
+    for reg in SAVED {
+        asm.push(reg);
+    }
+    let at = |disp| Mem::base(RDI, disp);
+    asm.store(at(frame::HOST_STACK), Reg(4));
+    asm.mov(T0, RSI);
+    if simd {
+        select_components(asm);
+        // xrstor64
+        asm.op_mem_raw(true, &[0x0f, 0xae], 5, at(frame::FPU));
+    }
+    asm.mov(Reg(4), RDI);
+    for guest in 0..16 {
+        if let Some(host) = home(guest) {
+            asm.load(host, Mem::vcpu(frame::gpr(guest.into())));
+        }
+    }
+    asm.jmp_reg(T0);
+}
+
+fn leave(asm: &mut Asm, flags_in_host: bool, simd: bool) {
+    if flags_in_host {
+        asm.byte(0x9c);
+        // RSP is 16 below the base when POP computes its address, after the increment 8.
+        asm.pop_mem(Mem::vcpu(frame::FLAGS + 8));
+    }
+    asm.pop_mem(Mem::vcpu(frame::SITE));
+    for guest in 0..16 {
+        if let Some(host) = home(guest) {
+            asm.store(Mem::vcpu(frame::gpr(guest.into())), host);
+        }
+    }
+    asm.store(Mem::vcpu(frame::SCRATCH), T0);
+    asm.store(Mem::vcpu(frame::SCRATCH + 8), T1);
+    if simd {
+        select_components(asm);
+        // xsave64, vzeroupper, ldmxcsr, fninit
+        asm.op_mem_raw(true, &[0x0f, 0xae], 4, Mem::vcpu(frame::FPU));
+        asm.bytes(&[0xc5, 0xf8, 0x77]);
+        asm.op_mem_raw(false, &[0x0f, 0xae], 2, Mem::vcpu(frame::HOST_MXCSR));
+        asm.bytes(&[0xdb, 0xe3]);
+    }
+    asm.load(Reg(4), Mem::vcpu(frame::HOST_STACK));
+    for reg in SAVED.iter().rev() {
+        asm.pop(*reg);
+    }
+    asm.byte(0xc3);
+}

@@ -1,0 +1,123 @@
+//! What translated code addresses from its base register (host RSP): the layout of [`Vcpu`] as displacements.
+
+use std::mem::offset_of;
+
+use memory::tlb::{Bank, TlbBank, TlbEntry};
+use memory::SoftTlb;
+use x86::{CpuState, Segment};
+
+use crate::vcpu::Vcpu;
+
+/// Pointers to checked stack or structure pages that a block keeps at a time; see `groups`.
+pub const GROUPS: usize = 8;
+
+/// The fields that translated code touches most. Its size is the bias of the base register.
+#[derive(Debug, Default)]
+#[repr(C, align(64))]
+pub struct Hot {
+    /// Guest arithmetic flags while they are not in the host's RFLAGS, as PUSHFQ stores them.
+    pub flags: u64,
+    /// The two scratch registers at the last leave.
+    pub scratch: [u64; 2],
+    /// Where a value survives a probe that needs both scratch registers.
+    pub spill: u64,
+    /// Host addresses of what a base register of the guest points at.
+    pub groups: [u64; GROUPS],
+    /// The host's stack while translated code runs.
+    pub host_stack: u64,
+    /// The return address of the call that left translated code: it names the site.
+    pub site: u64,
+    /// The host's flags at a fault of the host in translated code.
+    pub fault_flags: u64,
+    /// Instructions begun in translated code, where they are counted.
+    pub instructions: u64,
+    pub host_mxcsr: u32,
+    pub is_placed: bool,
+}
+
+pub const BIAS: usize = size_of::<Hot>();
+
+/// Slots of a jump cache; a power of two.
+pub const JUMP_ENTRIES: usize = 4096;
+
+/// Guest RIP (mixed with its generation, so that a flush is one addition) -> where its block is entered with the flags
+/// in memory.
+#[derive(Clone, Copy, Debug)]
+#[repr(C)]
+pub struct JumpEntry {
+    pub tag: u64,
+    pub host: u64,
+}
+
+/// A cache for each mode of translated code.
+#[derive(Debug)]
+#[repr(C)]
+pub struct JumpCaches {
+    /// Changes when code addresses of user pages may lead elsewhere; bits 63:48 count, the rest is zero.
+    pub user_generation: u64,
+    pub kernel_generation: u64,
+    pub caches: [[JumpEntry; JUMP_ENTRIES]; 8],
+}
+
+impl JumpCaches {
+    pub fn new() -> JumpCaches {
+        // Tag 1 with host 0 could only match RIP 1 of generation 0; the generations start at 1.
+        JumpCaches {
+            user_generation: 1 << 48,
+            kernel_generation: 1 << 48,
+            caches: [[JumpEntry { tag: 1, host: 0 }; JUMP_ENTRIES]; 8],
+        }
+    }
+}
+
+/// Displacement from the base register of an offset in [`Vcpu`].
+const fn disp(offset: usize) -> i32 {
+    offset as i32 - BIAS as i32
+}
+
+const CPU: usize = offset_of!(Vcpu, cpu);
+
+pub const FLAGS: i32 = disp(offset_of!(Hot, flags));
+pub const SCRATCH: i32 = disp(offset_of!(Hot, scratch));
+pub const SPILL: i32 = disp(offset_of!(Hot, spill));
+pub const HOST_STACK: i32 = disp(offset_of!(Hot, host_stack));
+pub const SITE: i32 = disp(offset_of!(Hot, site));
+pub const FAULT_FLAGS: i32 = disp(offset_of!(Hot, fault_flags));
+pub const INSTRUCTIONS: i32 = disp(offset_of!(Hot, instructions));
+pub const HOST_MXCSR: i32 = disp(offset_of!(Hot, host_mxcsr));
+pub const RFLAGS: i32 = disp(CPU + offset_of!(CpuState, rflags));
+pub const FPU: i32 = disp(CPU + offset_of!(CpuState, fpu));
+pub const KERNEL_GS_BASE: i32 = disp(CPU + offset_of!(CpuState, kernel_gs_base));
+pub const TSC_OFFSET: i32 = disp(CPU + offset_of!(CpuState, tsc_offset));
+pub const WANTS_WINDOW: i32 = disp(offset_of!(Vcpu, wants_interrupt_window));
+pub const USER_GENERATION: i32 = disp(offset_of!(Vcpu, jumps) + offset_of!(JumpCaches, user_generation));
+pub const KERNEL_GENERATION: i32 = disp(offset_of!(Vcpu, jumps) + offset_of!(JumpCaches, kernel_generation));
+pub const TLB_READ: i32 = offset_of!(TlbEntry, read) as i32;
+pub const TLB_WRITE: i32 = offset_of!(TlbEntry, write) as i32;
+pub const TLB_PAGE: i32 = offset_of!(TlbEntry, page) as i32;
+
+#[must_use]
+pub fn group(slot: usize) -> i32 {
+    disp(offset_of!(Hot, groups) + 8 * slot)
+}
+
+#[must_use]
+pub fn gpr(guest: usize) -> i32 {
+    disp(CPU + offset_of!(CpuState, gpr) + 8 * guest)
+}
+
+#[must_use]
+pub fn segment_base(segment: usize) -> i32 {
+    disp(CPU + offset_of!(CpuState, segments) + segment * size_of::<Segment>() + offset_of!(Segment, base))
+}
+
+#[must_use]
+pub fn tlb(bank: Bank) -> i32 {
+    disp(offset_of!(Vcpu, tlb) + offset_of!(SoftTlb, banks) + bank as usize * size_of::<TlbBank>())
+}
+
+#[must_use]
+pub fn jump_cache(mode: usize) -> i32 {
+    let caches = offset_of!(Vcpu, jumps) + offset_of!(JumpCaches, caches);
+    disp(caches + mode * size_of::<[JumpEntry; JUMP_ENTRIES]>())
+}

@@ -1,0 +1,515 @@
+//! The translator: guest code becomes host code, block by block, at run time.
+//!
+//! The way of a guest instruction: [`block`] decodes and classes it, [`lower`] emits host code for it with [`asm`] and
+//! [`encode`], [`blocks`] remembers the result, [`enter`] runs it. What it cannot or need not do fast goes to the
+//! interpreter, one instruction at a time, so there is one meaning of every instruction.
+
+mod asm;
+mod block;
+mod blocks;
+mod encode;
+mod enter;
+pub mod frame;
+mod groups;
+mod lower;
+
+use std::io;
+use std::sync::Arc;
+use std::time::Instant;
+
+use host::signal::{self, Landing};
+use iced_x86::InstructionInfoFactory;
+use x86::{CpuState, FpuArea, Gva, PAGE_SIZE, cr0, cr4, dr7, registers::xcr0, rflags};
+
+use self::asm::Asm;
+use self::block::Features;
+use self::blocks::{Blocks, Key};
+use self::enter::Stubs;
+use self::frame::JumpEntry;
+use self::groups::Groups;
+use self::lower::{Flags, Mode, Site, jump_index, lower};
+use crate::code_cache::{CodeCache, Poll};
+use crate::core::Core;
+use crate::engine::{Engine, Exit};
+use crate::interpret::{self, DecodeCache};
+
+/// Host code for one VM. A Debian boot needs about 20 MiB; when the cache is full it starts over.
+const CODE_CACHE: usize = 64 << 20;
+/// Room that one block can need at most.
+const BLOCK_ROOM: usize = 64 << 10;
+/// After so many failed checks of a group, a block is translated again without groups.
+const PATIENCE: u32 = 16;
+
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Options {
+    /// Count instructions in translated code: exact, and a little slower.
+    pub count_instructions: bool,
+    /// Leave after every instruction, for traces.
+    pub single: bool,
+}
+
+#[derive(Debug, Default)]
+struct Counters {
+    translated_blocks: u64,
+    translated_instructions: u64,
+    translation_nanoseconds: u64,
+    cache_clears: u64,
+    exits_probe: u64,
+    exits_interpret: u64,
+    exits_link: u64,
+    exits_lookup: u64,
+    exits_simd: u64,
+    exits_fault: u64,
+    exits_poll: u64,
+    probe_filled: u64,
+    lookups: u64,
+}
+
+pub struct Translator {
+    cache: CodeCache,
+    poll: Poll,
+    stubs: Stubs,
+    blocks: Blocks,
+    sites: Vec<Site>,
+    asm: Asm,
+    info: InstructionInfoFactory,
+    landing: Arc<Landing>,
+    decoder: DecodeCache,
+    features: Features,
+    /// Whether the guest's SIMD state is put into host registers when code is entered.
+    simd: bool,
+    cpl: u8,
+    options: Options,
+    counters: Counters,
+    profile: Option<Box<std::collections::HashMap<u16, u64>>>,
+}
+
+/// What to do after translated code has left.
+enum Next {
+    /// Look at everything again.
+    Dispatch,
+    /// Enter again at this host address, in the same mode.
+    Enter(u64),
+    /// Run one instruction in the interpreter.
+    Step,
+}
+
+impl Translator {
+    pub fn new(options: Options) -> io::Result<Translator> {
+        let mut cache = CodeCache::new(CODE_CACHE)?;
+        let stubs = Stubs::emit(&mut cache).ok_or_else(|| io::Error::other("the code cache is too small"))?;
+        let range = cache.range();
+        let landing = Arc::new(Landing::new(range));
+        Ok(Translator {
+            poll: cache.poll(),
+            cache,
+            stubs,
+            blocks: Blocks::default(),
+            sites: Vec::new(),
+            asm: Asm::default(),
+            info: InstructionInfoFactory::new(),
+            landing,
+            decoder: DecodeCache::new(),
+            features: Features::default(),
+            simd: false,
+            cpl: 0,
+            options,
+            counters: Counters::default(),
+            profile: std::env::var_os("RINGZERO_PROFILE").map(|_| Box::default()),
+        })
+    }
+
+    fn step(&mut self, core: &mut Core<'_>) -> Option<Exit> {
+        if let Some(profile) = &mut self.profile {
+            let rip = Gva(core.vcpu.cpu.rip);
+            let mut bytes = [0; 15];
+            for (index, byte) in bytes.iter_mut().enumerate() {
+                if let Ok(value) = core.read_as(rip.add(index as u64), 1, memory::Access::system(false)) {
+                    *byte = value as u8;
+                }
+            }
+            let mut decoder = iced_x86::Decoder::new(64, &bytes, 0);
+            *profile.entry(decoder.decode().code() as u16).or_default() += 1;
+        }
+        interpret::step(core, &mut self.decoder)
+    }
+
+    /// Takes note of what went stale since translated code last ran.
+    fn refresh(&mut self, core: &mut Core<'_>) {
+        let stale = std::mem::take(&mut core.vcpu.stale);
+        let jumps = &mut core.vcpu.jumps;
+        if stale.local_mappings || stale.all_mappings {
+            jumps.user_generation = jumps.user_generation.wrapping_add(1 << 48);
+            if jumps.user_generation == 0 {
+                // The count went round: old tags could match again.
+                *jumps = frame::JumpCaches::new();
+            }
+        }
+        if stale.all_mappings {
+            forget_kernel_jumps(core);
+        }
+        let features = features(&core.vcpu.cpu);
+        if features != self.features {
+            self.features = features;
+            self.clear(core);
+        }
+        if core.memory.code.is_pending() {
+            let mut dropped = false;
+            for write in core.memory.code.take() {
+                dropped |= self.blocks.drop_page(write.ppn);
+                self.decoder.drop_page(write.ppn);
+            }
+            if dropped {
+                forget_all_jumps(core);
+            }
+        }
+        let cpl = core.vcpu.cpu.cpl();
+        if cpl != self.cpl {
+            self.cpl = cpl;
+            self.simd = false;
+        }
+        if core.vcpu.cpu.cr0 & cr0::TS != 0 {
+            self.simd = false;
+        }
+    }
+
+    /// Drops all translations.
+    fn clear(&mut self, core: &mut Core<'_>) {
+        self.counters.cache_clears += 1;
+        self.cache.clear();
+        self.blocks.clear();
+        self.sites.clear();
+        core.memory.untrace_all();
+        self.decoder.clear();
+        forget_all_jumps(core);
+    }
+
+    fn mode(&self, cpu: &CpuState) -> Mode {
+        let mut mode = 0;
+        if cpu.cpl() == 3 {
+            mode |= Mode::USER;
+        } else if cpu.rflags & rflags::AC != 0 {
+            mode |= Mode::AC;
+        }
+        if self.simd {
+            mode |= Mode::SIMD;
+        }
+        Mode(mode)
+    }
+
+    /// The host code for the guest's RIP: (entry with flags in host, entry with flags in memory). `None` when the
+    /// interpreter must deal with it, e.g. because the fetch faults.
+    fn find(&mut self, core: &mut Core<'_>) -> Option<(u64, u64)> {
+        self.counters.lookups += 1;
+        let rip = core.vcpu.cpu.rip;
+        let mode = self.mode(&core.vcpu.cpu);
+        let gpa = core.translate_fetch(Gva(rip)).ok()?;
+        let key = Key { gpa, rip, mode };
+        let known = self.blocks.find(&key).map(|block| (block.second, block.entry_host, block.entry_slot));
+        if let Some((second, host, slot)) = known {
+            let next_page = Gva((rip & !(PAGE_SIZE - 1)).wrapping_add(PAGE_SIZE));
+            match second {
+                None => return Some(self.remember(core, key, host, slot)),
+                Some(page) if core.translate_fetch(next_page).ok()?.ppn() == page => {
+                    return Some(self.remember(core, key, host, slot));
+                }
+                Some(_) => self.blocks.forget(&key),
+            }
+        }
+        let (host, slot) = self.translate(core, key, true)?;
+        Some(self.remember(core, key, host, slot))
+    }
+
+    fn remember(&self, core: &mut Core<'_>, key: Key, host: u64, slot: u64) -> (u64, u64) {
+        let jumps = &mut core.vcpu.jumps;
+        let generation = if key.mode.is_user() { jumps.user_generation } else { jumps.kernel_generation };
+        jumps.caches[usize::from(key.mode.0)][jump_index(key.rip)] = JumpEntry { tag: key.rip ^ generation, host: slot };
+        (host, slot)
+    }
+
+    /// Translates the block at `key`.
+    fn translate(&mut self, core: &mut Core<'_>, key: Key, groups: bool) -> Option<(u64, u64)> {
+        let start = Instant::now();
+        if self.cache.free() < BLOCK_ROOM {
+            self.clear(core);
+        }
+        let mut code = [0; 1024];
+        let in_page = ((PAGE_SIZE - key.gpa.offset()) as usize).min(code.len());
+        core.memory.page(key.gpa.ppn())?.read(key.gpa.offset(), &mut code[..in_page]);
+        let most = if self.options.single { 1 } else { usize::MAX };
+        let mut source = block::decode(&code[..in_page], key.rip, most, self.features, &mut self.info);
+        let mut second = None;
+        if in_page < 15 && source.insns.first().is_none_or(|insn| insn.iced.is_invalid()) {
+            let next = core.translate_fetch(Gva(key.rip.wrapping_add(in_page as u64))).ok()?;
+            core.memory.page(next.ppn())?.read(0, &mut code[in_page..15]);
+            source = block::decode(&code[..15], key.rip, 1, self.features, &mut self.info);
+            second = Some(next.ppn());
+        }
+        if core.memory.trace_code(key.gpa.ppn(), key.gpa.offset(), source.size.min(in_page) as u64) {
+            core.vcpu.tlb.protect(core.memory.page(key.gpa.ppn())?);
+        }
+        if let Some(page) = second
+            && core.memory.trace_code(page, 0, (source.size.saturating_sub(in_page)) as u64)
+        {
+            core.vcpu.tlb.protect(core.memory.page(page)?);
+        }
+        let origin = self.cache.next_address();
+        self.asm.restart(origin);
+        let found = Groups::find(&source.insns, groups);
+        let context = lower::Context {
+            asm: &mut self.asm,
+            stubs: &self.stubs,
+            sites: &mut self.sites,
+            poll: self.cache.poll_address(),
+            mode: key.mode,
+            block: self.blocks.next_index(),
+            rip: key.rip,
+            may_link: second.is_none() && !self.options.single,
+            count: self.options.count_instructions.then_some(frame::INSTRUCTIONS),
+        };
+        let lowered = lower(context, &source, found);
+        let address = self.cache.add(&self.asm.code)?;
+        let end = address + self.asm.code.len() as u64;
+        let entries = (address + u64::from(lowered.entry_host), address + u64::from(lowered.entry_slot));
+        self.counters.translated_blocks += 1;
+        self.counters.translated_instructions += source.insns.len() as u64;
+        self.counters.translation_nanoseconds += start.elapsed().as_nanos() as u64;
+        let block = self.blocks.add(key, second, address..end, entries, lowered.map);
+        Some((block.entry_host, block.entry_slot))
+    }
+
+    /// Runs translated code from `target` until something needs the monitor.
+    fn execute(&mut self, core: &mut Core<'_>, mut target: u64) -> Option<Exit> {
+        loop {
+            let vcpu = &mut *core.vcpu;
+            vcpu.hot.flags = vcpu.cpu.rflags;
+            self.landing.set_place(self.stubs.fault(self.simd));
+            self.stubs.enter(vcpu, target, self.simd);
+            if self.simd {
+                scrub(&mut vcpu.cpu.fpu);
+            }
+            match self.left(core) {
+                Next::Dispatch => return None,
+                Next::Enter(again) => target = again,
+                Next::Step => return self.step(core),
+            }
+        }
+    }
+
+    /// Finds out why translated code left, and brings RIP and flags up to date.
+    fn left(&mut self, core: &mut Core<'_>) -> Next {
+        let site = core.vcpu.hot.site;
+        if self.stubs.is_fault(site) {
+            return self.fault(core);
+        }
+        set_flags(&mut core.vcpu.cpu, core.vcpu.hot.flags);
+        let index = self.cache.read_u32(site) as usize;
+        match self.sites[index] {
+            Site::Probe { rip, retry, size, write, grouped, block } => {
+                self.counters.exits_probe += 1;
+                core.vcpu.cpu.rip = rip;
+                let address = Gva(core.vcpu.hot.scratch[0]);
+                if self.fill(core, address, size, write) {
+                    self.counters.probe_filled += 1;
+                    return Next::Enter(retry);
+                }
+                if grouped {
+                    self.group_missed(core, block);
+                }
+                Next::Step
+            }
+            Site::Interpret { rip } => {
+                self.counters.exits_interpret += 1;
+                core.vcpu.cpu.rip = rip;
+                Next::Step
+            }
+            Site::Link { rip, at, flags_in_host, block } => {
+                self.counters.exits_link += 1;
+                core.vcpu.cpu.rip = rip;
+                if core.vcpu.attention.is_raised() {
+                    return Next::Dispatch;
+                }
+                let clears = self.counters.cache_clears;
+                let Some((host, slot)) = self.find(core) else { return Next::Step };
+                let same_page = self.blocks.by_index(block).map(|block| block.key.gpa.ppn())
+                    == core.translate_fetch(Gva(rip)).ok().map(x86::Gpa::ppn);
+                if self.counters.cache_clears == clears && same_page && !core.memory.code.is_pending() {
+                    let relative = (if flags_in_host { host } else { slot }).wrapping_sub(at + 4) as u32;
+                    self.cache.write(at, &relative.to_le_bytes());
+                }
+                Next::Enter(slot)
+            }
+            Site::Lookup => {
+                self.counters.exits_lookup += 1;
+                core.vcpu.cpu.rip = core.vcpu.hot.scratch[0];
+                if core.vcpu.attention.is_raised() {
+                    return Next::Dispatch;
+                }
+                match self.find(core) {
+                    Some((_, slot)) => Next::Enter(slot),
+                    None => Next::Step,
+                }
+            }
+            Site::Simd { rip } => {
+                self.counters.exits_simd += 1;
+                core.vcpu.cpu.rip = rip;
+                let cpu = &core.vcpu.cpu;
+                if cpu.cr0 & (cr0::TS | cr0::EM) != 0 {
+                    return Next::Step;
+                }
+                self.simd = true;
+                Next::Dispatch
+            }
+        }
+    }
+
+    /// Fills the TLB for a failed probe. False when the access crosses a page, faults, or is not one of plain RAM.
+    fn fill(&self, core: &mut Core<'_>, address: Gva, size: u16, write: bool) -> bool {
+        if address.offset() + u64::from(size) > PAGE_SIZE || !address.is_canonical() {
+            return false;
+        }
+        let access = core.access(write);
+        if core.translate(address, access).is_err() {
+            return false;
+        }
+        core.vcpu.tlb.allows(core.vcpu.bank(), address, write)
+    }
+
+    /// A block whose group checks fail again and again is better off without them.
+    fn group_missed(&mut self, core: &mut Core<'_>, index: u32) {
+        let Some(block) = self.blocks.by_index(index) else { return };
+        block.group_misses += 1;
+        if block.group_misses != PATIENCE {
+            return;
+        }
+        let key = block.key;
+        let is_current = self.blocks.find(&key).is_some_and(|current| current.key == key && current.second.is_none());
+        if is_current && core.translate_fetch(Gva(key.rip)).ok() == Some(key.gpa) {
+            self.blocks.forget(&key);
+            self.translate(core, key, false);
+            forget_all_jumps(core);
+        }
+    }
+
+    /// The host faulted in translated code, or found the poll page armed.
+    fn fault(&mut self, core: &mut Core<'_>) -> Next {
+        let origin = self.blocks.origin(self.landing.fault_rip());
+        let Some(origin) = origin else {
+            // Every instruction that can fault is in the map; anything else is a defect of ours.
+            panic!("host fault outside the map of blocks at {:#x}", self.landing.fault_rip());
+        };
+        let flags = if origin.flags == Flags::Host { core.vcpu.hot.fault_flags } else { core.vcpu.hot.flags };
+        set_flags(&mut core.vcpu.cpu, flags);
+        core.vcpu.cpu.rip = origin.rip;
+        if core.vcpu.attention.is_raised() {
+            self.counters.exits_poll += 1;
+            return Next::Dispatch;
+        }
+        self.counters.exits_fault += 1;
+        Next::Step
+    }
+}
+
+/// Whether the interpreter has to run the next instruction: modes and states that translated code does not keep.
+fn must_interpret(cpu: &CpuState) -> bool {
+    !cpu.is_code64()
+        || cpu.rflags & rflags::TF != 0
+        || cpu.dr[7] & dr7::ANY_ENABLED != 0
+        || cpu.interrupt_shadow
+        || matches!(cpu.cpl(), 1 | 2)
+        || (cpu.cpl() == 3 && cpu.rflags & rflags::AC != 0 && cpu.cr0 & cr0::AM != 0)
+}
+
+fn features(cpu: &CpuState) -> Features {
+    let sse = cpu.cr4 & cr4::OSFXSR != 0 && cpu.cr0 & cr0::EM == 0;
+    let all = xcr0::X87 | xcr0::SSE | xcr0::AVX;
+    Features { sse, avx: sse && cpu.cr4 & cr4::OSXSAVE != 0 && cpu.xcr0 & all == all }
+}
+
+fn set_flags(cpu: &mut CpuState, flags: u64) {
+    cpu.rflags = cpu.rflags & !rflags::ARITHMETIC | flags & rflags::ARITHMETIC;
+}
+
+/// Makes the saved state what [`CpuState::fpu`] promises: all components present, no addresses of the host.
+fn scrub(fpu: &mut FpuArea) {
+    fpu.bytes[FpuArea::XSTATE_BV] = 7;
+    fpu.bytes[6..24].fill(0);
+}
+
+fn forget_kernel_jumps(core: &mut Core<'_>) {
+    let jumps = &mut core.vcpu.jumps;
+    jumps.kernel_generation = jumps.kernel_generation.wrapping_add(1 << 48);
+    if jumps.kernel_generation == 0 {
+        *jumps = frame::JumpCaches::new();
+    }
+}
+
+fn forget_all_jumps(core: &mut Core<'_>) {
+    let jumps = &mut core.vcpu.jumps;
+    jumps.user_generation = jumps.user_generation.wrapping_add(1 << 48);
+    if jumps.user_generation == 0 {
+        *jumps = frame::JumpCaches::new();
+    }
+    forget_kernel_jumps(core);
+}
+
+impl Engine for Translator {
+    fn name(&self) -> &'static str {
+        "translate"
+    }
+
+    fn run(&mut self, core: &mut Core<'_>) -> Exit {
+        let landing = Arc::clone(&self.landing);
+        let _guard = match signal::enter(&landing) {
+            Ok(guard) => guard,
+            Err(error) => return Exit::Unsupported(format!("the host refuses signal handlers: {error}")),
+        };
+        self.poll.disarm();
+        loop {
+            if core.vcpu.attention.is_raised() {
+                return Exit::Attention;
+            }
+            if core.vcpu.wants_interrupt_window && core.vcpu.cpu.can_take_interrupt() {
+                return Exit::InterruptWindow;
+            }
+            self.refresh(core);
+            let exit = if must_interpret(&core.vcpu.cpu) {
+                self.step(core)
+            } else {
+                match self.find(core) {
+                    Some((_, slot)) => self.execute(core, slot),
+                    None => self.step(core),
+                }
+            };
+            if let Some(exit) = exit {
+                return exit;
+            }
+        }
+    }
+
+    fn kicker(&self) -> Option<Arc<dyn Fn() + Send + Sync>> {
+        let poll = self.poll.clone();
+        Some(Arc::new(move || poll.arm()))
+    }
+
+    fn counters(&self) -> Vec<(&'static str, u64)> {
+        let c = &self.counters;
+        vec![
+            ("translate.blocks", c.translated_blocks),
+            ("translate.instructions", c.translated_instructions),
+            ("translate.nanoseconds", c.translation_nanoseconds),
+            ("translate.code_bytes", self.cache.used() as u64),
+            ("translate.cache_clears", c.cache_clears),
+            ("translate.blocks_dropped", self.blocks.dropped),
+            ("translate.lookups", c.lookups),
+            ("exits.probe", c.exits_probe),
+            ("exits.probe_filled", c.probe_filled),
+            ("exits.interpret", c.exits_interpret),
+            ("exits.link", c.exits_link),
+            ("exits.lookup", c.exits_lookup),
+            ("exits.simd", c.exits_simd),
+            ("exits.fault", c.exits_fault),
+            ("exits.poll", c.exits_poll),
+        ]
+    }
+}

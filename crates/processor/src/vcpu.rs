@@ -1,0 +1,128 @@
+//! One virtual processor: its architectural state and what the engines keep beside it.
+
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use host::map::Placed;
+use memory::SoftTlb;
+use memory::tlb::Bank;
+use x86::{CpuState, rflags};
+
+use crate::translate::frame::{Hot, JumpCaches};
+
+/// Room below a VCPU for the few words that translated code pushes; a signal that came without an alternate stack
+/// would find a usable stack there, too.
+const STACK_BELOW: usize = 64 << 10;
+
+/// A request that a VCPU leave its engine soon. Raised by any thread; the run loop lowers it.
+#[derive(Debug, Default)]
+pub struct Attention {
+    wanted: AtomicBool,
+}
+
+impl Attention {
+    pub fn raise(&self) {
+        self.wanted.store(true, Ordering::SeqCst);
+    }
+
+    /// Lowers the request; says whether there was one.
+    pub fn take(&self) -> bool {
+        self.wanted.swap(false, Ordering::SeqCst)
+    }
+
+    #[inline]
+    #[must_use]
+    pub fn is_raised(&self) -> bool {
+        self.wanted.load(Ordering::Relaxed)
+    }
+}
+
+/// Something in the translated world became stale; engines look at it between instructions.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Stale {
+    /// Virtual-to-physical translations of code changed for non-global pages (a load of CR3).
+    pub local_mappings: bool,
+    /// ... for all pages (INVLPG, CR4, CR0, global flush).
+    pub all_mappings: bool,
+    /// Control bits on which translated code depends changed (CR0, CR4, EFER, XCR0).
+    pub mode: bool,
+}
+
+/// `repr(C)`, at a fixed place: translated code addresses it from one base register, which points just behind `hot`, so
+/// that the most used fields have one-byte displacements.
+#[derive(Debug)]
+#[repr(C, align(64))]
+pub struct Vcpu {
+    pub(crate) hot: Hot,
+    pub cpu: CpuState,
+    /// The run loop has an interrupt that waits for IF or for the end of an interrupt shadow: an instruction that
+    /// may open the window makes the engine exit with [`crate::Exit::InterruptWindow`].
+    pub wants_interrupt_window: bool,
+    pub stale: Stale,
+    pub attention: Arc<Attention>,
+    /// Instructions that the interpreter ran.
+    pub interpreted: u64,
+    /// What [`crate::Core`] looks for at every access of the running code, as `debug.rs` sets it for one instruction; 0 while
+    /// the guest uses neither data breakpoints nor alignment checks.
+    pub checks: u8,
+    /// Breakpoints (bits 0-3 as in DR6) that the accesses of this instruction hit.
+    pub hits: u8,
+    /// The epoch of guest memory that the TLB belongs to.
+    pub memory_epoch: u64,
+    pub(crate) jumps: JumpCaches,
+    pub tlb: SoftTlb,
+}
+
+impl Vcpu {
+    /// Makes a VCPU at a place where translated code can run on it.
+    pub fn place(cpu: CpuState) -> io::Result<Placed<Vcpu>> {
+        let mut vcpu = Placed::from_value(STACK_BELOW, 0, Vcpu::new(cpu))?;
+        vcpu.hot.is_placed = true;
+        vcpu.hot.host_mxcsr = 0x1f80;
+        Ok(vcpu)
+    }
+
+    /// A VCPU for the interpreter alone; see [`Vcpu::place`].
+    #[must_use]
+    pub fn new(cpu: CpuState) -> Vcpu {
+        Vcpu {
+            hot: Hot::default(),
+            cpu,
+            wants_interrupt_window: false,
+            stale: Stale::default(),
+            attention: Arc::default(),
+            interpreted: 0,
+            checks: 0,
+            hits: 0,
+            memory_epoch: 0,
+            jumps: JumpCaches::new(),
+            tlb: SoftTlb::new(),
+        }
+    }
+
+    /// The TLB bank for explicit accesses of the running code.
+    #[inline]
+    #[must_use]
+    pub fn bank(&self) -> Bank {
+        if self.cpu.cpl() == 3 {
+            Bank::User
+        } else if self.cpu.rflags & rflags::AC != 0 {
+            Bank::KernelAc
+        } else {
+            Bank::Kernel
+        }
+    }
+
+    /// After a load of CR3: drops translations of pages that are not global.
+    pub fn flush_local(&mut self) {
+        self.tlb.flush_local();
+        self.stale.local_mappings = true;
+    }
+
+    /// After a change of paging mode or a global invalidation.
+    pub fn flush_all(&mut self) {
+        self.tlb.flush_all();
+        self.stale.all_mappings = true;
+    }
+}
