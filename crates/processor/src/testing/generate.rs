@@ -357,7 +357,8 @@ impl Generator {
         let mut own = Item { bytes, fixes: vec![] };
         let mut item = Item::default();
         if let Some(form) = form {
-            if let Some(arena) = form.arena {
+            // What looked like a ModRM may have become an immediate.
+            if let Some(arena) = form.arena.filter(|_| instruction.is_ip_rel_memory_operand()) {
                 let end = own.bytes.len();
                 own.fixes.push(Fix::Place { at: offsets.displacement_offset(), end, arena });
             }
