@@ -1,0 +1,16 @@
+//! I/O VIRTUALIZATION: the buses, the interrupt controllers, the timers, the serial ports, and their assembly.
+//!
+//! A port write: monitor -> [`platform`] -> [`bus`] -> device -> interrupt line -> [`irq`] -> kick of a processor.
+#![forbid(unsafe_code)]
+
+pub mod bus;
+pub mod irq;
+pub mod platform;
+pub mod serial_service;
+pub mod timer;
+pub mod uart;
+
+pub use bus::{AccessSize, BusError, MmioDevice, PortDevice};
+pub use irq::{Interrupt, Kick, attention};
+pub use platform::{Config, Error, Platform};
+pub use timer::EndRequest;

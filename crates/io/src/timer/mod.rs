@@ -1,0 +1,9 @@
+//! Timers: the interval timer, the ACPI timer and power control, and the thread that serves all deadlines.
+
+pub mod acpi;
+pub mod pit;
+pub mod service;
+
+pub use acpi::{AcpiPorts, EndRequest, FastControl, PciConfigPorts};
+pub use pit::Pit;
+pub use service::{NEVER, Timer, TimerQueue, TimerTarget, TimerThread};
