@@ -10,8 +10,8 @@
     │   └── GuestEnded            the guest ended while something was still wanted from it
     └── InternalError             exit status 1: a defect of ours; please report it
 
-A message is one sentence, names the thing that was wrong (the file, the option, the value) and says what to do.
-What the *guest* does wrong is never one of these: that is a fault, and the guest's own business.
+A message is one sentence, names the thing that was wrong (the file, the option, the value) and says what to
+do. What the *guest* does wrong is never one of these: that is a fault, and the guest's own business.
 """
 
 from __future__ import annotations

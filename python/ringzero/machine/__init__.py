@@ -1,0 +1,1 @@
+"""How a machine is described, put together, started and talked to."""

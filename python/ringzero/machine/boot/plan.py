@@ -1,0 +1,103 @@
+"""The plan of a start: pieces of memory and registers, and the choice between the protocols."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from ringzero.errors import ImageError, InputError
+from ringzero.machine import address_map
+from ringzero.machine.boot import bzimage, elf
+from ringzero.machine.boot.layout import Piece, command_line_bytes, common_pieces
+from ringzero.machine.firmware import acpi
+
+__all__ = ["BootPlan", "GuestMemory", "Piece", "plan_boot"]
+
+
+class GuestMemory(Protocol):
+    """What a plan needs of a machine; `ringzero._core.Vm` is one."""
+
+    def write_memory(self, address: int, data: bytes) -> None:
+        """Write guest physical memory."""
+
+    def set_registers(self, values: dict[str, int], cpu: int = 0) -> None:
+        """Set registers by name."""
+
+
+@dataclass(frozen=True)
+class BootPlan:
+    """Everything that makes a stopped machine ready to start.
+
+    `protocol` says how: "linux64" (bzImage), "pvh" or "elf64".
+    """
+
+    protocol: str
+    pieces: Sequence[Piece]
+    registers: Mapping[str, int]
+    details: Mapping[str, int] = field(default_factory=dict)
+    """Addresses worth showing: kernel, kernel_end, initrd, initrd_size, rsdp."""
+
+    def load(self, machine: GuestMemory) -> None:
+        """Write the pieces to the machine's memory and set its first processor's registers."""
+        for piece in self.pieces:
+            machine.write_memory(piece.address, piece.data)
+        machine.set_registers(dict(self.registers), 0)
+
+
+def plan_boot(
+    kernel: bytes,
+    *,
+    memory: int,
+    cpus: int = 1,
+    command_line: str = "",
+    initrd: bytes | None = None,
+    name: str = "kernel",
+    initrd_name: str = "initramfs",
+    enter_long_mode: bool = False,
+) -> BootPlan:
+    """Return how to start `kernel` on a machine with `memory` bytes and `cpus` processors.
+
+    `name` and `initrd_name` are what messages call the two files. `enter_long_mode` enters an ELF file at its
+    entry point in 64-bit mode even when it has a PVH entry: for debugging an engine.
+
+    Raises ImageError for a kernel that is damaged or no kernel, UnsupportedError for one that is not
+    supported yet, InputError when something does not fit into `memory`.
+    """
+    if memory < 2 * address_map.MIB:
+        raise InputError(f"a kernel needs more than {memory >> 10} KiB of memory: give at least 2M")
+    tables = acpi.build_tables(cpus)
+    rsdp = tables.rsdp
+    text = command_line_bytes(command_line)
+    common = [*common_pieces(text), *(Piece("ACPI", address, data) for address, data in tables.pieces)]
+    if kernel[:4] == elf.MAGIC:
+        image = elf.parse(kernel, name)
+        start = elf.plan(
+            image,
+            memory=memory,
+            command_line_size=len(text),
+            initrd=initrd,
+            rsdp=rsdp,
+            name=name,
+            initrd_name=initrd_name,
+            enter_long_mode=enter_long_mode,
+        )
+    elif bzimage.looks_like(kernel):
+        header = bzimage.parse(kernel, name)
+        start = bzimage.plan(
+            header,
+            kernel,
+            memory=memory,
+            command_line_size=len(text),
+            initrd=initrd,
+            rsdp=rsdp,
+            name=name,
+            initrd_name=initrd_name,
+        )
+    else:
+        raise ImageError(
+            f"{name} is neither a Linux bzImage nor an ELF file: give a kernel such as /boot/vmlinuz-*"
+        )
+    return BootPlan(
+        start.protocol, [*common, *start.pieces], start.registers, {**start.details, "rsdp": rsdp}
+    )
