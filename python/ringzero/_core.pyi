@@ -47,8 +47,6 @@ class Vm:
         (bits 0-7 and 12-15 as in bytes 5 and 6 of the descriptor), gdtr_base, gdtr_limit, idtr_base, idtr_limit."""
     def set_registers(self, values: dict[str, int], cpu: int = 0) -> None:
         """Set some registers by the names of `registers`. Raises CoreError for an unknown name."""
-    def set_cmos(self, index: int, value: int) -> None:
-        """Set one byte of the CMOS RAM."""
     def add_port_device(self, first: int, count: int, device: PortDevice) -> None:
         """Give `count` I/O ports from `first` to a Python device. Before `start` only."""
     def serial_fd(self, index: int) -> int:

@@ -1,0 +1,30 @@
+//! The boundary between the Python package and its Rust core: parse, call, convert, and nothing else. What the calls
+//! mean is told in `python/ringzero/_core.pyi`.
+#![deny(unsafe_code)]
+
+mod device;
+mod enter;
+mod features;
+mod vm;
+
+/// The core of ringzero; see `_core.pyi`.
+#[pyo3::pymodule(name = "_core")]
+mod core {
+    use pyo3::prelude::*;
+
+    #[pymodule_export]
+    use crate::enter::CoreError;
+    #[pymodule_export]
+    use crate::features::{engines, host_features};
+    #[pymodule_export]
+    use crate::vm::Vm;
+
+    #[pymodule_init]
+    fn init(module: &Bound<'_, PyModule>) -> PyResult<()> {
+        // Threads that want the interpreter while it goes away are ended by it in the middle of what they do. Exit
+        // handlers run before that, while everything still works.
+        let stop_all = wrap_pyfunction!(crate::vm::stop_all, module)?;
+        module.py().import("atexit")?.call_method1("register", (stop_all,))?;
+        Ok(())
+    }
+}

@@ -1,0 +1,18 @@
+//! THE HALL where processor, memory and I/O virtualization meet: the assembly of a machine and the run loop of its
+//! processors.
+#![forbid(unsafe_code)]
+
+pub mod control;
+mod error;
+pub mod features;
+pub mod kick;
+pub mod outside;
+pub mod registers;
+pub mod run;
+pub mod slow;
+pub mod trace;
+pub mod vm;
+
+pub use error::Error;
+pub use features::{Feature, host_features};
+pub use vm::{ENGINES, Options, Region, RegionKind, Vm};
