@@ -13,16 +13,22 @@ DEFAULT_OUTPUT = HERE.parents[1] / "python" / "ringzero" / "images" / "builtin" 
 
 # -mgeneral-regs-only: no vector state, so the guest kernel has none to save for process 1.
 FLAGS = (
-    "-std=gnu11 -Os -Wall -Wextra -Werror -ffreestanding -fno-stack-protector -fno-pic -no-pie -fno-asynchronous-unwind-tables"
-    " -mgeneral-regs-only -fcf-protection=none -nostdlib -static -s -Wl,--build-id=none -Wl,-z,noexecstack -Wl,-z,norelro"
-).split()
+    *("-std=gnu11", "-Os", "-Wall", "-Wextra", "-Werror"),
+    *("-ffreestanding", "-fno-stack-protector", "-fno-pic", "-no-pie", "-fno-asynchronous-unwind-tables"),
+    *("-mgeneral-regs-only", "-fcf-protection=none"),
+    *("-nostdlib", "-static", "-s", "-Wl,--build-id=none", "-Wl,-z,noexecstack", "-Wl,-z,norelro"),
+)
 
 
 def build_agent(output: Path = DEFAULT_OUTPUT, compiler: str = "gcc") -> Path:
-    """Compile the agent to `output` and return that path. Raises CalledProcessError when the compiler refuses."""
+    """Compile the agent to `output` and return that path. Raises CalledProcessError when the compiler
+    refuses.
+    """
     output.parent.mkdir(parents=True, exist_ok=True)
     temporary = output.with_name(output.name + ".new")
-    subprocess.run([compiler, *FLAGS, "-o", str(temporary), *(str(HERE / name) for name in SOURCES)], check=True)
+    subprocess.run(
+        [compiler, *FLAGS, "-o", str(temporary), *(str(HERE / name) for name in SOURCES)], check=True
+    )
     temporary.chmod(0o755)
     temporary.replace(output)
     return output

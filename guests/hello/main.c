@@ -22,7 +22,6 @@ static bool on_pit(struct frame *frame)
     return true;
 }
 
-static volatile u32 *apic(u32 offset) { return (volatile u32 *)(u64)(0xfee00000u + offset); }
 
 static bool on_apic_timer(struct frame *frame)
 {
@@ -30,15 +29,6 @@ static bool on_apic_timer(struct frame *frame)
     apic_ticks++;
     *apic(0xb0) = 0; /* end of interrupt */
     return true;
-}
-
-static void pic_start(void)
-{
-    out8(0x20, 0x11), out8(0xa0, 0x11); /* ICW1: edge, cascade, ICW4 follows */
-    out8(0x21, 0x20), out8(0xa1, 0x28); /* ICW2: vectors 0x20.. and 0x28.. */
-    out8(0x21, 4), out8(0xa1, 2);       /* ICW3: the second on line 2 */
-    out8(0x21, 1), out8(0xa1, 1);       /* ICW4: 8086 mode */
-    out8(0x21, 0xff), out8(0xa1, 0xff);
 }
 
 static void say_how_started(const struct start_info *info)
@@ -173,7 +163,6 @@ static void say_timers(void)
         say("local APIC    none\n");
         return;
     }
-    wrmsr(MSR_APIC_BASE, rdmsr(MSR_APIC_BASE) | 0x800);
     say("local APIC    id %u, version %x, ", *apic(0x20) >> 24, *apic(0x30) & 0xff);
     trap_handlers[0x40] = on_apic_timer;
     *apic(0xf0) = 0x1ff;   /* enabled, spurious vector 0xff */

@@ -302,6 +302,23 @@ static void set_up_traps(void)
     asm volatile("ltr %w0" ::"r"(TSS_SELECTOR));
 }
 
+/* ---- interrupt controllers ---- */
+
+void pic_start(void)
+{
+    out8(0x20, 0x11), out8(0xa0, 0x11); /* ICW1: edge, cascade, ICW4 follows */
+    out8(0x21, 0x20), out8(0xa1, 0x28); /* ICW2: vectors 0x20.. and 0x28.. */
+    out8(0x21, 4), out8(0xa1, 2);       /* ICW3: the second on line 2 */
+    out8(0x21, 1), out8(0xa1, 1);       /* ICW4: 8086 mode */
+    out8(0x21, 0xff), out8(0xa1, 0xff);
+    if (!has1d(9))
+        return;
+    /* Virtual wire mode (MultiProcessor Specification 1.4, 3.6.2.2), which firmware may have left, or not. */
+    wrmsr(MSR_APIC_BASE, rdmsr(MSR_APIC_BASE) | 0x800);
+    *apic(APIC_SVR) = 0x1ff;   /* on, spurious vector 0xff */
+    *apic(APIC_LINT0) = 0x700; /* ExtINT */
+}
+
 /* ---- page tables ---- */
 
 static u8 pages[256][4096] __attribute__((aligned(4096)));

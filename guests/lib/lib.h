@@ -113,6 +113,14 @@ extern struct tss tss;
 extern u64 gdt[];
 extern u8 user_stack[8192], ist_stacks[7][4096], trap_stack[16384];
 
+/* ---- interrupt controllers ---- */
+
+void pic_start(void); /* both PICs at vectors 0x20-0x2f, all lines masked; the local APIC, if any, on and passing them on */
+static inline volatile u32 *apic(u32 offset) { return (volatile u32 *)(u64)(0xfee00000u + offset); }
+enum { APIC_ID = 0x20, APIC_VERSION = 0x30, APIC_TPR = 0x80, APIC_EOI = 0xb0, APIC_SVR = 0xf0, APIC_ISR = 0x100, APIC_TMR = 0x180,
+       APIC_IRR = 0x200, APIC_ICR = 0x300, APIC_ICR_HIGH = 0x310, APIC_LVT_TIMER = 0x320, APIC_LINT0 = 0x350, APIC_LINT1 = 0x360,
+       APIC_INITIAL = 0x380, APIC_CURRENT = 0x390, APIC_DIVIDE = 0x3e0 };
+
 /* ---- page tables: identity mapped 0..4 GiB at start; below are tools for experiments ---- */
 
 #define PTE_P 0x1ull
