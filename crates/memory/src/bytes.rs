@@ -149,14 +149,25 @@ pub(crate) unsafe fn compare_exchange(address: u64, size: usize, expected: u64, 
 /// # Safety
 /// `address` .. `address + 16` lies inside one mapped, writable page of a pool and `address` is a multiple of 16.
 pub(crate) unsafe fn compare_exchange16(address: u64, expected: u128, new: u128) -> u128 {
-    #[target_feature(enable = "cmpxchg16b")]
-    unsafe fn exchange(place: *mut u128, expected: u128, new: u128) -> u128 {
-        // SAFETY: by the promise of the outer function.
-        unsafe { std::arch::x86_64::cmpxchg16b(place, expected, new, Ordering::SeqCst, Ordering::SeqCst) }
-    }
     if std::arch::is_x86_feature_detected!("cmpxchg16b") {
+        let (mut low, mut high) = (expected as u64, (expected >> 64) as u64);
+        // The standard library's function may become a call of a routine that nobody links. RBX belongs to the compiler
+        // and is given back.
         // SAFETY: by the caller's promise, and the processor has the instruction.
-        return unsafe { exchange(address as *mut u128, expected, new) };
+        unsafe {
+            std::arch::asm!(
+                "xchg rbx, rsi",
+                "lock cmpxchg16b [rdi]",
+                "mov rbx, rsi",
+                in("rdi") address,
+                inout("rsi") new as u64 => _,
+                in("rcx") (new >> 64) as u64,
+                inout("rax") low,
+                inout("rdx") high,
+                options(nostack),
+            );
+        }
+        return u128::from(high) << 64 | u128::from(low);
     }
     // Processors without the instruction are older than any that can run a guest of several processors at speed; a guest of
     // one cannot tell.
