@@ -67,7 +67,7 @@ pub struct Platform {
     acpi: Arc<RankedMutex<AcpiPorts>>,
     /// The lines as devices outside this crate drive them.
     outside_lines: Vec<IrqLine>,
-    // The threads last: they stop before nothing else is needed.
+    // Dropped last: each stops its thread.
     serial: SerialService,
     _timer_thread: TimerThread,
 }

@@ -144,10 +144,10 @@ impl Drop for SerialService {
     fn drop(&mut self) {
         self.shared.stopping.store(true, Ordering::SeqCst);
         self.shared.doorbell.event.signal();
-        if let Some(thread) = self.thread.take() {
-            if thread.thread().id() != thread::current().id() {
-                let _ = thread.join();
-            }
+        if let Some(thread) = self.thread.take()
+            && thread.thread().id() != thread::current().id()
+        {
+            let _ = thread.join();
         }
     }
 }
@@ -452,12 +452,13 @@ mod tests {
         let mut paused = false;
         let began = Instant::now();
         while got.len() < sent.len() && began.elapsed() < Duration::from_secs(20) {
-            let mut uart = bench.uart.lock();
-            if uart.read(5, Byte) & 1 != 0 {
-                got.push(uart.read(0, Byte) as u8);
-            } else {
-                drop(uart);
-                thread::sleep(Duration::from_micros(20));
+            let byte = {
+                let mut uart = bench.uart.lock();
+                (uart.read(5, Byte) & 1 != 0).then(|| uart.read(0, Byte) as u8)
+            };
+            match byte {
+                Some(byte) => got.push(byte),
+                None => thread::sleep(Duration::from_micros(20)),
             }
             if got.len() == 100_000 && !paused {
                 // The driver can take no more for a while, longer than the thread keeps looking.

@@ -21,7 +21,7 @@ pub const TRANSMIT_BUFFER: usize = 16 * 1024;
 /// The largest burst the guest may write when it sees the transmitter empty: a whole FIFO.
 const FIFO: usize = 64;
 /// How many bytes the guest finds at most when it looks: more would keep its interrupt handler from ever ending.
-pub const BURST: usize = 512;
+pub const BURST: usize = 1024;
 
 /// Interrupt enable.
 const IER_RECEIVED: u8 = 1 << 0;

@@ -144,7 +144,7 @@ fn interrupts_have_priorities() {
     assert_eq!(bench.get(DATA), 1);
     assert_eq!(bench.get(IIR), 2);
     assert_eq!(bench.get(IIR), 0);
-    assert_eq!(bench.get(MSR), 0x80 | 0x08 | 0x02 | 0x01 | 0x30 & 0, "loopback dropped CTS and DSR");
+    assert_eq!(bench.get(MSR), 0x8b, "loopback dropped CTS and DSR");
     assert_eq!(bench.get(IIR), 1);
     assert!(!bench.line());
 }
@@ -189,7 +189,7 @@ fn bytes_come_in_bursts_and_the_guest_gets_time() {
     bench.put(MCR, 0x0b);
     bench.clock.advance(1_000_000_000);
     assert_eq!(bench.uart.receiver(bench.clock.now()), Receiver::Ready);
-    let bytes: Vec<u8> = (0..600).map(|byte| byte as u8).collect();
+    let bytes: Vec<u8> = (0..1200).map(|byte| byte as u8).collect();
     assert_eq!(bench.uart.receive(&bytes), BURST);
     assert!(bench.line());
     assert_eq!(bench.get(IIR), 0xc4);

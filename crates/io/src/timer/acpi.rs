@@ -158,7 +158,7 @@ impl PortDevice for AcpiPorts {
     fn write(&mut self, offset: u16, size: AccessSize, value: u32) {
         // The PM timer is read-only. A word or dword that is not aligned is taken byte by byte.
         let width = size.bytes() as u16;
-        if size == AccessSize::Byte || offset % 2 != 0 {
+        if size == AccessSize::Byte || !offset.is_multiple_of(2) {
             for byte in 0..width {
                 let (at, part) = (offset + byte, (value >> (8 * byte)) as u16 & 0xff);
                 let shift = 8 * (at & 1);
@@ -306,7 +306,7 @@ mod tests {
         bench.clock.advance(2 * NANOSECONDS);
         let mut acpi = bench.acpi.lock();
         assert_eq!(acpi.read(PM_TIMER, Dword), 2 * 3_579_545);
-        assert_eq!(acpi.read(PM_TIMER + 1, Byte) & 0xff, 2 * 3_579_545 >> 8 & 0xff);
+        assert_eq!(acpi.read(PM_TIMER + 1, Byte) & 0xff, ((2 * 3_579_545) >> 8) & 0xff);
     }
 
     #[test]

@@ -366,7 +366,7 @@ impl Pit {
     }
 
     fn read_speaker(&mut self, clock: u64) -> u8 {
-        let refresh = clock / REFRESH_CLOCKS & 1;
+        let refresh = (clock / REFRESH_CLOCKS) & 1;
         self.speaker | (refresh as u8) << 4 | u8::from(self.counters[2].output(clock)) << 5
     }
 

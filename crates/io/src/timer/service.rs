@@ -174,11 +174,11 @@ impl Drop for TimerThread {
     fn drop(&mut self) {
         self.queue.state.lock().stopping = true;
         self.queue.changed.notify_one();
-        if let Some(thread) = self.thread.take() {
-            // A callback may drop the last owner of the VM: a thread cannot wait for itself.
-            if thread.thread().id() != thread::current().id() {
-                let _ = thread.join();
-            }
+        // A callback may drop the last owner of the VM: a thread cannot wait for itself.
+        if let Some(thread) = self.thread.take()
+            && thread.thread().id() != thread::current().id()
+        {
+            let _ = thread.join();
         }
     }
 }

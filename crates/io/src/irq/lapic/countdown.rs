@@ -177,16 +177,16 @@ impl Countdown {
                 self.due = NEVER;
             }
             TimerMode::Periodic => {
+                // Keep the phase: the next end is a whole number of periods after this one.
                 let period = u64::from(self.initial) * self.divisor();
-                if period == 0 {
-                    self.stop();
-                } else {
-                    // Keep the phase: the next end is a whole number of periods after this one.
-                    let end = self.start + u64::from(self.first) * self.divisor();
-                    let missed = self.clocks(now).saturating_sub(end) / period;
-                    self.start = end + missed * period;
-                    self.first = self.initial;
-                    self.schedule(now.saturating_add(SHORTEST_PERIOD));
+                let end = self.start + u64::from(self.first) * self.divisor();
+                match self.clocks(now).saturating_sub(end).checked_div(period) {
+                    None => self.stop(),
+                    Some(missed) => {
+                        self.start = end + missed * period;
+                        self.first = self.initial;
+                        self.schedule(now.saturating_add(SHORTEST_PERIOD));
+                    }
                 }
             }
         }
