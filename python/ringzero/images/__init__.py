@@ -34,8 +34,8 @@ class Image:
     """Whether the image holds our agent, which runs commands for the host."""
 
 
-# `panic=-1`: a panic restarts the guest at once, and the monitor tells the operator. `ttyS0,115200`: at the default of
-# 9600 baud the kernel would wait for bytes to leave a wire that is not there.
+# `panic=-1`: a panic restarts the guest at once, and the monitor tells the operator. `ttyS0,115200`: at the
+# default of 9600 baud the kernel would wait for bytes to leave a wire that is not there.
 DEBIAN_APPEND = "console=ttyS0,115200 panic=-1 8250.nr_uarts=4"
 
 
@@ -46,8 +46,8 @@ def resolve(name: str, kernel: str | None = None) -> tuple[str, str | None]:
         from difflib import get_close_matches
 
         close = get_close_matches(base, IMAGES, n=1, cutoff=0.5)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
-        raise InputError(f"there is no image {name!r}{hint} There is: {', '.join(IMAGES)}".replace("?,", "?"))
+        meant = f", did you mean {close[0]!r}?" if close else ":"
+        raise InputError(f"there is no image {name!r}{meant} there is {', '.join(IMAGES)}")
     if series and base != "debian":
         raise InputError(f"the image {base!r} has no versions: write {base!r} alone")
     return base, kernel or series or None
@@ -97,5 +97,7 @@ def _debian(series: str, files: dict[str, Path]) -> Image:
 def _hello() -> Image:
     path = Path(__file__).parent / "builtin" / "hello.elf"
     if not path.is_file():
-        raise InternalError(f"the guest 'hello' is missing from the package ({path}): build it with guests/build.py")
+        raise InternalError(
+            f"the guest 'hello' is missing from the package ({path}): build it with guests/build.py"
+        )
     return Image("hello", path)

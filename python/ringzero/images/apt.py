@@ -1,8 +1,8 @@
 """Fetch Debian packages through the machine's own apt configuration, as any user.
 
-apt reads the machine's sources and keys, but works in a directory of ours: package lists, caches and downloads go
-there, so nothing on the machine changes and root is not needed (apt.conf(5): Dir::State::lists, Dir::Cache,
-Dir::Etc::sourcelist). What arrives was checked by apt against the signed lists.
+apt reads the machine's sources and keys, but works in a directory of ours: package lists, caches and
+downloads go there, so nothing on the machine changes and root is not needed (apt.conf(5): Dir::State::lists,
+Dir::Cache, Dir::Etc::sourcelist). What arrives was checked by apt against the signed lists.
 
 Where the packages are looked for, in this order:
   1. in the lists that the machine has;
@@ -24,7 +24,9 @@ from pathlib import Path
 from ringzero.errors import FetchError
 
 Progress = Callable[[str, int, int | None], None]
-"""Told of every step: what is being done, how much of it is done, and of how much (bytes; None: not known)."""
+"""Told of every step: what is being done, how much of it is done, and of how much (bytes; None: not
+known).
+"""
 
 
 def no_progress(step: str, done: int, total: int | None) -> None:
@@ -75,11 +77,15 @@ def parse_deb822(text: str) -> Iterator[Source]:
                 name, _, value = line.partition(":")
                 last = name.strip().lower()
                 fields[last] = value.strip()
-        words = {name: tuple(fields.get(name, "").split()) for name in ("types", "uris", "suites", "components")}
+        words = {
+            name: tuple(fields.get(name, "").split()) for name in ("types", "uris", "suites", "components")
+        }
         if "deb" not in words["types"] or fields.get("enabled", "yes").lower() in ("no", "false", "0"):
             continue
         options = tuple(
-            (name, fields[key]) for key, name in (("signed-by", "Signed-By"), ("trusted", "Trusted")) if key in fields
+            (name, fields[key])
+            for key, name in (("signed-by", "Signed-By"), ("trusted", "Trusted"))
+            if key in fields
         )
         yield Source(words["uris"], words["suites"], words["components"], options)
 
@@ -115,26 +121,31 @@ class Apt:
         ]
         (directory / "cache" / "archives" / "partial").mkdir(parents=True, exist_ok=True)
 
-    def newest(self, patterns: dict[str, re.Pattern[str]], suites: tuple[str, ...] = ()) -> dict[str, Package]:
-        """Find, for each label, the newest package whose name matches its pattern.
+    def fetch(
+        self, patterns: dict[str, re.Pattern[str]], suites: tuple[str, ...], into: Path
+    ) -> list[tuple[Package, Path]]:
+        """Fetch, for each label, the newest package whose name matches its pattern; return them in that order.
 
         `suites` are names of other suites to try on the machine's mirrors when its own suites do not have
-        everything. Raises FetchError when something cannot be found anywhere.
+        everything. Each .deb is below `into`. Raises FetchError when something cannot be had anywhere.
         """
-        problem = ""
-        for prepare in (lambda: None, self._own_lists, lambda: self._other_suites(suites)):
+        places: tuple[Callable[[], None], ...] = (
+            lambda: None,
+            self._own_lists,
+            lambda: self._other_suites(suites),
+        )
+        problem = FetchError("apt knows of no place to fetch packages from")
+        for prepare in places:
             try:
                 prepare()
+                found = [self._newest(label, pattern) for label, pattern in patterns.items()]
+                return [(package, self._download(package, into / package.name)) for package in found]
             except FetchError as error:
-                problem = str(error)
-                continue
-            found = {label: self._newest(pattern) for label, pattern in patterns.items()}
-            if all(found.values()):
-                return {label: package for label, package in found.items() if package is not None}
-        missing = ", ".join(label for label, package in found.items() if package is None) if not problem else ""
-        raise FetchError(problem or f"the machine's apt sources offer no {missing}")
+                # Lists that are older than the mirror name files which are gone: fresh ones come next.
+                problem = error
+        raise problem
 
-    def download(self, package: Package, into: Path) -> Path:
+    def _download(self, package: Package, into: Path) -> Path:
         """Fetch a package and return the path of its .deb file."""
         label = f"fetching {package.name}"
         into.mkdir(parents=True, exist_ok=True)
@@ -167,7 +178,7 @@ class Apt:
         if result.returncode != 0:
             raise FetchError(f"{deb.name} could not be unpacked: {_reason(result.stderr)}")
 
-    def _newest(self, pattern: re.Pattern[str]) -> Package | None:
+    def _newest(self, label: str, pattern: re.Pattern[str]) -> Package:
         listed = self._run(self._command("apt-cache", "pkgnames")).stdout.split()
         names = sorted((name for name in listed if pattern.fullmatch(name)), key=_version_key, reverse=True)
         for name in names:
@@ -176,7 +187,7 @@ class Apt:
             fields = dict(re.findall(r"^(Version|Size|Filename): (.*)$", shown, re.MULTILINE))
             if "Filename" in fields:
                 return Package(name, fields["Version"], int(fields.get("Size", "0")))
-        return None
+        raise FetchError(f"the apt sources of this machine offer no {label}")
 
     def _own_lists(self) -> None:
         self._update([])
@@ -186,7 +197,8 @@ class Apt:
         sources = [source for source in self._sources() if "main" in source.components]
         wanted = []
         for suite in suites:
-            # Security updates come from an archive of their own, so each kind of suite is asked of its own kind.
+            # Security updates come from an archive of their own, so each kind of suite is asked of its own
+            # kind.
             security = suite.endswith("-security")
             wanted += [
                 Source(source.uris, (suite,), ("main",), source.options)
@@ -210,12 +222,15 @@ class Apt:
         (lists / "partial").mkdir(parents=True, exist_ok=True)
         self._options += [f"Dir::State::lists={lists}", *options]
         result = self._run(self._command("apt-get", "update"))
-        # A suite that a mirror does not have is an error for apt, but the others were read: only no list at all counts.
+        # A suite that a mirror does not have is an error for apt, but the others were read: only no list at
+        # all counts.
         if not any(lists.glob("*Packages*")):
             raise FetchError(f"the package lists could not be fetched: {_reason(result.stderr)}")
 
     def _sources(self) -> list[Source]:
-        shown = self._run(["apt-config", "shell", "MAIN", "Dir::Etc::sourcelist/f", "PARTS", "Dir::Etc::sourceparts/d"])
+        shown = self._run(
+            ["apt-config", "shell", "MAIN", "Dir::Etc::sourcelist/f", "PARTS", "Dir::Etc::sourceparts/d"]
+        )
         places = dict(re.findall(r"^(MAIN|PARTS)='(.*)'$", shown.stdout, re.MULTILINE))
         parts = Path(places.get("PARTS", "/etc/apt/sources.list.d"))
         files = [Path(places.get("MAIN", "/etc/apt/sources.list")), *sorted(parts.glob("*"))]
@@ -239,7 +254,13 @@ class Apt:
         # Messages are read, so they must be in one language.
         environment = {**os.environ, "LC_ALL": "C", "DEBIAN_FRONTEND": "noninteractive"}
         return subprocess.run(
-            command, cwd=cwd, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace"
+            command,
+            cwd=cwd,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            errors="replace",
         )
 
 
@@ -250,5 +271,7 @@ def _version_key(name: str) -> list[int]:
 def _reason(stderr: str) -> str:
     """Pick the sentence that says most from what apt wrote."""
     lines = [line[2:].strip() for line in stderr.splitlines() if line.startswith(("E:", "W:"))]
-    errors = [line for line in lines if re.search(r"resolv|connect|timed out|not found|Unable|Failed", line, re.I)]
+    errors = [
+        line for line in lines if re.search(r"resolv|connect|timed out|not found|Unable|Failed", line, re.I)
+    ]
     return (errors or lines or stderr.strip().splitlines()[-1:] or ["no reason was given"])[0].rstrip(".")

@@ -30,7 +30,9 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class CachedFile:
-    """What the manifest holds of one file. `sha256` decides; size and times (ns) only spare reading it each time."""
+    """What the manifest holds of one file. `sha256` decides; size and times (ns) only spare reading it each
+    time.
+    """
 
     sha256: str
     size: int
@@ -49,14 +51,18 @@ class Manifest:
 
 
 def cache_root() -> Path:
-    """Return the cache directory, by the XDG base directory specification 0.8: a relative value does not count."""
+    """Return the cache directory, by the XDG base directory specification 0.8: a relative value does not
+    count.
+    """
     configured = os.environ.get("XDG_CACHE_HOME", "")
     if configured and os.path.isabs(configured):
         return Path(configured) / "ringzero"
     try:
         return Path.home() / ".cache" / "ringzero"
     except RuntimeError as error:
-        raise InputError("no home directory is known: set XDG_CACHE_HOME to a directory for images") from error
+        raise InputError(
+            "no home directory is known: set XDG_CACHE_HOME to a directory for images"
+        ) from error
 
 
 def sha256_of(path: Path) -> str:
@@ -112,7 +118,8 @@ class ImageCache:
     def writing(self, name: str, made_from: dict[str, str]) -> Iterator[Path]:
         """Give an empty directory to fill; on leaving without an error it becomes the image `name`.
 
-        Every file in it goes into the manifest. Call this with `locked` held. `made_from` may be added to inside.
+        Every file in it goes into the manifest. Call this with `locked` held. `made_from` may be added to
+        inside.
         """
         scratch = Path(tempfile.mkdtemp(prefix=f".{name}.", dir=self.root))
         try:
@@ -146,7 +153,8 @@ class ImageCache:
             lock = os.open(self.root / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         except OSError as error:
             raise FetchError(
-                f"the cache {self.root} cannot be written ({error.strerror}): set XDG_CACHE_HOME to a directory that can"
+                f"the cache {self.root} cannot be written ({error.strerror}): "
+                "set XDG_CACHE_HOME to a directory that can"
             ) from error
         try:
             try:

@@ -16,7 +16,8 @@ from ringzero.images.initramfs import agent_path, build_initramfs, busybox_apple
 KERNELS = ("6.1", "6.12")
 DEFAULT_KERNEL = "6.1"
 
-# Where else on the machine's mirrors a kernel series may be found; suites that a mirror does not have are passed over.
+# Where else on the machine's mirrors a kernel series may be found; suites that a mirror does not have are
+# passed over.
 SUITES = {
     "6.1": ("bookworm", "bookworm-security"),
     "6.12": ("bookworm-backports", "trixie", "trixie-security"),
@@ -26,14 +27,18 @@ FILES = ("vmlinuz", "initrd")
 
 
 def cache_name(kernel: str) -> str:
-    """Return the cache's name of the image with this kernel series. Raises InputError for an unknown series."""
+    """Return the cache's name of the image with this kernel series. Raises InputError for an unknown
+    series.
+    """
     if kernel not in KERNELS:
         raise InputError(f"there is no Debian image with kernel {kernel!r}; there is: {', '.join(KERNELS)}")
     return f"debian-{kernel}"
 
 
 def find_debian(kernel: str, cache: ImageCache, *, thorough: bool = False) -> dict[str, Path] | None:
-    """Return the files of a cached image, or None when it must be pulled (absent, damaged, or of another agent)."""
+    """Return the files of a cached image, or None when it must be pulled (absent, damaged, or of another
+    agent).
+    """
     name = cache_name(kernel)
     manifest = cache.manifest(name)
     if manifest is None or manifest.made_from.get("agent") != _agent_mark():
@@ -64,7 +69,9 @@ def pull_debian(
         except FetchError as error:
             raise FetchError(f"{error}. {_without_network()}") from error
         except OSError as error:
-            raise FetchError(f"the image could not be written to {cache.root}: {error.strerror or error}") from error
+            raise FetchError(
+                f"the image could not be written to {cache.root}: {error.strerror or error}"
+            ) from error
         built = find_debian(kernel, cache)
     if built is None:
         raise FetchError(f"the image in {cache.root / name} changed while it was written: pull it again")
@@ -84,17 +91,18 @@ def host_kernel() -> Path | None:
 
 
 def _build(name: str, kernel: str, cache: ImageCache, progress: Progress) -> None:
-    # ABI numbers: 6.1.0-56, 6.12.117+deb12, 6.12.43+deb13; "-unsigned", "-dbg" and "-rt" variants do not match.
+    # ABI numbers: 6.1.0-56, 6.12.117+deb12, 6.12.43+deb13; "-unsigned", "-dbg" and "-rt" variants do not
+    # match.
     pattern = re.compile(rf"linux-image-{re.escape(kernel)}\.\d+[-+~.\w]*?-cloud-amd64")
     agent = agent_path()
     with tempfile.TemporaryDirectory(prefix=".fetch.", dir=cache.root) as scratch_name:
         scratch = Path(scratch_name)
         apt = Apt(scratch, progress)
         wanted = {f"Debian cloud kernel {kernel}": pattern, "busybox-static": re.compile("busybox-static")}
-        packages = list(apt.newest(wanted, SUITES[kernel]).values())
-        kernel_tree, busybox_tree = (scratch / "tree" / package.name for package in packages)
-        for package in packages:
-            apt.unpack(apt.download(package, scratch / "debs" / package.name), scratch / "tree" / package.name)
+        fetched = apt.fetch(wanted, SUITES[kernel], scratch / "debs")
+        kernel_tree, busybox_tree = (scratch / "tree" / package.name for package, _ in fetched)
+        for package, deb in fetched:
+            apt.unpack(deb, scratch / "tree" / package.name)
         images = sorted(kernel_tree.glob("boot/vmlinuz-*"))
         busyboxes = [path for path in busybox_tree.glob("**/bin/busybox") if path.is_file()]
         if not images or not busyboxes:
@@ -104,7 +112,7 @@ def _build(name: str, kernel: str, cache: ImageCache, progress: Progress) -> Non
         initramfs = build_initramfs(
             busyboxes[0].read_bytes(), busybox_applets(busyboxes[0]), modules, agent.read_bytes()
         )
-        made_from = {package.name: package.version for package in packages}
+        made_from = {package.name: package.version for package, _ in fetched}
         made_from |= {"agent": _agent_mark(), "release": images[0].name.removeprefix("vmlinuz-")}
         with cache.writing(name, made_from) as directory:
             shutil.copyfile(images[0], directory / "vmlinuz")
@@ -112,7 +120,9 @@ def _build(name: str, kernel: str, cache: ImageCache, progress: Progress) -> Non
 
 
 def _agent_mark() -> str:
-    """Name the agent in this package by size and sum of its bytes: an image with another one is built again."""
+    """Name the agent in this package by size and sum of its bytes: an image with another one is built
+    again.
+    """
     from zlib import crc32  # a name, not a proof: cheap enough to make at every start
 
     data = agent_path().read_bytes()
@@ -123,7 +133,10 @@ def _without_network() -> str:
     own = host_kernel()
     example = f"ringzero run --kernel {own if own is not None else 'VMLINUZ'}"
     where = " (this host's own)" if own is not None else ""
-    return f"To boot a kernel that you have{where}: {example}; to see a guest that needs no download: ringzero run hello"
+    return (
+        f"To boot a kernel that you have{where}: {example}; "
+        "to see a guest that needs no download: ringzero run hello"
+    )
 
 
 __all__ = ["DEFAULT_KERNEL", "KERNELS", "cache_name", "find_debian", "host_kernel", "pull_debian"]

@@ -21,8 +21,8 @@ PS1='\\u@\\h:\\w\\$ '
 echo "Linux $(uname -r), unmodified, in an ordinary process. Ctrl-] leaves at once; exit or poweroff ends."
 """
 
-# The agent loads these two, in this order, to have a panic reported through the pvpanic port. Both are modules in
-# Debian's cloud kernels (CONFIG_PVPANIC_MMIO=m, 6.1.192 and 6.12.117).
+# The agent loads these two, in this order, to have a panic reported through the pvpanic port. Both are
+# modules in Debian's cloud kernels (CONFIG_PVPANIC_MMIO=m, 6.1.192 and 6.12.117).
 MODULES = ("pvpanic.ko", "pvpanic-mmio.ko")
 
 
@@ -30,14 +30,17 @@ def agent_path() -> Path:
     """Return the guest agent that was built into the package. Raises InternalError when it is not there."""
     path = BUILTIN / "agent"
     if not path.is_file():
-        raise InternalError(f"the guest agent is missing from the package ({path}): build it with guests/agent/build.py")
+        raise InternalError(
+            f"the guest agent is missing from the package ({path}): build it with guests/agent/build.py"
+        )
     return path
 
 
 def build_initramfs(busybox: bytes, applets: list[str], modules: dict[str, bytes], agent: bytes) -> bytes:
     """Return a newc archive, not compressed: at 2 MB the kernel copies it faster than it could inflate it.
 
-    `applets` are paths without a leading slash, as `busybox --list-full` prints them; `modules` are by file name.
+    `applets` are paths without a leading slash, as `busybox --list-full` prints them; `modules` are by file
+    name.
     """
     out = io.BytesIO()
     with NewcWriter(out) as archive:
@@ -53,7 +56,9 @@ def build_initramfs(busybox: bytes, applets: list[str], modules: dict[str, bytes
                 archive.symlink(applet, "/bin/busybox")
         for name, module in modules.items():
             archive.file(f"lib/modules/{name}", module)
-        archive.file("etc/passwd", b"root:x:0:0:root:/root:/bin/sh\nnobody:x:65534:65534:nobody:/:/bin/false\n")
+        archive.file(
+            "etc/passwd", b"root:x:0:0:root:/root:/bin/sh\nnobody:x:65534:65534:nobody:/:/bin/false\n"
+        )
         archive.file("etc/group", b"root:x:0:\ntty:x:5:\nnogroup:x:65534:\n")
         archive.file("etc/hostname", b"ringzero\n")
         archive.file("etc/hosts", b"127.0.0.1 localhost ringzero\n")
@@ -64,7 +69,9 @@ def build_initramfs(busybox: bytes, applets: list[str], modules: dict[str, bytes
 def busybox_applets(busybox: Path) -> list[str]:
     """Ask a busybox which commands are in it. It is a static program for x86-64, so this host can run it."""
     try:
-        listed = subprocess.run([str(busybox), "--list-full"], capture_output=True, text=True, check=True, timeout=30)
+        listed = subprocess.run(
+            [str(busybox), "--list-full"], capture_output=True, text=True, check=True, timeout=30
+        )
     except (OSError, subprocess.SubprocessError) as error:
         raise FetchError(f"the fetched busybox does not run on this machine: {error}") from error
     return [line for line in listed.stdout.split() if line]

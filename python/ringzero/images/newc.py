@@ -1,8 +1,8 @@
 """Write "newc" cpio archives, the form in which Linux takes an initramfs.
 
-The archive is made from names, modes and bytes; nothing is read from the host's file system, so device nodes and
-files owned by root need no root here. Format: the kernel's Documentation/driver-api/early-userspace/buffer-format.rst
-("initramfs buffer format", Linux 6.1).
+The archive is made from names, modes and bytes; nothing is read from the host's file system, so device nodes
+and files owned by root need no root here. Format: the kernel's
+Documentation/driver-api/early-userspace/buffer-format.rst ("initramfs buffer format", Linux 6.1).
 """
 
 from __future__ import annotations
@@ -20,12 +20,14 @@ FILE_SIZE_MAX = 0xFFFF_FFFF
 class NewcWriter:
     """Append files, directories, links and device nodes to a newc archive.
 
-    Parents are made when they are first needed, so that an entry never arrives before its directory. Leave the
-    `with` block, or call `close`, to write the trailer: an archive without one is not complete.
+    Parents are made when they are first needed, so that an entry never arrives before its directory. Leave
+    the `with` block, or call `close`, to write the trailer: an archive without one is not complete.
     """
 
     def __init__(self, out: BinaryIO, *, mtime: int = 0) -> None:
-        """Write to `out`. Every entry gets `mtime` (seconds since 1970), so that equal input gives equal bytes."""
+        """Write to `out`. Every entry gets `mtime` (seconds since 1970), so that equal input gives equal
+        bytes.
+        """
         self._out = out
         self._mtime = mtime
         self._inode = 0
@@ -99,11 +101,19 @@ class NewcWriter:
         self._write(name, mode, data, links=links, inode=self._inode, device=device, mtime=self._mtime)
 
     def _write(
-        self, name: str, mode: int, data: bytes, *, links: int, inode: int, device: tuple[int, int], mtime: int
+        self,
+        name: str,
+        mode: int,
+        data: bytes,
+        *,
+        links: int,
+        inode: int,
+        device: tuple[int, int],
+        mtime: int,
     ) -> None:
         encoded = name.encode() + b"\0"
-        # Order of the fields: inode, mode, uid, gid, links, mtime, size, device of the file (2), device that the node
-        # names (2), length of the name with its NUL, checksum (not used with this magic).
+        # Order of the fields: inode, mode, uid, gid, links, mtime, size, device of the file (2), device that
+        # the node names (2), length of the name with its NUL, checksum (not used with this magic).
         fields = (inode, mode, 0, 0, links, mtime, len(data), 0, 0, *device, len(encoded), 0)
         header = MAGIC + b"".join(b"%08x" % field for field in fields) + encoded
         self._out.write(header + bytes(-len(header) % 4))

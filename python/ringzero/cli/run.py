@@ -1,0 +1,102 @@
+"""`ringzero run`: its options. What it does with them, and its exit statuses, are in `ringzero.cli.guest`."""
+
+from __future__ import annotations
+
+import shlex
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperCommand
+
+from ringzero.cli.guest import RunOptions, run_guest
+from ringzero.cli.quick import unannounced_command
+from ringzero.errors import InputError
+
+EPILOG = """\
+\b
+Examples:
+  ringzero run debian                          a shell; Ctrl-] leaves, exit powers off
+  ringzero run debian:6.12 -- uname -r         one command in the 6.12 kernel
+  ringzero run debian -- cat < in > out        standard input and output pass through
+  ringzero run hello --engine interpret --stats
+  ringzero run --kernel bzImage --initrd root.cpio --append 'console=ttyS0' --timeout 60
+"""
+
+app = typer.Typer(add_completion=False, rich_markup_mode=None)
+
+
+class RunCommand(TyperCommand):
+    """Everything after `--` is the guest's command, whatever it looks like."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Take the guest's command off before options are looked for."""
+        ctx.obj = None
+        if "--" in args:
+            at = args.index("--")
+            ctx.obj, args = args[at + 1 :], args[:at]
+        else:
+            command = unannounced_command(args)
+            if command is not None:
+                example = f"ringzero run IMAGE -- {shlex.join(command)}"
+                raise InputError(f"write -- before the guest's command: {example}")
+        return super().parse_args(ctx, args)
+
+
+@app.command(
+    cls=RunCommand,
+    epilog=EPILOG,
+    options_metavar="[OPTIONS]",
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+)
+def run(
+    context: typer.Context,
+    image: Annotated[
+        str | None, typer.Argument(metavar="[IMAGE] [-- CMD ARG...]", help="debian, debian:6.12, or hello.")
+    ] = None,
+    kernel: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="A kernel to boot (bzImage or ELF), or a series of debian's."),
+    ] = None,
+    initrd: Annotated[str | None, typer.Option(metavar="FILE", help="Its initramfs.")] = None,
+    append: Annotated[
+        str | None, typer.Option(metavar="WORDS", help="Words for the kernel's command line.")
+    ] = None,
+    memory: Annotated[str, typer.Option(metavar="SIZE", help="Guest memory: 512M, 2G.")] = "256M",
+    cpus: Annotated[int, typer.Option(metavar="N", help="Processors.")] = 1,
+    engine: Annotated[str, typer.Option(metavar="NAME", help="translate, or interpret.")] = "translate",
+    timeout: Annotated[
+        float | None, typer.Option(metavar="SECONDS", help="End the guest after so long, with status 124.")
+    ] = None,
+    tty: Annotated[bool, typer.Option("--tty", "-t", help="Give CMD a terminal of its own.")] = False,
+    env: Annotated[
+        list[str] | None, typer.Option("--env", "-e", metavar="NAME=VALUE", help="Environment for CMD.")
+    ] = None,
+    cwd: Annotated[str | None, typer.Option("--cwd", "-w", metavar="DIR", help="Directory for CMD.")] = None,
+    stats: Annotated[bool, typer.Option("--stats", help="Print the counters at the end.")] = False,
+    trace: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Write a trace of every instruction.")
+    ] = None,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="Show the kernel's messages while it boots.")
+    ] = False,
+) -> None:
+    """Boot a guest: a shell on this terminal, or one command, or a kernel of your own."""
+    command: list[str] | None = context.obj
+    options = RunOptions(
+        image=image,
+        command=None if command is None else tuple(command),
+        kernel=kernel,
+        initrd=initrd,
+        append=append,
+        memory=memory,
+        cpus=cpus,
+        engine=engine,
+        timeout=timeout,
+        tty=tty,
+        env=tuple(env or ()),
+        cwd=cwd,
+        stats=stats,
+        trace=trace,
+        verbose=verbose,
+    )
+    raise typer.Exit(run_guest(options))

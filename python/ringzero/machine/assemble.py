@@ -1,0 +1,80 @@
+"""Put a machine together, in the one order that is right: files first, then the VM, its devices, its memory.
+
+Whatever can be wrong with the operator's files is found before a byte of guest memory exists.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+from ringzero.errors import InputError, InternalError
+from ringzero.machine.boot import bzimage, plan_boot, read_file
+from ringzero.machine.spec import MachineSpec
+
+if TYPE_CHECKING:
+    from ringzero import _core
+    from ringzero.devices import Device
+
+__all__ = ["assemble"]
+
+
+def assemble(
+    spec: MachineSpec,
+    devices: Iterable[Device] = (),
+    *,
+    count_instructions: bool = False,
+    trace: str | None = None,
+) -> _core.Vm:
+    """Return a VM that is ready to start, with the PC's slow devices and `devices` on its bus.
+
+    `trace` is the path of an instruction trace. Raises InputError for what cannot be used, and the core's own
+    CoreError when that refuses.
+    """
+    if spec.kernel is None:
+        raise InputError("a machine needs a kernel to start")
+    kernel = read_file(spec.kernel, "kernel")
+    initrd = read_file(spec.initrd, "initramfs") if spec.initrd is not None else None
+    core = _load_core()
+    # Only now is it known whether this is a Linux, which needs more memory, and what the core has to offer.
+    linux = spec.linux or bzimage.looks_like(kernel)
+    spec = MachineSpec.checked(**(dataclasses.asdict(spec) | {"linux": linux}), engines=core.engines())
+    plan = plan_boot(
+        kernel,
+        memory=spec.memory,
+        cpus=spec.cpus,
+        command_line=spec.command_line,
+        initrd=initrd,
+        name=str(spec.kernel),
+        initrd_name=str(spec.initrd) if spec.initrd is not None else "initramfs",
+    )
+    vm: _core.Vm = core.Vm(
+        spec.memory,
+        cpus=spec.cpus,
+        engine=spec.engine,
+        count_instructions=count_instructions,
+        trace_path=trace,
+    )
+    attach_devices(vm, devices)
+    plan.load(vm)
+    return vm
+
+
+def attach_devices(vm: _core.Vm, devices: Iterable[Device]) -> None:
+    """Put the PC's slow devices on the bus, then the caller's own."""
+    from ringzero.devices import I8042, PvPanic, Rtc, attach
+
+    # The interrupt line of the keyboard controller stays silent: there is no keyboard.
+    own: list[Device] = [I8042(vm.request_end), PvPanic(vm.request_end), Rtc()]
+    for device in (*own, *devices):
+        attach(vm, device)
+
+
+def _load_core() -> ModuleType:
+    try:
+        from ringzero import _core
+    except ImportError as error:
+        raise InternalError(f"the Rust core of ringzero cannot be loaded: {error}") from error
+    return _core

@@ -1,0 +1,474 @@
+"""A machine to start, drive, watch and stop: the class that most users of ringzero need.
+
+    with Machine("debian", memory="512M") as vm:
+        print(vm.run(["uname", "-a"], capture_output=True, check=True, text=True).stdout)
+
+A `Machine` lives once: made, started, ended. It holds a core VM, the console on the first serial port, and,
+when the image has our agent, a link to it on the second.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import re
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Literal, overload
+
+from ringzero.errors import GuestEnded, GuestError, InputError, InternalError
+from ringzero.machine.console import Console, Sink
+from ringzero.machine.spec import MachineSpec
+
+if TYPE_CHECKING:
+    import subprocess
+
+    from ringzero import _core
+    from ringzero.images import Image
+    from ringzero.machine.exec import AgentLink, GuestProcess
+
+CONSOLE_PORT, AGENT_PORT = 0, 1
+# A guest boots in seconds when translated and in minutes when interpreted; a host may be busy as well.
+READY_TIMEOUT = 600.0
+# How long a panicked kernel must have been silent before we believe that it stands still for ever.
+PANIC_SILENCE = 0.5
+
+# Printed by the kernel's panic() (kernel/panic.c, Linux 6.1): the first line always, the last one only when
+# it does not restart the machine but stops for good. Both may begin with the time, or with the level of a raw
+# kernel message.
+PANIC_LINE = re.compile(rb"^(?:<\d+>)?(?:\[[ \d.]+\] ?)?(Kernel panic - not syncing: [^\r\n]*)", re.MULTILINE)
+PANIC_END = re.compile(
+    rb"^(?:<\d+>)?(?:\[[ \d.]+\] ?)?---\[ end Kernel panic - not syncing[^\n]*\s*\Z", re.MULTILINE
+)
+
+
+class Machine:
+    """A virtual machine with its guest."""
+
+    def __init__(
+        self,
+        image: str | Image | None = None,
+        *,
+        memory: str | int = "256M",
+        cpus: int = 1,
+        engine: str = "translate",
+        kernel: str | os.PathLike[str] | None = None,
+        initrd: str | os.PathLike[str] | None = None,
+        append: str | None = None,
+        devices: Sequence[Any] = (),
+        console: Sink | None = None,
+        agent: bool = True,
+        shell: bool = True,
+        quiet: bool = True,
+        count_instructions: bool = False,
+        trace: str | os.PathLike[str] | None = None,
+    ) -> None:
+        """Describe a machine; nothing runs yet. Raises InputError for what can be seen to be wrong already.
+
+        `image` is a name ("debian", "debian:6.12", "hello"), fetched at `start` when it is not on this
+        machine; the default is "debian", unless a `kernel` file is given: then that boots, with `initrd` and
+        `append`, and with an image too it takes the place of the image's kernel. `append` adds words to the
+        kernel's command line. `memory` is bytes, or a size like "512M". `devices` are slow devices in Python
+        (ringzero.devices.Device). `console` is given every piece of console output. `agent` and `shell`
+        choose what an image with our agent starts: commands for `run`, and a login shell on the console.
+        Without `quiet` the kernel's messages show. `trace` names a file for a trace of every instruction.
+        """
+        if image is None and kernel is None:
+            image = "debian"
+        if isinstance(image, str):
+            from ringzero.images import resolve
+
+            resolve(image)
+        self._image = image
+        # The kernel and its command line are filled in at `start`, when an image is known to be here.
+        self.spec = MachineSpec.checked(memory=memory, cpus=cpus, engine=engine, linux=False)
+        self._kernel = Path(kernel) if kernel is not None else None
+        self._initrd = Path(initrd) if initrd is not None else None
+        self._append = append or ""
+        self._devices = list(devices)
+        self._sink = console
+        self._with_agent = agent
+        self._with_shell = shell
+        self._quiet = quiet
+        self._count_instructions = count_instructions
+        self._trace = os.fspath(trace) if trace is not None else None
+        self._core_vm: _core.Vm | None = None
+        self._console: Console | None = None
+        self._agent: AgentLink | None = None
+        self._running = False
+        self._ended = threading.Event()
+        self._end_reason: str | None = None
+        self._lock = threading.Lock()
+
+    # --- life
+    # -------------------------------------------------------------------------------------------------
+
+    def start(self) -> Machine:
+        """Fetch the image if need be, put the machine together and let it run. Returns at once, with
+        itself.
+        """
+        with self._lock:
+            if self._core_vm is not None:
+                raise InputError("this machine was started already: make another one")
+            image = self._resolved_image()
+            from ringzero.machine.assemble import assemble
+
+            with core_errors():
+                vm = assemble(
+                    self._completed_spec(image),
+                    self._devices,
+                    count_instructions=self._count_instructions,
+                    trace=self._trace,
+                )
+                self._console = Console(_line(vm, CONSOLE_PORT), self._sink)
+                if image.agent and self._with_agent:
+                    from ringzero.machine.exec import AgentLink
+
+                    self._agent = AgentLink(_line(vm, AGENT_PORT))
+                vm.start()
+            self._core_vm = vm
+            self._running = True
+        threading.Thread(target=self._watch, name="ringzero-watch", daemon=True).start()
+        return self
+
+    def wait(self, timeout: float | None = None) -> str | None:
+        """Wait until the machine ends and return why (see `end_reason`); None when `timeout` (seconds) passed
+        first.
+        """
+        self._vm  # noqa: B018 - raises when it was not started
+        return self._end_reason if self._ended.wait(timeout) else None
+
+    def stop(self) -> None:
+        """End the machine, at once, as if its plug were pulled. Does nothing when it has ended or was not
+        started.
+        """
+        vm = self._core_vm
+        if vm is None:
+            return
+        if not self._ended.is_set():
+            with core_errors():
+                vm.stop()
+            self._ended.wait()
+        if self._agent is not None:
+            self._agent.close()
+        if self._console is not None:
+            self._console.close()
+
+    def request_stop(self) -> None:
+        """Ask for what `stop` does without waiting for it: from a sink, or a signal handler."""
+        if self._core_vm is not None:
+            self._core_vm.stop()
+
+    def power_off(self, timeout: float | None = 30.0) -> str | None:
+        """Ask the guest to power itself off, through its agent, and wait for it as `wait` does."""
+        self._link().power_off()
+        return self.wait(timeout)
+
+    def pause(self) -> None:
+        """Stop the processors between two instructions: registers and memory can be read then."""
+        with core_errors():
+            self._vm.pause()
+
+    def resume(self) -> None:
+        """Let a paused machine go on."""
+        with core_errors():
+            self._vm.resume()
+
+    def __enter__(self) -> Machine:
+        return self.start() if self._core_vm is None else self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    @property
+    def end_reason(self) -> str | None:
+        """Why the machine ended: 'poweroff', 'reboot', 'panic', 'triple-fault', 'stopped', 'error: ...'; None
+        before.
+        """
+        return self._end_reason
+
+    # --- the guest
+    # --------------------------------------------------------------------------------------------
+
+    @property
+    def console(self) -> Console:
+        """The guest's first serial port: read, write, expect."""
+        if self._console is None:
+            raise InputError("the machine was not started: its console is not there yet")
+        return self._console
+
+    @property
+    def has_agent(self) -> bool:
+        """Whether the guest was started with our agent, so that it can run commands."""
+        return self._agent is not None
+
+    def wait_ready(self, timeout: float | None = None) -> bool:
+        """Wait until the guest has booted and its agent takes commands; False when `timeout` (seconds) passed
+        first.
+
+        Raises GuestEnded when the guest ends instead.
+        """
+        link = self._link()
+        if link.wait_ready(timeout):
+            return True
+        if link.ended and self._ended.wait(5.0):
+            raise GuestEnded(
+                f"the guest ended ({self._end_reason}) before it took a command", self._end_reason
+            )
+        return False
+
+    def popen(
+        self,
+        args: Sequence[str],
+        *,
+        stdout: Sink | None = None,
+        stderr: Sink | None = None,
+        stdin: bool = True,
+        env: Mapping[str, str] | None = None,
+        cwd: str | None = None,
+        window: tuple[int, int] | None = None,
+    ) -> GuestProcess:
+        """Start a command in the guest and return it; its output is handed to the sinks as it comes.
+
+        The guest is waited for until it has booted. See `ringzero.machine.exec.AgentLink.start`.
+        """
+        if not self.wait_ready(READY_TIMEOUT):
+            raise GuestError(f"the guest's agent did not answer within {READY_TIMEOUT:g} s")
+        return self._link().start(
+            args, env=env, cwd=cwd, stdout=stdout, stderr=stderr, stdin=stdin, window=window
+        )
+
+    @overload
+    def run(
+        self,
+        args: Sequence[str],
+        *,
+        input: str | None = None,
+        capture_output: bool = True,
+        check: bool = False,
+        timeout: float | None = None,
+        text: Literal[True],
+        env: Mapping[str, str] | None = None,
+        cwd: str | None = None,
+    ) -> subprocess.CompletedProcess[str]: ...
+    @overload
+    def run(
+        self,
+        args: Sequence[str],
+        *,
+        input: bytes | None = None,
+        capture_output: bool = True,
+        check: bool = False,
+        timeout: float | None = None,
+        text: Literal[False] | None = None,
+        env: Mapping[str, str] | None = None,
+        cwd: str | None = None,
+    ) -> subprocess.CompletedProcess[bytes]: ...
+    def run(
+        self,
+        args: Sequence[str],
+        *,
+        input: bytes | str | None = None,
+        capture_output: bool = True,
+        check: bool = False,
+        timeout: float | None = None,
+        text: bool | None = None,
+        env: Mapping[str, str] | None = None,
+        cwd: str | None = None,
+    ) -> subprocess.CompletedProcess[Any]:
+        """Run a command in the guest and return its result, as `subprocess.run` does on the host.
+
+        Output is captured unless `capture_output` is False: then it goes to this process's own stdout and
+        stderr. Without `input` the command reads /dev/null. `env` is the whole environment, `cwd` a directory
+        of the guest. Raises CalledProcessError with `check`, TimeoutExpired after `timeout` seconds (the
+        command is killed first), FileNotFoundError or PermissionError when there is no such command, and
+        GuestEnded when the guest ends.
+        """
+        import subprocess  # here: 8 ms that most machines never need
+
+        out, err = bytearray(), bytearray()
+        to_out: Sink = out.extend if capture_output else lambda data: write_all(1, data)
+        to_err: Sink = err.extend if capture_output else lambda data: write_all(2, data)
+        deadline = None if timeout is None else time.monotonic() + timeout
+        process = self.popen(args, stdout=to_out, stderr=to_err, stdin=input is not None, env=env, cwd=cwd)
+        if input is not None:
+            data = input.encode() if isinstance(input, str) else input
+            # Fed from a thread of its own: a command that does not read must not make the timeout late.
+            threading.Thread(target=_feed, args=(process, data), name="ringzero-stdin", daemon=True).start()
+        try:
+            left = None if deadline is None else max(0.0, deadline - time.monotonic())
+            status = process.wait(left)
+        except BaseException as error:
+            if not isinstance(error, (OSError, GuestError)):
+                process.kill()
+            if isinstance(error, GuestEnded):
+                self._ended.wait(1.0)
+                raise GuestEnded(f"{error} ({self._end_reason})", self._end_reason) from None
+            raise
+        stdout, stderr = (self._result(part, capture_output, text) for part in (out, err))
+        if status is None:
+            process.kill()
+            process.wait(5.0)
+            raise subprocess.TimeoutExpired(list(args), timeout or 0.0, output=stdout, stderr=stderr)
+        result = subprocess.CompletedProcess(list(args), status, stdout, stderr)
+        if check:
+            result.check_returncode()
+        return result
+
+    @staticmethod
+    def _result(data: bytearray, captured: bool, text: bool | None) -> bytes | str | None:
+        if not captured:
+            return None
+        return data.decode("utf-8", "replace") if text else bytes(data)
+
+    def resize_console(self, rows: int, columns: int) -> None:
+        """Tell the guest the size of the console's window; without an agent in it, it cannot be told."""
+        if self._agent is not None and not self._ended.is_set() and self._agent.wait_ready(0):
+            self._agent.resize_console(rows, columns)
+
+    # --- looking inside
+    # ---------------------------------------------------------------------------------------
+
+    def registers(self, cpu: int = 0) -> dict[str, int]:
+        """Return the registers of a processor of a machine that is paused or has ended."""
+        with core_errors():
+            return self._vm.registers(cpu)
+
+    def read_memory(self, address: int, size: int) -> bytes:
+        """Read `size` bytes at a guest physical address of a machine that is paused or has ended."""
+        with core_errors():
+            return self._vm.read_memory(address, size)
+
+    def write_memory(self, address: int, data: bytes) -> None:
+        """Write to guest physical memory of a machine that is paused."""
+        with core_errors():
+            self._vm.write_memory(address, data)
+
+    def memory_map(self) -> list[tuple[int, int, str]]:
+        """Return (first address, size, kind) rows of the guest's physical addresses."""
+        with core_errors():
+            return self._vm.memory_map()
+
+    def stats(self) -> dict[str, int]:
+        """Return the counters by dotted name."""
+        with core_errors():
+            return self._vm.stats()
+
+    def panic_message(self) -> str | None:
+        """Return the kernel's own line about its panic, if the console has shown one."""
+        found = PANIC_LINE.findall(self._console.tail()) if self._console is not None else []
+        return found[-1].decode("utf-8", "replace") if found else None
+
+    # --- inside
+    # -----------------------------------------------------------------------------------------------
+
+    def _completed_spec(self, image: Image) -> MachineSpec:
+        words = self._command_line(image)
+        return dataclasses.replace(
+            self.spec, kernel=image.kernel, initrd=image.initrd, command_line=words, linux=image.agent
+        )
+
+    def _command_line(self, image: Image) -> str:
+        """Return the kernel's command line: the image's words, then ours, then the caller's, which win."""
+        words = [image.append]
+        if image.agent:
+            words += ["quiet"] if self._quiet else []
+            words += ["ringzero.agent"] if self._with_agent else []
+            words += ["ringzero.shell"] if self._with_shell else []
+        return " ".join(word for word in [*words, self._append] if word)
+
+    def _resolved_image(self) -> Image:
+        """Return what boots: the image, with the caller's own files in the place of its."""
+        from ringzero import images
+
+        image = self._image
+        if isinstance(image, str):
+            image = images.find(image) or images.pull(image)
+        if image is None:
+            if self._kernel is None:
+                raise InternalError("a machine was made with neither an image nor a kernel")
+            return images.Image(str(self._kernel), self._kernel, self._initrd)
+        return images.Image(
+            image.name,
+            self._kernel or image.kernel,
+            self._initrd or image.initrd,
+            image.append,
+            agent=image.agent and self._initrd is None,
+        )
+
+    @property
+    def _vm(self) -> _core.Vm:
+        if self._core_vm is None:
+            raise InputError("the machine was not started")
+        return self._core_vm
+
+    def _link(self) -> AgentLink:
+        if self._core_vm is None:
+            raise InputError("the machine was not started: it cannot run a command")
+        if self._agent is None:
+            raise InputError("this guest has no agent, so it cannot run commands: use its console")
+        return self._agent
+
+    def _watch(self) -> None:
+        """Wait for the end, on a thread of its own, and find out what it was."""
+        vm = self._vm
+        reason: str | None = None
+        try:
+            while reason is None:
+                reason = vm.wait(None if self._console is None else 1.0)
+                if reason is None and self._stands_in_panic():
+                    vm.request_end("panic")
+        except Exception as error:
+            reason = f"error: {error}"
+        if self._console is not None:
+            self._console.finish()
+        # A kernel that restarts after a panic (panic=N) asks for a plain reset: its console tells them apart.
+        if reason == "reboot" and self.panic_message() is not None:
+            reason = "panic"
+        self._end_reason = reason
+        self._ended.set()
+
+    def _stands_in_panic(self) -> bool:
+        console = self.console
+        return console.quiet_for() > PANIC_SILENCE and PANIC_END.search(console.tail()) is not None
+
+
+def _line(vm: _core.Vm, port: int) -> socket.socket:
+    return socket.socket(fileno=vm.serial_fd(port))
+
+
+def _feed(process: GuestProcess, data: bytes) -> None:
+    process.write(data)
+    process.close_stdin()
+
+
+def write_all(fd: int, data: bytes) -> None:
+    """Write all of `data`; a descriptor that someone made non-blocking is waited for."""
+    view = memoryview(data)
+    while view:
+        try:
+            view = view[os.write(fd, view) :]
+        except BlockingIOError:
+            import select
+
+            select.select([], [fd], [])
+
+
+@contextlib.contextmanager
+def core_errors() -> Iterator[None]:
+    """Turn what the core refuses into an InputError: its message is fit to be shown."""
+    try:
+        yield
+    except Exception as error:
+        core = sys.modules.get("ringzero._core")  # not imported here: whoever got an error from it did
+        if core is not None and isinstance(error, core.CoreError):
+            raise InputError(str(error)) from error
+        raise
