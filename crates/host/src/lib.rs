@@ -6,4 +6,5 @@ pub mod counters;
 pub mod events;
 pub mod lock;
 pub mod map;
+pub mod random;
 pub mod signal;

@@ -266,6 +266,7 @@ impl Core<'_> {
     /// INVLPG and its like: both the TLB and the code caches forget one page.
     pub fn flush_page(&mut self, address: Gva) {
         self.vcpu.tlb.flush_page(address);
+        self.vcpu.mappings += 1;
         self.vcpu.stale.all_mappings = true;
     }
 }

@@ -84,7 +84,7 @@ fn flags_of<const O: u8, const S: usize>(old: u64, count: u32, carry: u64) -> (u
     match O {
         operation::SHL | operation::SHR | operation::SAR => (ARITHMETIC, both | flags::result::<S>(new)),
         // A turn of the whole ring changes nothing, not even OF.
-        operation::RCL | operation::RCR if count % (bits + 1) == 0 => (0, 0),
+        operation::RCL | operation::RCR if count.is_multiple_of(bits + 1) => (0, 0),
         _ => (CF | OF, both),
     }
 }
