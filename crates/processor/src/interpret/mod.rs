@@ -143,6 +143,16 @@ impl Interpreter {
         Interpreter::default()
     }
 
+    /// Takes note of what changed since the last instruction.
+    fn drop_stale(&mut self, core: &mut Core<'_>) {
+        core.vcpu.stale = crate::vcpu::Stale::default();
+        if core.memory.code.is_pending() {
+            for write in core.memory.code.take() {
+                self.cache.drop_page(write.ppn);
+            }
+        }
+    }
+
     /// Runs instructions as long as nothing but plain execution can happen between them.
     fn burst(&mut self, core: &mut Core<'_>) -> Option<Exit> {
         let mut count = 0;
@@ -201,12 +211,7 @@ impl Engine for Interpreter {
             if core.vcpu.wants_interrupt_window && core.vcpu.cpu.can_take_interrupt() {
                 return Exit::InterruptWindow;
             }
-            core.vcpu.stale = crate::vcpu::Stale::default();
-            if core.memory.code.is_pending() {
-                for write in core.memory.code.take() {
-                    self.cache.drop_page(write.ppn);
-                }
-            }
+            self.drop_stale(core);
             let exit = if needs_care(core) {
                 self.instructions += 1;
                 step(core, &mut self.cache)
@@ -218,6 +223,12 @@ impl Engine for Interpreter {
                 return exit;
             }
         }
+    }
+
+    fn step(&mut self, core: &mut Core<'_>) -> Option<Exit> {
+        self.drop_stale(core);
+        self.instructions += 1;
+        step(core, &mut self.cache)
     }
 
     fn counters(&self) -> Vec<(&'static str, u64)> {
