@@ -68,9 +68,7 @@ fn measure_tsc_hz(period: Duration) -> u64 {
     let (tsc_later, time_later) = tsc_and_raw_time();
     let ticks = u128::from(tsc_later.wrapping_sub(tsc));
     let nanoseconds = u128::from(time_later.saturating_sub(time)).max(1);
-    u64::try_from(ticks * u128::from(NANOSECONDS) / nanoseconds)
-        .unwrap_or(u64::MAX)
-        .max(1)
+    u64::try_from(ticks * u128::from(NANOSECONDS) / nanoseconds).unwrap_or(u64::MAX).max(1)
 }
 
 /// A counter value and the raw monotonic time of the same moment: the tightest of a few tries.
@@ -78,10 +76,7 @@ fn tsc_and_raw_time() -> (u64, u64) {
     let mut best = (u64::MAX, 0, 0);
     for _ in 0..8 {
         let before = host_tsc();
-        let mut time = libc::timespec {
-            tv_sec: 0,
-            tv_nsec: 0,
-        };
+        let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
         // SAFETY: `time` is a valid place for the result.
         unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC_RAW, &raw mut time) };
         let width = host_tsc().wrapping_sub(before);
@@ -123,12 +118,7 @@ impl Clock {
 
     fn with(tsc_hz: u64, epoch: u64, manual: Option<AtomicU64>) -> Self {
         let factor = (u128::from(NANOSECONDS) << SHIFT) / u128::from(tsc_hz);
-        Clock(Arc::new(Inner {
-            tsc_hz,
-            factor: u64::try_from(factor).unwrap_or(u64::MAX),
-            epoch,
-            manual,
-        }))
+        Clock(Arc::new(Inner { tsc_hz, factor: u64::try_from(factor).unwrap_or(u64::MAX), epoch, manual }))
     }
 
     /// Turn a manual clock by `nanoseconds`; a running clock is left alone.
@@ -201,14 +191,8 @@ mod tests {
         let (passed, really) = (clock.now() - first, began.elapsed().as_nanos() as u64);
         // A busy machine can hold us up between the two readings, but not by a third.
         assert!(passed.abs_diff(really) < 10_000_000, "{passed} against {really}");
-        assert!(
-            clock.tsc() < clock.tsc_hz() * 60,
-            "the guest's counter starts at zero"
-        );
-        assert_eq!(
-            host_tsc().wrapping_add(clock.tsc_offset()) >> 40,
-            clock.tsc() >> 40
-        );
+        assert!(clock.tsc() < clock.tsc_hz() * 60, "the guest's counter starts at zero");
+        assert_eq!(host_tsc().wrapping_add(clock.tsc_offset()) >> 40, clock.tsc() >> 40);
     }
 
     #[test]

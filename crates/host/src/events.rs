@@ -62,14 +62,7 @@ pub struct Watch<'a> {
 impl<'a> Watch<'a> {
     #[must_use]
     pub fn new(fd: BorrowedFd<'a>, read: bool, write: bool) -> Self {
-        Watch {
-            fd,
-            read,
-            write,
-            readable: false,
-            writable: false,
-            closed: false,
-        }
+        Watch { fd, read, write, readable: false, writable: false, closed: false }
     }
 }
 
@@ -84,11 +77,7 @@ pub fn poll(watches: &mut [Watch<'_>], timeout: Option<Duration>) -> io::Result<
         .map(|watch| {
             let read = if watch.read { libc::POLLIN } else { 0 };
             let write = if watch.write { libc::POLLOUT } else { 0 };
-            libc::pollfd {
-                fd: watch.fd.as_raw_fd(),
-                events: read | write,
-                revents: 0,
-            }
+            libc::pollfd { fd: watch.fd.as_raw_fd(), events: read | write, revents: 0 }
         })
         .collect();
     let limit = timeout.map(|timeout| libc::timespec {
@@ -97,21 +86,10 @@ pub fn poll(watches: &mut [Watch<'_>], timeout: Option<Duration>) -> io::Result<
     });
     let limit_pointer = limit.as_ref().map_or(std::ptr::null(), std::ptr::from_ref);
     // SAFETY: `fds` is an array of its own length; `limit` outlives the call; no signal mask is passed.
-    let count = unsafe {
-        libc::ppoll(
-            fds.as_mut_ptr(),
-            fds.len() as libc::nfds_t,
-            limit_pointer,
-            std::ptr::null(),
-        )
-    };
+    let count = unsafe { libc::ppoll(fds.as_mut_ptr(), fds.len() as libc::nfds_t, limit_pointer, std::ptr::null()) };
     if count < 0 {
         let error = io::Error::last_os_error();
-        return if error.kind() == io::ErrorKind::Interrupted {
-            Ok(())
-        } else {
-            Err(error)
-        };
+        return if error.kind() == io::ErrorKind::Interrupted { Ok(()) } else { Err(error) };
     }
     for (watch, fd) in watches.iter_mut().zip(&fds) {
         watch.readable = fd.revents & libc::POLLIN != 0;
@@ -128,12 +106,7 @@ pub fn poll(watches: &mut [Watch<'_>], timeout: Option<Duration>) -> io::Result<
 pub fn send(socket: BorrowedFd<'_>, bytes: &[u8]) -> io::Result<usize> {
     // SAFETY: the buffer is passed with its own length and only read.
     let count = unsafe {
-        libc::send(
-            socket.as_raw_fd(),
-            bytes.as_ptr().cast(),
-            bytes.len(),
-            libc::MSG_NOSIGNAL | libc::MSG_DONTWAIT,
-        )
+        libc::send(socket.as_raw_fd(), bytes.as_ptr().cast(), bytes.len(), libc::MSG_NOSIGNAL | libc::MSG_DONTWAIT)
     };
     usize::try_from(count).map_err(|_| io::Error::last_os_error())
 }
@@ -144,14 +117,7 @@ pub fn send(socket: BorrowedFd<'_>, bytes: &[u8]) -> io::Result<usize> {
 /// `WouldBlock` when nothing is there, else the system's.
 pub fn receive(socket: BorrowedFd<'_>, bytes: &mut [u8]) -> io::Result<usize> {
     // SAFETY: the buffer is passed with its own length and is ours to write.
-    let count = unsafe {
-        libc::recv(
-            socket.as_raw_fd(),
-            bytes.as_mut_ptr().cast(),
-            bytes.len(),
-            libc::MSG_DONTWAIT,
-        )
-    };
+    let count = unsafe { libc::recv(socket.as_raw_fd(), bytes.as_mut_ptr().cast(), bytes.len(), libc::MSG_DONTWAIT) };
     usize::try_from(count).map_err(|_| io::Error::last_os_error())
 }
 
@@ -193,10 +159,7 @@ mod tests {
         }
         assert_eq!(sent, received);
         drop(right);
-        assert_eq!(
-            send(left.as_fd(), &[1]).unwrap_err().kind(),
-            io::ErrorKind::BrokenPipe
-        );
+        assert_eq!(send(left.as_fd(), &[1]).unwrap_err().kind(), io::ErrorKind::BrokenPipe);
         let mut watches = [Watch::new(left.as_fd(), false, false)];
         poll(&mut watches, None).unwrap();
         assert!(watches[0].closed);

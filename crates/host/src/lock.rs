@@ -47,10 +47,7 @@ pub struct RankedGuard<'a, T: ?Sized> {
 
 impl<T> RankedMutex<T> {
     pub const fn new(rank: Rank, value: T) -> Self {
-        RankedMutex {
-            rank,
-            inner: Mutex::new(value),
-        }
+        RankedMutex { rank, inner: Mutex::new(value) }
     }
 }
 
@@ -59,10 +56,7 @@ impl<T: ?Sized> RankedMutex<T> {
     #[inline]
     pub fn lock(&self) -> RankedGuard<'_, T> {
         let held = Held::new(self.rank);
-        RankedGuard {
-            guard: self.inner.lock().unwrap_or_else(PoisonError::into_inner),
-            held,
-        }
+        RankedGuard { guard: self.inner.lock().unwrap_or_else(PoisonError::into_inner), held }
     }
 }
 
@@ -74,12 +68,7 @@ impl<'a, T> RankedGuard<'a, T> {
         let RankedGuard { guard, held } = self;
         let guard = match timeout {
             None => condition.wait(guard).unwrap_or_else(PoisonError::into_inner),
-            Some(timeout) => {
-                condition
-                    .wait_timeout(guard, timeout)
-                    .unwrap_or_else(PoisonError::into_inner)
-                    .0
-            }
+            Some(timeout) => condition.wait_timeout(guard, timeout).unwrap_or_else(PoisonError::into_inner).0,
         };
         RankedGuard { guard, held }
     }
@@ -118,10 +107,7 @@ mod order {
         pub fn new(rank: Rank) -> Self {
             HELD.with_borrow_mut(|held| {
                 if let Some(last) = held.iter().max() {
-                    assert!(
-                        *last < rank,
-                        "lock order: {rank:?} asked for while {last:?} is held"
-                    );
+                    assert!(*last < rank, "lock order: {rank:?} asked for while {last:?} is held");
                 }
                 held.push(rank);
             });
