@@ -126,7 +126,12 @@ impl Vm {
         let (kicked, ended) = (Arc::clone(&control), Arc::clone(&control));
         let clock = Clock::new();
         let counters = Arc::<Counters>::default();
-        let config = Config { cpus: options.processors, address_bits: PHYSICAL_BITS, ..Config::default() };
+        let config = Config {
+            cpus: options.processors,
+            // CPUID leaf 0x15 names this frequency, and Linux believes it.
+            apic_timer_hz: processor::cpuid::CpuidModel::shared().apic_timer_hz(),
+            address_bits: PHYSICAL_BITS,
+        };
         let platform = Platform::new(
             config,
             clock.clone(),
@@ -439,7 +444,7 @@ fn counters_of_processor(processor: &Processor) -> Vec<(String, u64)> {
             ("outside.apic_msrs", visits.apic),
             ("tlb.fills", vcpu.tlb.fills),
             ("tlb.flushes", vcpu.tlb.flushes),
-            ("interpret.instructions", vcpu.interpreted),
+            ("processor.interpreted", vcpu.interpreted),
         ]
         .map(|(name, value)| (name.to_string(), value)),
     );
