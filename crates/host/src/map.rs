@@ -44,15 +44,15 @@ impl Protection {
 impl Map {
     /// Maps `size` bytes of zeroes, private, without reserving memory for them.
     pub fn anonymous(size: usize) -> io::Result<Map> {
-        Map::map(size, Protection::ReadWrite, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE, -1)
+        Map::of_kernel(size, Protection::ReadWrite, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE, -1)
     }
 
     /// Maps the first `size` bytes of `file`, shared with every other map of it.
     pub fn shared(file: &File, size: usize, protection: Protection) -> io::Result<Map> {
-        Map::map(size, protection, libc::MAP_SHARED | libc::MAP_NORESERVE, file.as_raw_fd())
+        Map::of_kernel(size, protection, libc::MAP_SHARED | libc::MAP_NORESERVE, file.as_raw_fd())
     }
 
-    fn map(size: usize, protection: Protection, flags: i32, fd: i32) -> io::Result<Map> {
+    fn of_kernel(size: usize, protection: Protection, flags: i32, fd: i32) -> io::Result<Map> {
         // SAFETY: a fresh mapping at an address of the kernel's choice touches nothing that exists.
         let base = unsafe { libc::mmap(std::ptr::null_mut(), size, protection.bits(), flags, fd, 0) };
         if base == libc::MAP_FAILED {
