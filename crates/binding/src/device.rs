@@ -15,9 +15,8 @@ impl PythonDevice {
     /// When it has no `read` or `write` to call.
     pub fn new(device: &Bound<'_, PyAny>) -> PyResult<PythonDevice> {
         for method in ["read", "write"] {
-            let callable = device.getattr(method)?.is_callable();
-            if !callable {
-                let message = format!("{method} of a port device must be callable");
+            if !device.getattr(method).is_ok_and(|found| found.is_callable()) {
+                let message = format!("a port device must have a method '{method}'");
                 return Err(pyo3::exceptions::PyTypeError::new_err(message));
             }
         }
@@ -51,7 +50,8 @@ fn place(error: &PyErr, py: Python<'_>) -> Option<(String, u32)> {
         }
     }
     let line = frame.getattr("tb_lineno").ok()?.extract().ok()?;
-    let file: String = frame.getattr("tb_frame").ok()?.getattr("f_code").ok()?.getattr("co_filename").ok()?.extract().ok()?;
+    let file: String =
+        frame.getattr("tb_frame").ok()?.getattr("f_code").ok()?.getattr("co_filename").ok()?.extract().ok()?;
     Some((file, line))
 }
 

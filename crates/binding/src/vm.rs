@@ -43,7 +43,9 @@ pub fn stop_all(py: Python<'_>) -> PyResult<()> {
 
 fn is_main_thread(py: Python<'_>) -> PyResult<bool> {
     let threading = py.import("threading")?;
-    threading.call_method0("current_thread").map(|current| threading.call_method0("main_thread").is_ok_and(|main| main.is(&current)))
+    threading
+        .call_method0("current_thread")
+        .map(|current| threading.call_method0("main_thread").is_ok_and(|main| main.is(&current)))
 }
 
 #[pymethods]

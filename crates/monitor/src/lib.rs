@@ -13,6 +13,9 @@ pub mod slow;
 pub mod trace;
 pub mod vm;
 
+#[cfg(test)]
+mod tests;
+
 pub use error::Error;
 pub use features::{Feature, host_features};
 pub use vm::{ENGINES, Options, Region, RegionKind, Vm};

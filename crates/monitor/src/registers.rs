@@ -5,9 +5,8 @@ use x86::{CpuState, Segment, cr0, efer, rflags, seg};
 use crate::Error;
 
 /// The general registers, in the order of their encoding.
-pub const GENERAL: [&str; 16] = [
-    "rax", "rcx", "rdx", "rbx", "rsp", "rbp", "rsi", "rdi", "r8", "r9", "r10", "r11", "r12", "r13", "r14", "r15",
-];
+pub const GENERAL: [&str; 16] =
+    ["rax", "rcx", "rdx", "rbx", "rsp", "rbp", "rsi", "rdi", "r8", "r9", "r10", "r11", "r12", "r13", "r14", "r15"];
 
 /// The segment registers with the suffixes of their parts, by the order of their encoding.
 pub const SEGMENTS: [(&str, usize); 6] =
@@ -127,7 +126,8 @@ mod tests {
     fn what_does_not_fit_is_refused_and_changes_nothing() {
         let mut cpu = CpuState::reset();
         let before = all(&cpu);
-        for (name, value) in [("cs", 0x1_0000), ("ss_limit", 1 << 32), ("ds_attributes", 0x0f00), ("gdtr_limit", 1 << 16)]
+        for (name, value) in
+            [("cs", 0x1_0000), ("ss_limit", 1 << 32), ("ds_attributes", 0x0f00), ("gdtr_limit", 1 << 16)]
         {
             assert!(matches!(set(&mut cpu, name, value), Err(Error::RegisterValue { .. })), "{name}");
         }

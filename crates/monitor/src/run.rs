@@ -181,12 +181,7 @@ fn step(core: &mut Core<'_>, engine: &mut dyn Engine, tracer: &mut Tracer) -> Re
 
 /// Gives the processor what waits for it, in the order of Intel SDM (2024-12) Vol. 3A 7.9 "Priority Among Concurrent
 /// Events": INIT, NMI, then maskable interrupts. An exit means that its delivery failed for good.
-fn take_events(
-    core: &mut Core<'_>,
-    platform: &Platform,
-    number: usize,
-    activity: &mut Activity,
-) -> Option<Exit> {
+fn take_events(core: &mut Core<'_>, platform: &Platform, number: usize, activity: &mut Activity) -> Option<Exit> {
     core.vcpu.wants_interrupt_window = false;
     loop {
         let waiting = platform.attention(number);

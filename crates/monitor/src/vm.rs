@@ -84,10 +84,8 @@ fn engine(options: &Options) -> Result<Box<dyn Engine>, Error> {
     match options.engine.as_str() {
         "interpret" => Ok(Box::new(Interpreter::new())),
         "translate" => {
-            let options = translate::Options {
-                count_instructions: options.count_instructions,
-                single: options.trace.is_some(),
-            };
+            let options =
+                translate::Options { count_instructions: options.count_instructions, single: options.trace.is_some() };
             Ok(Box::new(Translator::new(options).map_err(host_error("memory for translated code"))?))
         }
         name => Err(Error::Engine { name: name.into(), known: ENGINES.to_vec() }),
@@ -147,8 +145,7 @@ impl Vm {
         // 5. Slow devices: none yet, but whoever ends the machine must reach those that come.
         let dispatcher = Dispatcher::new();
         control.at_end(dispatcher.closer());
-        let processors =
-            processors.into_iter().map(|processor| RankedMutex::new(Rank::Processor, processor)).collect();
+        let processors = processors.into_iter().map(|processor| RankedMutex::new(Rank::Processor, processor)).collect();
         let hall = Arc::new(Hall { memory, platform, control: Arc::clone(&control), processors });
         Ok(Vm {
             control,
@@ -294,11 +291,7 @@ impl Vm {
             .pmap()
             .ranges()
             .into_iter()
-            .map(|(first, pages)| Region {
-                first: first.gpa(),
-                size: pages * PAGE_SIZE,
-                kind: RegionKind::Ram,
-            })
+            .map(|(first, pages)| Region { first: first.gpa(), size: pages * PAGE_SIZE, kind: RegionKind::Ram })
             .collect();
         let hole = Region { first: Gpa(HOLE_START), size: HOLE_END - HOLE_START, kind: RegionKind::Mmio };
         rows.insert(1.min(rows.len()), hole);
