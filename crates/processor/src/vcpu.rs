@@ -9,6 +9,7 @@ use memory::SoftTlb;
 use memory::tlb::Bank;
 use x86::{CpuState, rflags};
 
+use crate::cpuid::CpuidModel;
 use crate::translate::frame::{Hot, JumpCaches};
 
 /// Room below a VCPU for the few words that translated code pushes; a signal that came without an alternate stack
@@ -68,8 +69,12 @@ pub struct Vcpu {
     pub checks: u8,
     /// Breakpoints (bits 0-3 as in DR6) that the accesses of this instruction hit.
     pub hits: u8,
+    /// Counts changes of the guest's mappings: who remembers where code is compares it.
+    pub mappings: u64,
     /// The epoch of guest memory that the TLB belongs to.
     pub memory_epoch: u64,
+    /// What CPUID tells this guest.
+    pub cpuid: Arc<CpuidModel>,
     pub(crate) jumps: JumpCaches,
     pub tlb: SoftTlb,
 }
@@ -94,8 +99,10 @@ impl Vcpu {
             attention: Arc::default(),
             interpreted: 0,
             checks: 0,
+            mappings: 0,
             hits: 0,
             memory_epoch: 0,
+            cpuid: CpuidModel::shared(),
             jumps: JumpCaches::new(),
             tlb: SoftTlb::new(),
         }
@@ -117,12 +124,14 @@ impl Vcpu {
     /// After a load of CR3: drops translations of pages that are not global.
     pub fn flush_local(&mut self) {
         self.tlb.flush_local();
+        self.mappings += 1;
         self.stale.local_mappings = true;
     }
 
     /// After a change of paging mode or a global invalidation.
     pub fn flush_all(&mut self) {
         self.tlb.flush_all();
+        self.mappings += 1;
         self.stale.all_mappings = true;
     }
 }

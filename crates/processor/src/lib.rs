@@ -1,0 +1,25 @@
+//! PROCESSOR VIRTUALIZATION. Two engines behind one trait: `interpret`, the specification, and `translate`, which turns
+//! guest code into host code block by block. Both work on the same [`Core`], so every rare instruction is written once.
+
+mod access;
+pub mod core;
+pub mod code_cache;
+pub mod cpuid;
+pub mod debug;
+pub mod deliver;
+pub mod engine;
+pub mod far;
+pub mod interpret;
+pub mod native;
+pub mod segment;
+pub mod simd;
+pub mod system;
+#[cfg(feature = "testing")]
+pub mod testing;
+pub mod translate;
+pub mod vcpu;
+pub mod xsave;
+
+pub use crate::core::Core;
+pub use engine::{Engine, Exit, Outside};
+pub use vcpu::Vcpu;

@@ -1,0 +1,4 @@
+mod delivery;
+mod instructions;
+mod machine;
+mod transfers;
