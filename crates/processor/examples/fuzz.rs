@@ -78,6 +78,10 @@ fn options() -> Result<Options, String> {
 fn engine(name: &str) -> Result<Box<dyn Engine>, String> {
     match name {
         "interpret" => Ok(Box::new(processor::interpret::Interpreter::new())),
+        "translate" => {
+            let translator = processor::translate::Translator::new(processor::translate::Options::default());
+            Ok(Box::new(translator.map_err(|e| e.to_string())?))
+        }
         _ => Err(format!("no engine called {name}")),
     }
 }

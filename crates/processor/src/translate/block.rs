@@ -27,8 +27,21 @@ pub enum Kind {
     JumpIndirect,
     JumpIf(u8, u64),
     Return(u16),
+    System(System),
     /// Left to the interpreter; ends the block.
     Interpret,
+}
+
+/// System instructions that are worth code of their own, all of CPL 0 but RDTSC.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum System {
+    ClearInterrupts,
+    SetInterrupts,
+    PushFlags,
+    PopFlags,
+    SwapGs,
+    ReadTsc,
+    ClearDirection,
 }
 
 impl Kind {
@@ -100,6 +113,10 @@ pub struct Features {
     pub sse: bool,
     /// AVX state is enabled (CR4.OSXSAVE, XCR0).
     pub avx: bool,
+    /// Code runs at CPL 3.
+    pub user: bool,
+    /// RDTSC is for the kernel only (CR4.TSD).
+    pub tsc_disabled: bool,
 }
 
 /// Decodes the block at `rip`. `code` are the bytes there, up to the end of the page or, when the first instruction
@@ -219,6 +236,8 @@ fn describe(insn: &mut Insn, info: &mut InstructionInfoFactory) -> Option<()> {
         Kind::PushReg(_) | Kind::PushImm(_) | Kind::CallNear(_) => insn.stack = stack(true, -8),
         Kind::PushMem => insn.stack = stack(true, -8),
         Kind::PopReg(_) | Kind::Return(_) => insn.stack = stack(false, 0),
+        Kind::System(System::PushFlags) => insn.stack = stack(true, -8),
+        Kind::System(System::PopFlags) => insn.stack = stack(false, 0),
         Kind::Leave => insn.stack = Some(Access { size: 8, write: false, simple: Some((5, 0)) }),
         Kind::CallIndirect => insn.stack = stack(true, -8),
         _ => {}
@@ -249,6 +268,20 @@ fn simple_address(iced: &Instruction) -> Option<(u8, i32)> {
     }
     let displacement = iced.memory_displacement64() as i64;
     Some((base.number() as u8, i32::try_from(displacement).ok()?))
+}
+
+fn has_absolute_address(iced: &Instruction) -> bool {
+    matches!(
+        iced.code(),
+        Code::Mov_AL_moffs8
+            | Code::Mov_AX_moffs16
+            | Code::Mov_EAX_moffs32
+            | Code::Mov_RAX_moffs64
+            | Code::Mov_moffs8_AL
+            | Code::Mov_moffs16_AX
+            | Code::Mov_moffs32_EAX
+            | Code::Mov_moffs64_RAX
+    )
 }
 
 pub fn has_segment_base(iced: &Instruction) -> bool {
@@ -288,14 +321,17 @@ fn kind_of(iced: &Instruction, is_simd: bool, features: Features) -> Option<Kind
     let address_is_long = !memory || {
         let (base, index) = (iced.memory_base(), iced.memory_index());
         let fits = |register: Register| register == Register::None || register.is_gpr64() || register == Register::RIP;
-        // A 64-bit absolute address (MOV to and from AL..RAX), and indices that are vectors, stay with the interpreter.
-        fits(base) && fits(index) && (base != Register::None || iced.memory_displ_size() <= 4 || index != Register::None)
+        // A 64-bit absolute address, and indices that are vectors, stay with the interpreter.
+        fits(base) && fits(index) && !has_absolute_address(iced)
     };
     if !address_is_long {
         return None;
     }
     if is_simd {
         return simd_kind(iced, features);
+    }
+    if let Some(system) = system_kind(iced, features) {
+        return Some(Kind::System(system));
     }
     match iced.flow_control() {
         FlowControl::Next => {}
@@ -347,6 +383,26 @@ fn kind_of(iced: &Instruction, is_simd: bool, features: Features) -> Option<Kind
     };
     // XCHG with memory locks by itself; other instructions copy their LOCK prefix along with the rest.
     Some(kind)
+}
+
+fn system_kind(iced: &Instruction, features: Features) -> Option<System> {
+    if iced.code() == Code::Rdtsc {
+        return (!features.user || !features.tsc_disabled).then_some(System::ReadTsc);
+    }
+    if iced.code() == Code::Cld {
+        return Some(System::ClearDirection);
+    }
+    if features.user {
+        return None;
+    }
+    match iced.code() {
+        Code::Cli => Some(System::ClearInterrupts),
+        Code::Sti => Some(System::SetInterrupts),
+        Code::Pushfq => Some(System::PushFlags),
+        Code::Popfq => Some(System::PopFlags),
+        Code::Swapgs => Some(System::SwapGs),
+        _ => None,
+    }
 }
 
 /// The low four bits of Jcc.

@@ -7,7 +7,7 @@
 //!
 //! This is sound because TLB entries are only withdrawn between blocks, never inside one.
 
-use super::block::{Access, Insn, Kind};
+use super::block::{Access, Insn, Kind, System};
 use super::frame::GROUPS;
 use iced_x86::{Code, Mnemonic, OpKind, Register};
 
@@ -68,7 +68,10 @@ impl Registers {
 
     fn after(&mut self, insn: &Insn) {
         match insn.kind {
-            Kind::PushReg(_) | Kind::PushImm(_) | Kind::PushMem => self.values[4].offset -= 8,
+            Kind::PushReg(_) | Kind::PushImm(_) | Kind::PushMem | Kind::System(System::PushFlags) => {
+                self.values[4].offset -= 8;
+            }
+            Kind::System(System::PopFlags) => self.values[4].offset += 8,
             Kind::PopReg(register) => {
                 self.values[4].offset += 8;
                 self.forget(register.into());

@@ -58,6 +58,8 @@ pub enum Site {
     Link { rip: u64, at: u64, flags_in_host: bool, block: u32 },
     /// The jump cache does not know the RIP in the first scratch register.
     Lookup,
+    /// Interrupts were enabled while one waits: the instruction at `rip` runs in the shadow, then the window is open.
+    Window { rip: u64 },
     /// An instruction at `rip` needs SIMD state in registers.
     Simd { rip: u64 },
 }
@@ -108,13 +110,13 @@ pub struct Context<'a> {
     pub count: Option<i32>,
 }
 
-struct Lowering<'a> {
-    c: Context<'a>,
+pub(super) struct Lowering<'a> {
+    pub(super) c: Context<'a>,
     groups: Groups,
     ready: Vec<bool>,
-    flags: Flags,
+    pub(super) flags: Flags,
     /// The group whose pointer is in T1.
-    in_t1: Option<usize>,
+    pub(super) in_t1: Option<usize>,
     cold: Vec<Cold>,
     map: Vec<MapEntry>,
     unsupported: bool,
@@ -230,7 +232,7 @@ impl Lowering<'_> {
     }
 
     /// Before code that clobbers RFLAGS: saves them when `live` of them are still wanted.
-    fn before_clobber(&mut self, live: u32) {
+    pub(super) fn before_clobber(&mut self, live: u32) {
         if self.flags == Flags::Host && live != 0 {
             self.save_flags();
         }
@@ -290,6 +292,13 @@ impl Lowering<'_> {
         let flags_in_host = self.flags == Flags::Host;
         let site = Site::Link { rip: target, at, flags_in_host, block: self.c.block };
         self.cold.push(Cold::Leave { label, site, flags: self.flags });
+    }
+
+    /// A jump that is seldom taken, on a condition, out to a site.
+    pub(super) fn leave_if(&mut self, condition: u8, site: Site, flags: Flags) {
+        let label = self.c.asm.label();
+        self.c.asm.jcc(condition, label);
+        self.cold.push(Cold::Leave { label, site, flags });
     }
 
     fn generation(&self) -> i32 {
@@ -473,7 +482,7 @@ impl Lowering<'_> {
     }
 
     /// Makes the stack access of an instruction accessible. May clobber T0.
-    fn stack(&mut self, index: usize, insn: &Insn) -> Option<Mem> {
+    pub(super) fn stack(&mut self, index: usize, insn: &Insn) -> Option<Mem> {
         let access = insn.stack?;
         let (base, disp) = access.simple?;
         if let Some((member, group)) = self.groups.member(index, 1) {
@@ -512,6 +521,7 @@ impl Lowering<'_> {
                 Some(())
             }
             Kind::Return(extra) => self.ret(index, insn, extra),
+            Kind::System(system) => self.system(index, insn, system),
         };
         self.unsupported = done.is_none();
     }
@@ -537,7 +547,7 @@ impl Lowering<'_> {
     }
 
     /// Moves guest RSP by a constant, without flags.
-    fn move_stack(&mut self, by: i32) {
+    pub(super) fn move_stack(&mut self, by: i32) {
         let stack = home(4).unwrap_or(T0);
         self.c.asm.lea(stack, Mem::base(stack, by));
     }
@@ -580,7 +590,7 @@ impl Lowering<'_> {
     }
 
     /// Pushes T0, which survives in `Hot::spill`.
-    fn push_t0(&mut self, index: usize, insn: &Insn) -> Option<()> {
+    pub(super) fn push_t0(&mut self, index: usize, insn: &Insn) -> Option<()> {
         self.c.asm.store(Mem::vcpu(frame::SPILL), T0);
         let mem = self.stack(index, insn)?;
         let mem = self.fold(mem);
@@ -654,7 +664,7 @@ impl Lowering<'_> {
         Some(())
     }
 
-    fn slot_flags(&mut self) {
+    pub(super) fn slot_flags(&mut self) {
         if self.flags == Flags::Host {
             self.save_flags();
         }

@@ -9,9 +9,11 @@ mod block;
 mod blocks;
 mod encode;
 mod enter;
+mod fetch;
 pub mod frame;
 mod groups;
 mod lower;
+mod system;
 
 use std::io;
 use std::sync::Arc;
@@ -25,6 +27,7 @@ use self::asm::Asm;
 use self::block::Features;
 use self::blocks::{Blocks, Key};
 use self::enter::Stubs;
+use self::fetch::FetchCache;
 use self::frame::JumpEntry;
 use self::groups::Groups;
 use self::lower::{Flags, Mode, Site, jump_index, lower};
@@ -74,6 +77,7 @@ pub struct Translator {
     asm: Asm,
     info: InstructionInfoFactory,
     landing: Arc<Landing>,
+    fetches: FetchCache,
     decoder: DecodeCache,
     features: Features,
     /// Whether the guest's SIMD state is put into host registers when code is entered.
@@ -109,6 +113,7 @@ impl Translator {
             asm: Asm::default(),
             info: InstructionInfoFactory::new(),
             landing,
+            fetches: FetchCache::new(),
             decoder: DecodeCache::new(),
             features: Features::default(),
             simd: false,
@@ -145,7 +150,8 @@ impl Translator {
                 *jumps = frame::JumpCaches::new();
             }
         }
-        if stale.all_mappings {
+        if stale.all_mappings || (stale.local_mappings && self.fetches.has_local_kernel_code) {
+            self.fetches.has_local_kernel_code = false;
             forget_kernel_jumps(core);
         }
         let features = features(&core.vcpu.cpu);
@@ -203,14 +209,14 @@ impl Translator {
         self.counters.lookups += 1;
         let rip = core.vcpu.cpu.rip;
         let mode = self.mode(&core.vcpu.cpu);
-        let gpa = core.translate_fetch(Gva(rip)).ok()?;
+        let gpa = self.fetches.find(core, rip, mode)?;
         let key = Key { gpa, rip, mode };
         let known = self.blocks.find(&key).map(|block| (block.second, block.entry_host, block.entry_slot));
         if let Some((second, host, slot)) = known {
-            let next_page = Gva((rip & !(PAGE_SIZE - 1)).wrapping_add(PAGE_SIZE));
+            let next_page = (rip & !(PAGE_SIZE - 1)).wrapping_add(PAGE_SIZE);
             match second {
                 None => return Some(self.remember(core, key, host, slot)),
-                Some(page) if core.translate_fetch(next_page).ok()?.ppn() == page => {
+                Some(page) if self.fetches.find(core, next_page, mode)?.ppn() == page => {
                     return Some(self.remember(core, key, host, slot));
                 }
                 Some(_) => self.blocks.forget(&key),
@@ -237,12 +243,13 @@ impl Translator {
         let in_page = ((PAGE_SIZE - key.gpa.offset()) as usize).min(code.len());
         core.memory.page(key.gpa.ppn())?.read(key.gpa.offset(), &mut code[..in_page]);
         let most = if self.options.single { 1 } else { usize::MAX };
-        let mut source = block::decode(&code[..in_page], key.rip, most, self.features, &mut self.info);
+        let features = Features { user: key.mode.is_user(), ..self.features };
+        let mut source = block::decode(&code[..in_page], key.rip, most, features, &mut self.info);
         let mut second = None;
         if in_page < 15 && source.insns.first().is_none_or(|insn| insn.iced.is_invalid()) {
-            let next = core.translate_fetch(Gva(key.rip.wrapping_add(in_page as u64))).ok()?;
+            let next = self.fetches.find(core, key.rip.wrapping_add(in_page as u64), key.mode)?;
             core.memory.page(next.ppn())?.read(0, &mut code[in_page..15]);
-            source = block::decode(&code[..15], key.rip, 1, self.features, &mut self.info);
+            source = block::decode(&code[..15], key.rip, 1, features, &mut self.info);
             second = Some(next.ppn());
         }
         if core.memory.trace_code(key.gpa.ppn(), key.gpa.offset(), source.size.min(in_page) as u64) {
@@ -332,7 +339,7 @@ impl Translator {
                 let clears = self.counters.cache_clears;
                 let Some((host, slot)) = self.find(core) else { return Next::Step };
                 let same_page = self.blocks.by_index(block).map(|block| block.key.gpa.ppn())
-                    == core.translate_fetch(Gva(rip)).ok().map(x86::Gpa::ppn);
+                    == self.fetches.find(core, rip, self.mode(&core.vcpu.cpu)).map(x86::Gpa::ppn);
                 if self.counters.cache_clears == clears && same_page && !core.memory.code.is_pending() {
                     let relative = (if flags_in_host { host } else { slot }).wrapping_sub(at + 4) as u32;
                     self.cache.write(at, &relative.to_le_bytes());
@@ -349,6 +356,11 @@ impl Translator {
                     Some((_, slot)) => Next::Enter(slot),
                     None => Next::Step,
                 }
+            }
+            Site::Window { rip } => {
+                core.vcpu.cpu.rip = rip;
+                core.vcpu.cpu.interrupt_shadow = true;
+                Next::Dispatch
             }
             Site::Simd { rip } => {
                 self.counters.exits_simd += 1;
@@ -384,7 +396,7 @@ impl Translator {
         }
         let key = block.key;
         let is_current = self.blocks.find(&key).is_some_and(|current| current.key == key && current.second.is_none());
-        if is_current && core.translate_fetch(Gva(key.rip)).ok() == Some(key.gpa) {
+        if is_current && self.fetches.find(core, key.rip, key.mode) == Some(key.gpa) {
             self.blocks.forget(&key);
             self.translate(core, key, false);
             forget_all_jumps(core);
@@ -423,7 +435,12 @@ fn must_interpret(cpu: &CpuState) -> bool {
 fn features(cpu: &CpuState) -> Features {
     let sse = cpu.cr4 & cr4::OSFXSR != 0 && cpu.cr0 & cr0::EM == 0;
     let all = xcr0::X87 | xcr0::SSE | xcr0::AVX;
-    Features { sse, avx: sse && cpu.cr4 & cr4::OSXSAVE != 0 && cpu.xcr0 & all == all }
+    Features {
+        sse,
+        avx: sse && cpu.cr4 & cr4::OSXSAVE != 0 && cpu.xcr0 & all == all,
+        user: false,
+        tsc_disabled: cpu.cr4 & cr4::TSD != 0,
+    }
 }
 
 fn set_flags(cpu: &mut CpuState, flags: u64) {
