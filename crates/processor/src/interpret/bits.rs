@@ -1,7 +1,7 @@
 //! Bit tests, bit scans, counts, BMI1 and BMI2.
 
-use x86::rflags::{ARITHMETIC, CF, PF, SF, ZF};
 use x86::GuestFault;
+use x86::rflags::{ARITHMETIC, CF, PF, SF, ZF};
 
 use super::Flow;
 use super::flags::{self, when};
@@ -43,8 +43,7 @@ pub fn test<const O: u8, const S: usize>(core: &mut Core<'_>, op: &Op) -> Result
         } else if op.is_locked() {
             core.update(address, S, |old| changed::<O>(old, bit))
         } else {
-            core.read_for_write(address, S)
-                .and_then(|old| core.write(address, S, changed::<O>(old, bit)).map(|()| old))
+            core.read_for_write(address, S).and_then(|old| core.write(address, S, changed::<O>(old, bit)).map(|()| old))
         };
         result.map_err(|fault| op.address.adjust(fault))?
     } else if O == operation::BT {

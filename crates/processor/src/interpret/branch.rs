@@ -14,7 +14,8 @@ use crate::core::Core;
 /// Checks a target: canonical in 64-bit code, within the code segment's limit otherwise.
 #[inline]
 pub fn checked(core: &Core<'_>, long: bool, target: u64) -> Result<u64, GuestFault> {
-    let fine = if long { Gva(target).is_canonical() } else { target <= u64::from(core.vcpu.cpu.segments[seg::CS].limit) };
+    let fine =
+        if long { Gva(target).is_canonical() } else { target <= u64::from(core.vcpu.cpu.segments[seg::CS].limit) };
     if fine { Ok(target) } else { Err(GuestFault::GP0) }
 }
 

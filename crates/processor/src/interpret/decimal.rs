@@ -1,8 +1,8 @@
 //! Decimal adjustments, in 16- and 32-bit code only: Intel SDM (2024-12) Vol. 2A "AAA" to "AAS", "DAA", "DAS".
 
+use x86::GuestFault;
 use x86::rflags::{AF, CF};
 use x86::state::gpr::RAX;
-use x86::GuestFault;
 
 use super::Flow;
 use super::flags::{self, when};

@@ -4,7 +4,7 @@
 use std::collections::HashMap;
 
 use iced_x86::{Decoder, DecoderError, DecoderOptions, Instruction};
-use x86::{CpuState, GuestFault, Gpa, Gva, PAGE_MASK, PAGE_SIZE, Ppn, seg};
+use x86::{CpuState, Gpa, GuestFault, Gva, PAGE_MASK, PAGE_SIZE, Ppn, seg};
 
 use super::op::Op;
 use crate::core::Core;

@@ -1,9 +1,9 @@
 //! Multiplication and division. Flags that the manual leaves undefined: multiplication sets SF and PF by the low half and
 //! clears ZF and AF, division changes none, as Intel cores do.
 
+use x86::GuestFault;
 use x86::rflags::{CF, OF, PF, SF};
 use x86::state::gpr::{RAX, RDX};
-use x86::GuestFault;
 
 use super::Flow;
 use super::flags;

@@ -146,10 +146,7 @@ impl Address {
         };
         let prefix = instruction.segment_prefix();
         let wide = matches!(prefix, Register::FS | Register::GS);
-        let stack_based = matches!(
-            base,
-            Register::BP | Register::EBP | Register::ESP | Register::RBP | Register::RSP
-        );
+        let stack_based = matches!(base, Register::BP | Register::EBP | Register::ESP | Register::RBP | Register::RSP);
         let segment = if long && !wide {
             if stack_based { seg::SS } else { seg::DS }
         } else {
@@ -459,8 +456,7 @@ pub fn modify<const S: usize, const K: u8>(
     let result = if op.is_locked() {
         core.update(address, S, change)
     } else {
-        core.read_for_write(address, S)
-            .and_then(|old| core.write(address, S, change(old)).map(|()| old))
+        core.read_for_write(address, S).and_then(|old| core.write(address, S, change(old)).map(|()| old))
     };
     result.map_err(|fault| op.address.adjust(fault))
 }

@@ -1,14 +1,14 @@
 //! Instructions that other modules implement, and the few that fit nowhere else.
 
 use iced_x86::{Mnemonic, OpKind};
-use x86::rflags::CF;
 use x86::GuestFault;
+use x86::rflags::CF;
 
 use super::Flow;
 use super::flags;
 use super::op::{Op, get, set};
 use crate::core::Core;
-use crate::system;
+use crate::{simd, system};
 
 /// Whether the instruction works on vector or x87 registers, so that it cannot change mode, mappings or privilege.
 #[must_use]
@@ -25,9 +25,9 @@ pub fn is_simd(op: &Op) -> bool {
 pub fn run(core: &mut Core<'_>, op: &Op) -> Result<Flow, GuestFault> {
     let instruction = &op.instruction;
     let outcome = if op.sensitive {
-        system::execute(core, instruction).or_else(|| vector(core, instruction))
+        system::execute(core, instruction).or_else(|| simd::execute(core, instruction))
     } else {
-        vector(core, instruction)
+        simd::execute(core, instruction)
     };
     outcome.unwrap_or(Err(GuestFault::UD))
 }
@@ -77,9 +77,4 @@ pub fn store_direct<const S: usize>(core: &mut Core<'_>, op: &Op) -> Result<Flow
     let value = get::<S>(core, op.places[1]);
     super::op::store_memory::<S>(core, op, value)?;
     Ok(Flow::Next)
-}
-
-/// Until `simd::execute` is there.
-fn vector(_: &mut Core<'_>, _: &iced_x86::Instruction) -> Option<Result<Flow, GuestFault>> {
-    None
 }

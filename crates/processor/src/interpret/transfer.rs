@@ -1,8 +1,8 @@
 //! Data movement: MOV and its relatives, exchanges, conversions, conditional moves.
 
+use x86::GuestFault;
 use x86::rflags::{DF, ZF};
 use x86::state::gpr::{RAX, RBX, RCX, RDX};
-use x86::GuestFault;
 
 use super::Flow;
 use super::flags;
@@ -52,8 +52,7 @@ pub fn lea<const S: usize>(core: &mut Core<'_>, op: &Op) -> Result<Flow, GuestFa
 /// CMOVcc: the source is read in any case, and a 32-bit destination loses its upper half in any case.
 pub fn cmov<const CC: u8, const S: usize>(core: &mut Core<'_>, op: &Op) -> Result<Flow, GuestFault> {
     let source = load::<S, { kind::ANY }, 1>(core, op)?;
-    let value =
-        if flags::condition::<CC>(core.vcpu.cpu.rflags) { source } else { get::<S>(core, op.places[0]) };
+    let value = if flags::condition::<CC>(core.vcpu.cpu.rflags) { source } else { get::<S>(core, op.places[0]) };
     set::<S>(core, op.places[0], value);
     Ok(Flow::Next)
 }
@@ -215,4 +214,3 @@ pub fn flush_line(core: &mut Core<'_>, op: &Op) -> Result<Flow, GuestFault> {
     core.read(address, 1).map_err(|fault| op.address.adjust(fault))?;
     Ok(Flow::Next)
 }
-
