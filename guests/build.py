@@ -49,6 +49,10 @@ QEMU_DEFECTS = {
         "compat-limit", "compat-null", "descriptor-accessed",  # no segment limits, no accessed bit
         "compat-syscall",  # whatever the vendor
     },  # fmt: skip
+    "debug": {
+        "two-at-once",  # only one breakpoint of an access is reported
+        "general-detect", "general-detect-dr6", "general-detect-cleared", "rf-of-a-fault",  # not there
+    },  # fmt: skip
     "exceptions": {
         "icebp", "lock-load", "ltr-null",
         "xm", "xm-off",  # no unmasked SSE exceptions
