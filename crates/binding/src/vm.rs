@@ -6,11 +6,10 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
-use monitor::Options;
+use monitor::{Gpa, Options};
 use pyo3::buffer::PyBuffer;
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyDict};
-use x86::Gpa;
 
 use crate::device::PythonDevice;
 use crate::enter::{CoreError, fit, py_enter};
