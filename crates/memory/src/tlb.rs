@@ -61,8 +61,21 @@ pub struct SoftTlb {
     /// Whether a bank holds entries that are not global, or any at all, since it was last emptied.
     has_local: [bool; 3],
     has_any: [bool; 3],
+    /// Regions of 2 MiB and of 1 GiB, by the low bits of their numbers, of which pieces of large pages are held.
+    large: u64,
+    huge: u64,
     pub fills: u64,
     pub flushes: u64,
+}
+
+const LARGE_SHIFT: u32 = 21;
+const LARGE_SIZE: u64 = 1 << LARGE_SHIFT;
+const LARGE_PAGES: usize = 1 << (LARGE_SHIFT - PAGE_SHIFT);
+const HUGE_SHIFT: u32 = 30;
+
+/// The bit that stands for the region of `1 << shift` bytes around `address`, and for every 64th other.
+fn region_bit(address: Gva, shift: u32) -> u64 {
+    1 << (address.0 >> shift & 63)
 }
 
 #[inline]
@@ -79,6 +92,8 @@ impl SoftTlb {
             banks: [bank(), bank(), bank()],
             has_local: [false; 3],
             has_any: [false; 3],
+            large: 0,
+            huge: 0,
             fills: 0,
             flushes: 0,
         }
@@ -96,6 +111,15 @@ impl SoftTlb {
             page: page.host_address(),
             flags: if global { GLOBAL } else { 0 },
         };
+    }
+
+    /// Remembers that the guest maps `address` by a page of 2 MiB or 1 GiB, of which we hold pieces of 4 KiB.
+    pub fn note_large(&mut self, address: Gva, page_size: u64) {
+        if page_size > LARGE_SIZE {
+            self.huge |= region_bit(address, HUGE_SHIFT);
+        } else {
+            self.large |= region_bit(address, LARGE_SHIFT);
+        }
     }
 
     /// The host address for `size` bytes, when they lie in one page and the bank allows the access.
@@ -200,14 +224,33 @@ impl SoftTlb {
                 self.empty(bank, 0);
             }
         }
+        (self.large, self.huge) = (0, 0);
     }
 
-    /// Drops what is known of one page: what INVLPG does.
+    /// Drops what is known of one page: what INVLPG does. All pieces of a large page go together, since the guest names it by
+    /// one of its addresses (Intel SDM Vol. 3A 5.10.4.1).
     pub fn flush_page(&mut self, address: Gva) {
+        if self.huge & region_bit(address, HUGE_SHIFT) != 0 {
+            self.drop_region(address, HUGE_SHIFT, 0..ENTRIES);
+        } else if self.large & region_bit(address, LARGE_SHIFT) != 0 {
+            // The pages of 2 MiB are neighbours in a bank.
+            let first = index(address) & !(LARGE_PAGES - 1);
+            self.drop_region(address, LARGE_SHIFT, first..first + LARGE_PAGES);
+        }
         for bank in &mut self.banks {
             let entry = &mut bank.entries[index(address)];
             if entry.read == address.page().0 {
                 *entry = TlbEntry::EMPTY;
+            }
+        }
+    }
+
+    fn drop_region(&mut self, address: Gva, shift: u32, indices: std::ops::Range<usize>) {
+        for bank in &mut self.banks {
+            for entry in &mut bank.entries[indices.clone()] {
+                if entry.read != EMPTY && entry.read >> shift == address.0 >> shift {
+                    *entry = TlbEntry::EMPTY;
+                }
             }
         }
     }

@@ -61,6 +61,9 @@ impl Core<'_> {
             let bank = self.bank_of(access);
             let writable = translation.writable && !traced;
             self.vcpu.tlb.fill(bank, address, page, writable, translation.global);
+            if translation.page_size > PAGE_SIZE {
+                self.vcpu.tlb.note_large(address, translation.page_size);
+            }
         }
         Ok(translation)
     }

@@ -48,10 +48,12 @@ enum Rule {
     Host,
     /// As `Host`, and the operating system must have enabled the AVX state.
     HostAvx,
+    /// Ours (`xsave`), on top of the host's XSAVE.
+    HostXsave,
     /// Ours to provide, whatever the host is.
     Always,
 }
-use Rule::{Always, Host, HostAvx};
+use Rule::{Always, Host, HostAvx, HostXsave};
 
 #[derive(Clone, Copy, Debug)]
 struct Feature {
@@ -107,7 +109,7 @@ const FEATURES: &[Feature] = &[
     feature(1, 0, Ecx, 23, Host, "popcnt"),
     feature(1, 0, Ecx, 24, Always, "tsc_deadline_timer"),
     feature(1, 0, Ecx, 25, Host, "aes"),
-    feature(1, 0, Ecx, 26, Host, "xsave"),
+    feature(1, 0, Ecx, 26, HostXsave, "xsave"),
     // Bit 27 (osxsave) follows CR4.
     feature(1, 0, Ecx, 28, HostAvx, "avx"),
     feature(1, 0, Ecx, 29, HostAvx, "f16c"),
@@ -132,6 +134,7 @@ const FEATURES: &[Feature] = &[
     feature(7, 0, Ebx, 20, Always, "smap"),
     feature(7, 0, Ebx, 29, Host, "sha_ni"),
     feature(7, 0, Ecx, 2, Always, "umip"),
+    feature(7, 0, Ecx, 8, Host, "gfni"),
     feature(7, 0, Ecx, 9, HostAvx, "vaes"),
     feature(7, 0, Ecx, 10, HostAvx, "vpclmulqdq"),
     feature(7, 0, Ecx, 22, Always, "rdpid"),
@@ -141,9 +144,10 @@ const FEATURES: &[Feature] = &[
     feature(7, 0, Edx, 27, Always, "intel_stibp"),
     feature(7, 0, Edx, 29, Always, "arch_capabilities"),
     feature(7, 0, Edx, 31, Always, "spec_ctrl_ssbd"),
-    feature(0xd, 1, Eax, 0, Host, "xsaveopt"),
-    feature(0xd, 1, Eax, 1, Host, "xsavec"),
-    feature(0xd, 1, Eax, 2, Host, "xgetbv1"),
+    feature(0xd, 1, Eax, 0, HostXsave, "xsaveopt"),
+    feature(0xd, 1, Eax, 1, HostXsave, "xsavec"),
+    feature(0xd, 1, Eax, 2, HostXsave, "xgetbv1"),
+    feature(0xd, 1, Eax, 3, HostXsave, "xsaves"),
     feature(0x8000_0001, 0, Ecx, 0, Always, "lahf_lm"),
     feature(0x8000_0001, 0, Ecx, 5, Host, "abm"),
     feature(0x8000_0001, 0, Ecx, 8, Always, "3dnowprefetch"),
@@ -197,6 +201,7 @@ impl CpuidModel {
     pub fn of_host(cpus: u32) -> CpuidModel {
         // Looks at XCR0, too: whether the host's operating system saves the AVX state.
         let avx = std::arch::is_x86_feature_detected!("avx");
+        let xsave = std::arch::is_x86_feature_detected!("xsave");
         let offered = FEATURES
             .iter()
             .map(|feature| {
@@ -204,6 +209,7 @@ impl CpuidModel {
                 match feature.rule {
                     Host => has(),
                     HostAvx => avx && has(),
+                    HostXsave => xsave,
                     Always => true,
                 }
             })
@@ -352,7 +358,7 @@ impl CpuidModel {
             0 => [supported as u32, Self::xsave_size(now.xcr0), Self::xsave_size(supported), 0],
             // With AVX alone beyond the legacy state, the compacted area is as large as the standard one. The features
             // are in EAX; EBX is defined when one of them is there.
-            1 => [0, if self.has("xsavec") { Self::xsave_size(now.xcr0) } else { 0 }, 0, 0],
+            1 => [0, Self::xsave_size(now.xcr0), 0, 0],
             2 if supported & xcr0::AVX != 0 => [256, 576, 0, 0],
             _ => [0; 4],
         }
@@ -447,7 +453,7 @@ mod tests {
     fn nothing_is_offered_that_the_host_cannot_run() {
         let model = CpuidModel::of_host(1);
         for (feature, offered) in FEATURES.iter().zip(&model.offered) {
-            if feature.rule != Always && *offered {
+            if matches!(feature.rule, Host | HostAvx) && *offered {
                 assert_ne!(word(host(feature.leaf, feature.subleaf), feature.register) & 1 << feature.bit, 0);
             }
         }

@@ -356,11 +356,8 @@ fn attempt_protected(core: &mut Core<'_>, event: &Event) -> Result<(), Refusal> 
         return Err(event.external(GuestFault::GP0).into());
     }
     let cpu = &core.vcpu.cpu;
-    let image = [
-        pushed_flags(cpu, event),
-        u64::from(cpu.segments[seg::CS].selector),
-        event.return_to.unwrap_or(cpu.rip),
-    ];
+    let image =
+        [pushed_flags(cpu, event), u64::from(cpu.segments[seg::CS].selector), event.return_to.unwrap_or(cpu.rip)];
     let mut stack = Stack::current(core);
     for value in image.into_iter().chain(event.error.map(u64::from)) {
         stack.push(core, size, value).map_err(|fault| event.external(fault))?;

@@ -63,8 +63,7 @@ fn check_target(core: &Core<'_>, segment: &Segment, offset: u64) -> Result<(), G
 /// The checks of a code descriptor that a JMP or CALL names itself, without a gate.
 fn check_direct_code(core: &Core<'_>, code: &Descriptor, selector: u16) -> Result<(), GuestFault> {
     let cpl = core.vcpu.cpu.cpl();
-    let allowed =
-        if code.is_conforming() { code.dpl() <= cpl } else { rpl(selector) <= cpl && code.dpl() == cpl };
+    let allowed = if code.is_conforming() { code.dpl() <= cpl } else { rpl(selector) <= cpl && code.dpl() == cpl };
     if !allowed || (core.vcpu.cpu.is_long_mode() && code.is_long() && code.is_big()) {
         return Err(selector_fault(vector::GP, selector));
     }
@@ -277,8 +276,8 @@ impl Return {
         segment::set_code(core, target);
         match self.outer {
             Some((rsp, selector, descriptor)) => {
-                let segment = descriptor
-                    .map_or_else(|| segment::null_segment(selector, level), |found| found.segment(selector));
+                let segment =
+                    descriptor.map_or_else(|| segment::null_segment(selector, level), |found| found.segment(selector));
                 segment::set(core, seg::SS, segment);
                 let rsp = rsp.wrapping_add(released);
                 core.vcpu.cpu.gpr[x86::state::gpr::RSP] = if to_long { rsp } else { rsp & 0xffff_ffff };

@@ -11,17 +11,8 @@ use crate::engine::Exit;
 use crate::interpret::{Flow, operand};
 
 /// Bits of CR0 that exist; writes of the others are ignored.
-const CR0_KNOWN: u64 = cr0::PE
-    | cr0::MP
-    | cr0::EM
-    | cr0::TS
-    | cr0::ET
-    | cr0::NE
-    | cr0::WP
-    | cr0::AM
-    | cr0::NW
-    | cr0::CD
-    | cr0::PG;
+const CR0_KNOWN: u64 =
+    cr0::PE | cr0::MP | cr0::EM | cr0::TS | cr0::ET | cr0::NE | cr0::WP | cr0::AM | cr0::NW | cr0::CD | cr0::PG;
 
 /// Bits of CR4 for what CPUID offers; setting others faults.
 pub const CR4_KNOWN: u64 = cr4::TSD

@@ -31,11 +31,7 @@ pub fn syscall(core: &mut Core<'_>, instruction: &Instruction) -> Outcome {
     cpu.rflags = cpu.rflags & !(cpu.sfmask | rflags::RF) | rflags::FIXED;
     cpu.rip = cpu.lstar;
     let selector = (cpu.star >> 32) as u16;
-    set_segments(
-        core,
-        Segment::flat_code64(selector & !3, 0),
-        Segment::flat_data((selector & !3).wrapping_add(8), 0),
-    );
+    set_segments(core, Segment::flat_code64(selector & !3, 0), Segment::flat_data((selector & !3).wrapping_add(8), 0));
     Ok(Flow::Done)
 }
 

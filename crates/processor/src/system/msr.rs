@@ -155,6 +155,7 @@ pub fn read(core: &mut Core<'_>, number: u32) -> Result<u64, GuestFault> {
         msr::GS_BASE => cpu.segments[seg::GS].base,
         msr::KERNEL_GS_BASE => cpu.kernel_gs_base,
         msr::TSC_AUX => cpu.tsc_aux,
+        msr::XSS => cpu.xss,
         _ => return fixed_range(number).map(|index| cpu.mtrr_fixed[index]).ok_or(FAULT),
     };
     Ok(value)
@@ -241,6 +242,8 @@ pub fn write(core: &mut Core<'_>, number: u32, value: u64) -> Result<(), GuestFa
         msr::GS_BASE => cpu.segments[seg::GS].base = canonical(value)?,
         msr::KERNEL_GS_BASE => cpu.kernel_gs_base = canonical(value)?,
         msr::TSC_AUX => cpu.tsc_aux = only(value, 0xffff_ffff)?,
+        // XSAVES has no supervisor components to save.
+        msr::XSS => cpu.xss = only(value, 0)?,
         _ => match fixed_range(number) {
             Some(index) => cpu.mtrr_fixed[index] = memory_types(value)?,
             None => return Err(FAULT),

@@ -68,7 +68,11 @@ fn software_interrupts_need_the_gate_to_admit_them() {
     let mut machine = Machine::in_user_mode();
     assert_eq!(machine.run(&[0xcd, 0x81]), Ran::Done);
     assert_eq!(machine.vcpu.cpu.rip, HANDLERS + 13);
-    assert_eq!(machine.stack::<2>(), [0x81 * 8 + 2, USER], "#GP names the gate, without EXT, at the instruction itself");
+    assert_eq!(
+        machine.stack::<2>(),
+        [0x81 * 8 + 2, USER],
+        "#GP names the gate, without EXT, at the instruction itself"
+    );
 }
 
 #[test]

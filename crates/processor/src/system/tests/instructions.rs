@@ -168,7 +168,7 @@ fn debug_registers_have_aliases_and_fixed_bits() {
 fn msrs_refuse_unknown_numbers_and_bad_values() {
     let mut machine = Machine::new();
     let mut core = machine.core();
-    for number in [0, 0x34, 0xce, 0x140, 0x611, 0x400, msr::XSS, msr::FLUSH_CMD, msr::PRED_CMD, 0xc001_0015] {
+    for number in [0, 0x34, 0xce, 0x140, 0x611, 0x400, msr::FLUSH_CMD, msr::PRED_CMD, 0xc001_0015] {
         assert_eq!(registers::read(&mut core, number), Err(GP0), "{number:#x}");
     }
     let refused = [
@@ -180,6 +180,7 @@ fn msrs_refuse_unknown_numbers_and_bad_values() {
         (msr::SPEC_CTRL, 1 << 10),
         (msr::PRED_CMD, 2),
         (msr::TSC_AUX, 1 << 32),
+        (msr::XSS, 1 << 8),
         (msr::MTRR_DEF_TYPE, 2),
         (msr::MTRR_PHYSBASE0, 1 << 40),
         (msr::MTRR_PHYSBASE0 + 1, 1),
@@ -235,7 +236,11 @@ fn the_time_stamp_counter_can_be_moved() {
     let now = registers::read(&mut core, msr::TSC).unwrap();
     assert!((1 << 50..(1 << 50) + (1 << 40)).contains(&now));
     assert_eq!(core.vcpu.cpu.tsc_adjust, core.vcpu.cpu.tsc_offset, "both moved by the same");
-    assert_eq!(registers::read(&mut core, msr::TSC_DEADLINE), Ok(1 << 60), "the deadline is one of the guest's counter");
+    assert_eq!(
+        registers::read(&mut core, msr::TSC_DEADLINE),
+        Ok(1 << 60),
+        "the deadline is one of the guest's counter"
+    );
     let adjust = core.vcpu.cpu.tsc_adjust;
     registers::write(&mut core, msr::TSC_ADJUST, 0).unwrap();
     assert_eq!(core.vcpu.cpu.tsc_offset, 0);
@@ -397,4 +402,22 @@ fn invlpg_forgets_the_page() {
     machine.vcpu.cpu.gpr[gpr::RAX] = DATA + 0x10;
     assert_eq!(machine.run(&[0x0f, 0x01, 0x38]), Ran::Next);
     assert_eq!(machine.core().read(Gva(DATA), 8), Err(GuestFault::page(Gva(DATA), 0)));
+}
+
+#[test]
+fn invlpg_forgets_every_piece_of_a_large_page() {
+    let mut machine = Machine::new();
+    // 0x20_0000 and 0x4000_0000 are the 2 MiB from zero, once as one page and once as part of 1 GiB.
+    machine.put(0x3008, 0x80 | 3);
+    machine.put(0x2008, 0x80 | 3);
+    for (base, entry) in [(0x20_0000, 0x3008), (0x4000_0000, 0x2008)] {
+        let (first, last) = (Gva(base + DATA), Gva(base + 0x1f_f000));
+        assert_eq!(machine.core().read(first, 8), Ok(0));
+        assert_eq!(machine.core().read(last, 8), Ok(0));
+        machine.put(entry, 0);
+        assert_eq!(machine.core().read(last, 8), Ok(0), "the TLB remembers");
+        machine.vcpu.cpu.gpr[gpr::RAX] = first.0;
+        assert_eq!(machine.run(&[0x0f, 0x01, 0x38]), Ran::Next);
+        assert_eq!(machine.core().read(last, 8), Err(GuestFault::page(last, 0)));
+    }
 }

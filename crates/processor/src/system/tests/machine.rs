@@ -4,7 +4,7 @@ use iced_x86::{Decoder, DecoderOptions};
 use memory::GuestMemory;
 use x86::paging::entry;
 use x86::state::gpr;
-use x86::{CpuState, DescriptorTable, GuestFault, Gpa, Segment, cr0, cr4, efer, msr, seg};
+use x86::{CpuState, DescriptorTable, Gpa, GuestFault, Segment, cr0, cr4, efer, msr, seg};
 
 use crate::core::Core;
 use crate::engine::{Exit, Outside};

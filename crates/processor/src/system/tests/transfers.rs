@@ -140,7 +140,7 @@ fn a_call_gate_raises_the_privilege_and_retf_lowers_it() {
 #[test]
 fn far_jumps_change_the_width_of_code() {
     let mut machine = Machine::in_user_mode();
-    machine.put(USER + 0x100, USER + 0x200 | u64::from(USER_CS32) << 32);
+    machine.put(USER + 0x100, (USER + 0x200) | u64::from(USER_CS32) << 32);
     machine.vcpu.cpu.gpr[gpr::RDI] = USER + 0x100;
     assert_eq!(machine.run(&[0xff, 0x2f]), Ran::Done);
     assert_eq!(machine.vcpu.cpu.rip, USER + 0x200);
@@ -156,7 +156,7 @@ fn far_calls_and_returns_of_32_bit_code_use_32_bit_words() {
     let mut machine = Machine::in_compatibility_mode();
     assert_eq!(machine.run(&[0x9a, 0x00, 0x01, 0x08, 0x00, USER_CS32 as u8, 0x00]), Ran::Done);
     assert_eq!((machine.vcpu.cpu.rip, machine.vcpu.cpu.gpr[gpr::RSP]), (USER + 0x100, USER_STACK - 8));
-    assert_eq!(machine.stack(), [USER + 7 | u64::from(USER_CS32) << 32]);
+    assert_eq!(machine.stack(), [(USER + 7) | u64::from(USER_CS32) << 32]);
     assert_eq!(machine.run(&[0xca, 0x10, 0x00]), Ran::Done);
     assert_eq!((machine.vcpu.cpu.rip, machine.vcpu.cpu.gpr[gpr::RSP]), (USER + 7, USER_STACK + 16));
 }
