@@ -51,6 +51,8 @@ def run_command(arguments: Sequence[str]) -> int:
     except KeyboardInterrupt:
         return 130
     except SystemExit as error:
+        if isinstance(error.__context__, BrokenPipeError):  # typer makes it 1
+            return output_closed()
         return error.code if isinstance(error.code, int) else DEFECT
     except BrokenPipeError:
         return output_closed()

@@ -15,24 +15,21 @@ def images() -> None:
 
     from ringzero.images import IMAGES, find
     from ringzero.images.cache import ImageCache
-    from ringzero.images.debian import KERNELS
+    from ringzero.images.debian import DEFAULT_KERNEL, KERNELS, cache_name
 
     cache = ImageCache()
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for heading in ("IMAGE", "HERE", "MADE FROM", "WHAT IT IS"):
+    for heading in ("IMAGE", "HERE", "KERNEL", "WHAT IT IS"):
         table.add_column(heading, overflow="fold")
-    table.add_row("hello", "built in", "ringzero", IMAGES["hello"])
+    table.add_row("hello", "yes", "", IMAGES["hello"])
     for series in KERNELS:
-        name = f"debian:{series}"
-        here = find(name) is not None
-        manifest = cache.manifest(f"debian-{series}")
-        made = (
-            ", ".join(f"{k} {v}" for k, v in manifest.made_from.items() if "-" in k)
-            if manifest and here
-            else ""
-        )
-        words = "the default of 'debian'" if series == KERNELS[0] else "Debian's cloud kernel and busybox"
-        table.add_row(name, "yes" if here else f"no: ringzero pull {name}", made, words)
+        manifest = cache.manifest(cache_name(series))
+        here = find(f"debian:{series}") is not None
+        release = manifest.made_from.get("release", "") if manifest is not None and here else ""
+        words = "Debian's cloud kernel, busybox and a shell"
+        if series == DEFAULT_KERNEL:
+            words += "; 'debian' for short"
+        table.add_row(f"debian:{series}", "yes" if here else "no", release, words)
     console = Console()
     console.print(table)
-    console.print(f"cache: {cache.root}", highlight=False)
+    console.print(f"\nringzero pull debian fetches one into {cache.root}", highlight=False, soft_wrap=True)

@@ -84,7 +84,9 @@ def unannounced_command(words: Sequence[str]) -> list[str] | None:
         word = words[at]
         if word.startswith("-"):
             name, equals, _ = word.partition("=")
-            at += 1 if equals or name not in OPTIONS or OPTIONS[name][1] is None else 2
+            if name not in OPTIONS:
+                return None
+            at += 1 if equals or OPTIONS[name][1] is None else 2
             continue
         if image_seen:
             return list(words[at:])

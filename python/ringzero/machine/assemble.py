@@ -37,10 +37,9 @@ def assemble(
         raise InputError("a machine needs a kernel to start")
     kernel = read_file(spec.kernel, "kernel")
     initrd = read_file(spec.initrd, "initramfs") if spec.initrd is not None else None
-    core = _load_core()
-    # Only now is it known whether this is a Linux, which needs more memory, and what the core has to offer.
+    # Only now is it known whether this is a Linux, which needs more memory.
     linux = spec.linux or bzimage.looks_like(kernel)
-    spec = MachineSpec.checked(**(dataclasses.asdict(spec) | {"linux": linux}), engines=core.engines())
+    spec = MachineSpec.checked(**(dataclasses.asdict(spec) | {"linux": linux}))
     plan = plan_boot(
         kernel,
         memory=spec.memory,
@@ -50,6 +49,9 @@ def assemble(
         name=str(spec.kernel),
         initrd_name=str(spec.initrd) if spec.initrd is not None else "initramfs",
     )
+    core = _load_core()
+    if spec.engine not in core.engines():
+        raise InputError(f"this build has no engine {spec.engine!r}: choose one of {', '.join(core.engines())}")
     vm: _core.Vm = core.Vm(
         spec.memory,
         cpus=spec.cpus,

@@ -33,10 +33,11 @@ def read_file(path: Path | str, what: str, *, largest: int = LARGEST) -> bytes:
     except (OSError, ValueError) as error:  # ValueError: a null character in the path
         reason = error.strerror if isinstance(error, OSError) else str(error)
         raise InputError(f"{what} {path} cannot be opened: {reason}") from None
+    status = os.fstat(descriptor)
+    if not stat.S_ISREG(status.st_mode):
+        os.close(descriptor)  # before fdopen, which refuses a directory in words of its own
+        raise InputError(f"{what} {path} is not a regular file: give the file itself")
     with os.fdopen(descriptor, "rb") as file:
-        status = os.fstat(file.fileno())
-        if not stat.S_ISREG(status.st_mode):
-            raise InputError(f"{what} {path} is not a regular file: give the file itself")
         if status.st_size == 0:
             raise ImageError(f"{what} {path} is empty: fetch or build it again")
         if status.st_size > largest:

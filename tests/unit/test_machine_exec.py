@@ -1,0 +1,260 @@
+"""The link to the guest's agent, against an agent played by the test."""
+
+import re
+import socket
+import struct
+import threading
+from pathlib import Path
+
+import pytest
+
+from ringzero.errors import GuestEnded, InputError
+from ringzero.machine import exec as link_module
+from ringzero.machine.exec import (
+    ACK,
+    CREDIT,
+    EXEC,
+    EXIT,
+    FAILED,
+    HEADER,
+    LINE_WINDOW,
+    MAGIC,
+    READY,
+    SIGNAL,
+    STDERR,
+    STDIN,
+    STDIN_EOF,
+    STDIN_WINDOW,
+    STDOUT,
+    WORD,
+    AgentLink,
+    pack_exec,
+)
+
+FRAME_H = Path(__file__).parents[2] / "guests" / "agent" / "frame.h"
+
+
+class Agent:
+    """The guest's end of the line."""
+
+    def __init__(self, line: socket.socket) -> None:
+        self.line = line
+        self.line.settimeout(20)
+
+    def ready(self) -> None:
+        self.send(READY, 0, MAGIC)
+
+    def send(self, kind: int, number: int, payload: bytes = b"") -> None:
+        self.line.sendall(HEADER.pack(kind, 0, number, len(payload)) + payload)
+
+    def take(self) -> tuple[int, int, int, bytes]:
+        kind, flags, number, size = HEADER.unpack(self.exactly(HEADER.size))
+        payload = self.exactly(size)
+        self.send(ACK, 0, WORD.pack(HEADER.size + size))
+        return kind, flags, number, payload
+
+    def exactly(self, size: int) -> bytes:
+        data = b""
+        while len(data) < size:
+            piece = self.line.recv(size - len(data))
+            assert piece, "the host closed the line"
+            data += piece
+        return data
+
+
+@pytest.fixture
+def pair():
+    ours, theirs = socket.socketpair()
+    link = AgentLink(ours)
+    agent = Agent(theirs)
+    yield link, agent
+    theirs.close()
+    link.close()
+
+
+def test_the_numbers_are_those_of_frame_h() -> None:
+    text = FRAME_H.read_text()
+    numbers = {name: int(value, 0) for name, value in re.findall(r"\b([A-Z_]+) = (0x[0-9a-f]+|\d+),", text)}
+    ours = {
+        "FRAME_MAX": link_module.FRAME_MAX,
+        "LINE_WINDOW": link_module.LINE_WINDOW,
+        "STDIN_WINDOW": link_module.STDIN_WINDOW,
+        "CONSOLE_ID": link_module.CONSOLE_ID,
+        "FRAME_HEADER": HEADER.size,
+        "FLAG_TTY": link_module.FLAG_TTY,
+        "FLAG_NO_STDIN": link_module.FLAG_NO_STDIN,
+    }
+    for name in ("EXEC", "STDIN", "STDIN_EOF", "RESIZE", "SIGNAL", "POWEROFF", "REBOOT"):
+        ours[f"FRAME_{name}"] = getattr(link_module, name)
+    for name in ("READY", "STDOUT", "STDERR", "EXIT", "FAILED", "CREDIT", "ACK"):
+        ours[f"FRAME_{name}"] = getattr(link_module, name)
+    assert numbers == ours
+    assert '"' + MAGIC.decode().replace("\n", "\\n") + '"' in text
+
+
+def test_ready_is_found_behind_other_words(pair) -> None:
+    link, agent = pair
+    assert not link.wait_ready(0)
+    agent.line.sendall(b"SeaBIOS or whatever\r\n" + bytes(5000))
+    agent.ready()
+    assert link.wait_ready(20)
+
+
+def test_a_command_from_start_to_end(pair) -> None:
+    link, agent = pair
+    agent.ready()
+    out: list[bytes] = []
+    err: list[bytes] = []
+    process = link.start(["echo", "x"], env={"A": "b"}, cwd="/tmp", stdout=out.append, stderr=err.append)
+    kind, flags, number, payload = agent.take()
+    assert (kind, flags) == (EXEC, 0)
+    assert payload == struct.pack("<HHHH", 2, 1, 0, 0) + b"/tmp\0echo\0x\0A=b\0"
+    agent.send(STDOUT, number, b"one")
+    agent.send(STDERR, number, b"two")
+    agent.send(STDOUT, number, b"three")
+    agent.send(EXIT, number, WORD.pack(7 << 8))
+    assert process.wait(20) == 7
+    assert (out, err) == ([b"one", b"three"], [b"two"])
+
+
+def test_the_end_by_a_signal(pair) -> None:
+    link, agent = pair
+    agent.ready()
+    process = link.start(["x"])
+    number = agent.take()[2]
+    process.send_signal(15)
+    assert agent.take() == (SIGNAL, 0, number, WORD.pack(15))
+    agent.send(EXIT, number, WORD.pack(15))
+    assert process.wait(20) == -15
+
+
+def test_a_command_that_is_not_there(pair) -> None:
+    link, agent = pair
+    process = link.start(["nonesuch"])
+    agent.ready()
+    agent.send(FAILED, agent.take()[2], WORD.pack(2))
+    with pytest.raises(FileNotFoundError) as caught:
+        process.wait(20)
+    assert caught.value.filename == "nonesuch"
+
+
+def test_no_more_is_sent_than_both_windows_allow(pair) -> None:
+    link, agent = pair
+    agent.ready()
+    process = link.start(["cat"])
+    number = agent.take()[2]
+    data = bytes(range(256)) * 1024  # four times what a process may have waiting
+    writer = threading.Thread(target=lambda: (process.write(data), process.close_stdin()))
+    writer.start()
+    # Without an ACK the line stops, and no sooner.
+    agent.line.settimeout(1)
+    got = b""
+    with pytest.raises(TimeoutError):
+        while True:
+            got += agent.line.recv(65536)
+    assert len(got) == LINE_WINDOW
+    # With ACKs but no CREDIT, standard input stops.
+    agent.send(ACK, 0, WORD.pack(len(got)))
+    with pytest.raises(TimeoutError):
+        while True:
+            piece = agent.line.recv(65536)
+            got += piece
+            agent.send(ACK, 0, WORD.pack(len(piece)))
+    frames, at = b"", 0
+    while at < len(got):
+        kind, _, to, size = HEADER.unpack_from(got, at)
+        assert (kind, to) == (STDIN, number)
+        frames += got[at + HEADER.size : at + HEADER.size + size]
+        at += HEADER.size + size
+    assert len(frames) == STDIN_WINDOW
+    # With both, everything comes, in order.
+    agent.line.settimeout(20)
+    agent.send(CREDIT, number, WORD.pack(len(data)))
+    while True:
+        kind, _, _, payload = agent.take()
+        if kind == STDIN_EOF:
+            break
+        frames += payload
+    writer.join(20)
+    assert frames == data
+
+
+def test_a_writer_is_let_go_when_the_command_ends(pair) -> None:
+    link, agent = pair
+    agent.ready()
+    process = link.start(["true"])
+    number = agent.take()[2]
+    agent.send(EXIT, number, WORD.pack(0))
+    assert process.wait(20) == 0
+    process.write(bytes(10 * STDIN_WINDOW))  # dropped, not waited for
+    process.send_signal(9)
+
+
+def test_the_guest_ends_while_a_command_runs(pair) -> None:
+    link, agent = pair
+    agent.ready()
+    process = link.start(["sleep", "100"])
+    agent.take()
+    agent.line.shutdown(socket.SHUT_RDWR)
+    with pytest.raises(GuestEnded, match="sleep"):
+        process.wait(20)
+    with pytest.raises(GuestEnded):
+        link.start(["true"])
+    assert link.ended
+
+
+def test_a_sink_that_fails_fails_its_command_alone(pair) -> None:
+    link, agent = pair
+    agent.ready()
+
+    def full(_: bytes) -> None:
+        raise BrokenPipeError
+
+    bad = link.start(["yes"], stdout=full)
+    bad_number = agent.take()[2]
+    good = link.start(["true"])
+    good_number = agent.take()[2]
+    agent.send(STDOUT, bad_number, b"y\n")
+    agent.send(STDOUT, bad_number, b"y\n")
+    agent.send(EXIT, good_number, WORD.pack(0))
+    with pytest.raises(BrokenPipeError):
+        bad.wait(20)
+    assert good.wait(20) == 0
+
+
+@pytest.mark.parametrize(
+    "frame",
+    [
+        HEADER.pack(EXIT, 0, 1, 0),
+        HEADER.pack(CREDIT, 0, 1, 3) + b"abc",
+        HEADER.pack(ACK, 0, 0, 8) + bytes(8),
+        HEADER.pack(ACK, 0, 0, 4) + b"\xff\xff\xff\xff",
+        HEADER.pack(STDOUT, 0, 999, 3) + b"abc",
+        HEADER.pack(0xEE, 9, 1, 2) + b"ab",
+        HEADER.pack(EXIT, 0, 77, 4) + bytes(4),
+    ],
+)
+def test_what_a_hostile_guest_sends_does_no_harm(pair, frame: bytes) -> None:
+    link, agent = pair
+    agent.ready()
+    process = link.start(["true"])
+    number = agent.take()[2]
+    agent.line.sendall(frame)
+    agent.send(EXIT, number, WORD.pack(0))
+    assert process.wait(20) == 0
+
+
+@pytest.mark.parametrize(
+    ("args", "env"),
+    [
+        ([], {}),
+        ([""], {}),
+        (["a\0b"], {}),
+        (["a"] * 1100, {}),
+        (["a" * 40000], {}),
+        (["a"], {"X": "y" * 40000}),
+    ],
+)
+def test_commands_that_cannot_be_passed_on(args: list[str], env: dict[str, str]) -> None:
+    with pytest.raises(InputError):
+        pack_exec(args, env, "/", (0, 0))
