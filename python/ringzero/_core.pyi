@@ -4,13 +4,16 @@ Addresses are guest physical, in bytes, unless a name says otherwise. Sizes are 
 wait releases the GIL. What the operator must know is raised as `CoreError`, one sentence a message.
 """
 
-from typing import Protocol, final
+from typing import Protocol, Self, final, type_check_only
 
 from typing_extensions import Buffer  # collections.abc has it from 3.12 on
+
+__all__ = ["CoreError", "Vm", "engines", "host_features"]
 
 class CoreError(Exception):
     """The core refused or failed: the message is one sentence and says what to do."""
 
+@type_check_only
 class PortDevice(Protocol):
     """What the bus asks of a slow device that is written in Python; called from one dispatcher thread a VM."""
 
@@ -24,15 +27,15 @@ class PortDevice(Protocol):
 class Vm:
     """A virtual machine: its memory, processors, and devices. Not started until `start`."""
 
-    def __init__(
-        self,
+    def __new__(
+        cls,
         memory: int,
         *,
         cpus: int = 1,
         engine: str = "translate",
         count_instructions: bool = False,
         trace_path: str | None = None,
-    ) -> None: ...
+    ) -> Self: ...
     def memory_map(self) -> list[tuple[int, int, str]]:
         """Return (first address, size, kind) rows; kind is 'ram' or 'mmio'. RAM has a hole below 4 GiB."""
     def read_memory(self, address: int, size: int) -> bytes:
