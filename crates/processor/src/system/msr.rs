@@ -129,8 +129,9 @@ pub fn read(core: &mut Core<'_>, number: u32) -> Result<u64, GuestFault> {
     let value = match number {
         msr::TSC => guest_tsc(cpu),
         msr::TSC_ADJUST => cpu.tsc_adjust,
-        msr::TSC_DEADLINE => return deadline(core),
-        msr::APIC_BASE | msr::X2APIC_FIRST..=msr::X2APIC_LAST => return core.outside.apic_read(number).ok_or(FAULT),
+        msr::APIC_BASE | msr::TSC_DEADLINE | msr::X2APIC_FIRST..=msr::X2APIC_LAST => {
+            return core.outside.apic_read(number).ok_or(FAULT);
+        }
         PLATFORM_ID | msr::MCG_STATUS => 0,
         msr::FEATURE_CONTROL => FEATURE_CONTROL_LOCKED,
         msr::SPEC_CTRL => cpu.spec_ctrl,
@@ -203,8 +204,7 @@ pub fn write(core: &mut Core<'_>, number: u32, value: u64) -> Result<(), GuestFa
             let change = value.wrapping_sub(cpu.tsc_adjust);
             shift_tsc(core, change);
         }
-        msr::TSC_DEADLINE => return set_deadline(core, value),
-        msr::APIC_BASE | msr::X2APIC_FIRST..=msr::X2APIC_LAST => {
+        msr::APIC_BASE | msr::TSC_DEADLINE | msr::X2APIC_FIRST..=msr::X2APIC_LAST => {
             return if core.outside.apic_write(number, value) { Ok(()) } else { Err(FAULT) };
         }
         msr::SPEC_CTRL => cpu.spec_ctrl = only(value, SPEC_CTRL_WRITABLE)?,
@@ -272,36 +272,13 @@ pub fn set_efer(core: &mut Core<'_>, value: u64) -> Result<(), GuestFault> {
 }
 
 /// Moves the counter by `change`. IA32_TSC_ADJUST is the sum of all such moves (SDM Vol. 3B 19.17.3 "Time-Stamp Counter
-/// Adjustment"), so the counter less that is the VM's clock, which is what the local APIC's deadline is kept in.
+/// Adjustment").
 fn shift_tsc(core: &mut Core<'_>, change: u64) {
-    let armed = core.outside.apic_read(msr::TSC_DEADLINE).filter(|deadline| *deadline != 0);
     let cpu = &mut core.vcpu.cpu;
     cpu.tsc_offset = cpu.tsc_offset.wrapping_add(change);
     cpu.tsc_adjust = cpu.tsc_adjust.wrapping_add(change);
-    if let Some(deadline) = armed {
-        // The deadline is a value of the guest's counter: it comes sooner or later on the clock now.
-        core.outside.apic_write(msr::TSC_DEADLINE, deadline.wrapping_sub(change).max(1));
-    }
-}
-
-fn deadline(core: &mut Core<'_>) -> Result<u64, GuestFault> {
-    let adjust = core.vcpu.cpu.tsc_adjust;
-    match core.outside.apic_read(msr::TSC_DEADLINE).ok_or(FAULT)? {
-        0 => Ok(0),
-        deadline => Ok(deadline.wrapping_add(adjust)),
-    }
-}
-
-fn set_deadline(core: &mut Core<'_>, value: u64) -> Result<(), GuestFault> {
-    let adjust = core.vcpu.cpu.tsc_adjust;
-    let on_clock = match value {
-        // Zero disarms.
-        0 => 0,
-        // A deadline before the clock began has passed: any nonzero value says so.
-        _ if (adjust as i64) > 0 && value <= adjust => 1,
-        _ => value.wrapping_sub(adjust),
-    };
-    if core.outside.apic_write(msr::TSC_DEADLINE, on_clock) { Ok(()) } else { Err(FAULT) }
+    // Deadlines of the local APIC's timer are values of this counter: the run loop tells the APIC how far it moved.
+    core.vcpu.attention.raise();
 }
 
 /// What firmware leaves behind in the MTRRs: enabled, all memory write-back except the legacy video and ROM area. A kernel

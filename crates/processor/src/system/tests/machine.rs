@@ -46,7 +46,6 @@ pub const BEYOND: u16 = 0x88;
 pub struct Board {
     pub deadline: u64,
     pub cr8: u64,
-    pub writes: Vec<(u32, u64)>,
 }
 
 impl Outside for Board {
@@ -66,7 +65,6 @@ impl Outside for Board {
         }
     }
     fn apic_write(&mut self, number: u32, value: u64) -> bool {
-        self.writes.push((number, value));
         if number == msr::TSC_DEADLINE {
             self.deadline = value;
         }
