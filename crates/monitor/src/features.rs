@@ -23,7 +23,7 @@ fn brand() -> String {
     if __cpuid(0x8000_0000).eax < 0x8000_0004 {
         return String::new();
     }
-    let leaves = [0x8000_0002, 0x8000_0003, 0x8000_0004].map(|leaf| __cpuid(leaf));
+    let leaves = [0x8000_0002, 0x8000_0003, 0x8000_0004].map(__cpuid);
     text(&leaves.map(|leaf| [leaf.eax, leaf.ebx, leaf.ecx, leaf.edx]).concat())
 }
 
