@@ -79,6 +79,8 @@ pub struct Insn {
     /// Implicit access to the stack.
     pub stack: Option<Access>,
     pub flags_read: u32,
+    /// Flags that a likely fault in the instruction shows to the guest.
+    pub flags_shown: u32,
     /// Flags that are certainly overwritten.
     pub flags_killed: u32,
     /// Flags that may change.
@@ -92,7 +94,7 @@ pub struct Insn {
 impl Insn {
     /// Flags that must still be right when this instruction begins.
     pub fn live_in(&self) -> u32 {
-        self.live_out & !self.flags_killed | self.flags_read
+        self.live_out & !self.flags_killed | self.flags_read | self.flags_shown
     }
 }
 
@@ -173,6 +175,7 @@ fn interpreted(iced: Instruction) -> Insn {
         operand: None,
         stack: None,
         flags_read: ALL_FLAGS,
+        flags_shown: 0,
         flags_killed: 0,
         flags_changed: 0,
         writes: 0,
@@ -200,6 +203,10 @@ fn classify_known(
     insn.flags_read = iced.rflags_read() & ALL_FLAGS;
     insn.flags_changed = iced.rflags_modified() & ALL_FLAGS;
     insn.flags_killed = if changes_flags_for_sure(&iced) { insn.flags_changed } else { 0 };
+    if matches!(iced.mnemonic(), Mnemonic::Div | Mnemonic::Idiv) {
+        // The flags are undefined after a division, but #DE shows those before it.
+        (insn.flags_changed, insn.flags_killed, insn.flags_shown) = (0, 0, ALL_FLAGS);
+    }
     insn.fields = Some(fields);
     describe(&mut insn, info)?;
     Some(insn)
@@ -351,7 +358,7 @@ fn kind_of(iced: &Instruction, is_simd: bool, features: Features) -> Option<Kind
     let kind = match iced.mnemonic() {
         M::Push => match iced.code() {
             Code::Push_r64 => Kind::PushReg(iced.op0_register().number() as u8),
-            Code::Pushq_imm8 | Code::Pushq_imm32 => Kind::PushImm(iced.immediate32to64() as i32),
+            Code::Pushq_imm8 | Code::Pushq_imm32 => Kind::PushImm(iced.immediate(0) as i32),
             Code::Push_rm64 if memory => Kind::PushMem,
             Code::Push_rm64 => Kind::PushReg(iced.op0_register().number() as u8),
             _ => return None,

@@ -868,7 +868,7 @@ fn reads_elsewhere(insn: &Insn, guest: u8) -> bool {
     (1..insn.iced.op_count()).any(|operand| {
         insn.iced.op_kind(operand) == OpKind::Register && {
             let register = insn.iced.op_register(operand);
-            register.is_gpr() && register.number() == usize::from(guest)
+            register.is_gpr() && register.full_register().number() == usize::from(guest)
         }
     })
 }
