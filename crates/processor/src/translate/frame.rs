@@ -68,6 +68,13 @@ impl JumpCaches {
             caches: [[JumpEntry { tag: 1, host: 0 }; JUMP_ENTRIES]; 8],
         }
     }
+
+    /// As new, in place: the caches are too large to be made on the stack of a thread.
+    pub fn clear(&mut self) {
+        self.user_generation = 1 << 48;
+        self.kernel_generation = 1 << 48;
+        self.caches.as_flattened_mut().fill(JumpEntry { tag: 1, host: 0 });
+    }
 }
 
 /// Displacement from the base register of an offset in [`Vcpu`].

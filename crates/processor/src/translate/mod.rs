@@ -147,7 +147,7 @@ impl Translator {
             jumps.user_generation = jumps.user_generation.wrapping_add(1 << 48);
             if jumps.user_generation == 0 {
                 // The count went round: old tags could match again.
-                *jumps = frame::JumpCaches::new();
+                jumps.clear();
             }
         }
         if stale.all_mappings || (stale.local_mappings && self.fetches.has_local_kernel_code) {
@@ -457,7 +457,7 @@ fn forget_kernel_jumps(core: &mut Core<'_>) {
     let jumps = &mut core.vcpu.jumps;
     jumps.kernel_generation = jumps.kernel_generation.wrapping_add(1 << 48);
     if jumps.kernel_generation == 0 {
-        *jumps = frame::JumpCaches::new();
+        jumps.clear();
     }
 }
 
@@ -465,7 +465,7 @@ fn forget_all_jumps(core: &mut Core<'_>) {
     let jumps = &mut core.vcpu.jumps;
     jumps.user_generation = jumps.user_generation.wrapping_add(1 << 48);
     if jumps.user_generation == 0 {
-        *jumps = frame::JumpCaches::new();
+        jumps.clear();
     }
     forget_kernel_jumps(core);
 }
