@@ -180,6 +180,14 @@ impl DecodeCache {
         Ok(self.at(page, slot))
     }
 
+    /// The instruction at RIP, and those behind it in the cache: mostly, and where `start` says so, the next ones to run.
+    #[inline(always)]
+    pub fn find_run(&mut self, core: &mut Core<'_>) -> Result<&[Op], GuestFault> {
+        let (page, slot) = self.locate(core)?;
+        let run = self.pages.get(page).and_then(|page| page.ops.get(slot..));
+        Ok(run.unwrap_or(std::slice::from_ref(&self.loose)))
+    }
+
     #[inline(always)]
     fn at(&self, page: usize, slot: usize) -> &Op {
         self.pages.get(page).and_then(|page| page.ops.get(slot)).unwrap_or(&self.loose)

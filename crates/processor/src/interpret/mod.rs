@@ -156,31 +156,37 @@ impl Interpreter {
     /// Runs instructions as long as nothing but plain execution can happen between them.
     fn burst(&mut self, core: &mut Core<'_>) -> Option<Exit> {
         let mut count = 0;
-        let exit = loop {
-            if count == BURST || core.memory.code.is_pending() {
-                break None;
-            }
-            count += 1;
-            let fault = match self.cache.find(core) {
-                Ok(op) => match (op.run)(core, op) {
+        let exit = 'look: loop {
+            let run = match self.cache.find_run(core) {
+                Ok(run) => run,
+                Err(fault) => break deliver::fault(core, fault),
+            };
+            let mut rip = core.vcpu.cpu.rip;
+            for op in run {
+                if op.start != rip {
+                    continue 'look;
+                }
+                if count >= BURST || core.memory.code.is_pending() {
+                    break 'look None;
+                }
+                count += 1;
+                match (op.run)(core, op) {
                     Ok(Flow::Next) => {
-                        core.vcpu.cpu.rip = op.next;
+                        rip = op.next;
+                        core.vcpu.cpu.rip = rip;
                         if op.sensitive {
-                            break None;
+                            break 'look None;
                         }
-                        continue;
                     }
                     Ok(Flow::Jump(target)) => {
                         core.vcpu.cpu.rip = target;
-                        continue;
+                        continue 'look;
                     }
-                    Ok(Flow::Done) => break None,
-                    Ok(Flow::Exit(exit)) => break Some(exit),
-                    Err(fault) => fault,
-                },
-                Err(fault) => fault,
-            };
-            break deliver::fault(core, fault);
+                    Ok(Flow::Done) => break 'look None,
+                    Ok(Flow::Exit(exit)) => break 'look Some(exit),
+                    Err(fault) => break 'look deliver::fault(core, fault),
+                }
+            }
         };
         self.instructions += count;
         core.vcpu.interpreted += count;

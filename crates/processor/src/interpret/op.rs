@@ -276,6 +276,8 @@ fn legacy_linear(cpu: &CpuState, segment: usize, offset: u64, size: usize, write
 #[derive(Clone, Debug)]
 pub struct Op {
     pub run: Run,
+    /// RIP of the instruction.
+    pub start: u64,
     /// RIP after the instruction.
     pub next: u64,
     /// The last immediate operand, sign-extended, or the target of a near branch.
@@ -301,6 +303,7 @@ impl Op {
         let next = if long { instruction.next_ip() } else { u64::from(instruction.next_ip() as u32) };
         let mut op = Op {
             run: dispatch::invalid,
+            start: instruction.ip(),
             next,
             immediate: immediate(instruction),
             address: Address::of(instruction),
