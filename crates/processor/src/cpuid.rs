@@ -5,8 +5,9 @@
 //! tables in Linux (arch/x86/kernel/cpu/common.c, `cpu_vuln_blacklist`) and its drivers:
 //! - it is in no list of Retbleed, GDS, SRBDS, MMIO or RFDS victims, and in no list of INVLPG or PCID errata;
 //! - it is new enough for enhanced IBRS, which together with IA32_ARCH_CAPABILITIES (`system::msr`) makes Linux choose
-//!   "Enhanced IBRS": no retpolines, no page-table isolation, no buffer or branch-history clearing. All of these cost
-//!   far more in translated code than on hardware, and protect nothing: guest code never runs untranslated.
+//!   "Enhanced IBRS": no retpolines, no page-table isolation, no buffer clearing; and BHI_CTRL makes it leave branch
+//!   history to the processor. All of these cost far more in translated code than on hardware, and there is nothing
+//!   that they would protect: guest code never runs untranslated.
 //! - without an architectural PMU (leaf 0xa) the performance monitor stays off, and under a hypervisor so do the
 //!   drivers for microcode, uncore counters and memory controllers.
 //!
@@ -144,6 +145,10 @@ const FEATURES: &[Feature] = &[
     feature(7, 0, Edx, 27, Always, "intel_stibp"),
     feature(7, 0, Edx, 29, Always, "arch_capabilities"),
     feature(7, 0, Edx, 31, Always, "spec_ctrl_ssbd"),
+    // Linux with the mitigation of ITS (2025, in all stable series) clears the branch history at every system call even
+    // where BHI_NO is set, unless it can leave that to IA32_SPEC_CTRL.BHI_DIS_S.
+    feature(7, 2, Edx, 4, Always, "bhi_ctrl"),
+    feature(7, 2, Edx, 5, Always, "mcdt_no"),
     feature(0xd, 1, Eax, 0, HostXsave, "xsaveopt"),
     feature(0xd, 1, Eax, 1, HostXsave, "xsavec"),
     feature(0xd, 1, Eax, 2, HostXsave, "xgetbv1"),
@@ -297,6 +302,8 @@ impl CpuidModel {
             // "Leaf 2 gives nothing, look at leaf 4", and one line of prefetch.
             2 => [0x00fe_ff01, 0, 0, 0],
             4 => self.cache(subleaf),
+            // The last subleaf.
+            7 if subleaf == 0 => [2, 0, 0, 0],
             0xb | 0x1f => self.topology(subleaf, now.apic_id),
             0xd if xsave => self.xsave(subleaf, now),
             0x15 => [1, self.tsc_ratio() as u32, self.apic_timer_hz() as u32, 0],
@@ -372,7 +379,7 @@ impl CpuidModel {
             let last = match leaf {
                 4 => 3,
                 0xb | 0x1f => 1,
-                0xd => 2,
+                7 | 0xd => 2,
                 _ => 0,
             };
             (0..=last).map(move |subleaf| (leaf, subleaf))

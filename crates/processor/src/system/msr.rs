@@ -59,8 +59,8 @@ const MCG_CAP_VALUE: u64 = 0;
 /// unavailable, which reads as one.
 const MISC_ENABLE_WRITABLE: u64 = 1 | 1 << 3 | 1 << 7 | 1 << 16 | 1 << 18 | 1 << 23;
 const MISC_ENABLE_FIXED: u64 = 1 << 11 | 1 << 12;
-/// IBRS, STIBP, SSBD.
-const SPEC_CTRL_WRITABLE: u64 = 7;
+/// IBRS, STIBP, SSBD, BHI_DIS_S.
+const SPEC_CTRL_WRITABLE: u64 = 7 | 1 << 10;
 /// LBR and BTF.
 const DEBUGCTL_WRITABLE: u64 = 3;
 const EFER_WRITABLE: u64 = efer::SCE | efer::LME | efer::NXE;

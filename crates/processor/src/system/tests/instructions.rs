@@ -177,7 +177,7 @@ fn msrs_refuse_unknown_numbers_and_bad_values() {
         (msr::LSTAR, 1 << 47),
         (msr::KERNEL_GS_BASE, 1 << 63),
         (msr::EFER, 1 << 12),
-        (msr::SPEC_CTRL, 1 << 10),
+        (msr::SPEC_CTRL, 1 << 9),
         (msr::PRED_CMD, 2),
         (msr::TSC_AUX, 1 << 32),
         (msr::XSS, 1 << 8),
@@ -203,7 +203,7 @@ fn msrs_refuse_unknown_numbers_and_bad_values() {
         (msr::MTRR_DEF_TYPE, 0xc06),
         (msr::MTRR_PHYSBASE0 + 15, 0xff_c000_0800),
         (msr::MTRR_FIX4K_F8000, 0x0505_0505_0505_0505),
-        (msr::SPEC_CTRL, 1),
+        (msr::SPEC_CTRL, 0x401),
         (msr::TSC_AUX, 7),
     ];
     for (number, value) in kept {
