@@ -45,31 +45,69 @@ QEMU_DEFECTS = {
     "arithmetic": {"blsi"},  # CF inverted; fixed in QEMU 8.0
     "simd": {
         # which of two NaNs is kept, and denormals-are-zero where nothing is computed
-        "addps", "subps", "mulps", "divps", "minps", "maxpd", "minsd", "maxss", "addsubps", "hsubps", "dpps", "vaddps",
-        "vmulpd", "vdivps", "vminps", "sse_keeps_upper", "vex_clears_upper", "vdpps", "vfnmadd231ps", "vfmaddsub213ps",
-        "vcvtph2ps", "vcvtps2ph",
-    },  # fmt: skip
+        "addps",
+        "subps",
+        "mulps",
+        "divps",
+        "minps",
+        "maxpd",
+        "minsd",
+        "maxss",
+        "addsubps",
+        "hsubps",
+        "dpps",
+        "vaddps",
+        "vmulpd",
+        "vdivps",
+        "vminps",
+        "sse_keeps_upper",
+        "vex_clears_upper",
+        "vdpps",
+        "vfnmadd231ps",
+        "vfmaddsub213ps",
+        "vcvtph2ps",
+        "vcvtps2ph",
+    },
     "xsave": {"fxrstor-reserved-mxcsr", "ldmxcsr-reserved", "xsave-ts"},
     "system": {
         "syscall-masked",  # the arithmetic flags are lost
-        "lstar-non-canonical", "wrgsbase-non-canonical",  # any address is taken
-        "compat-limit", "compat-null", "descriptor-accessed",  # no segment limits, no accessed bit
+        "lstar-non-canonical",
+        "wrgsbase-non-canonical",  # any address is taken
+        "compat-limit",
+        "compat-null",
+        "descriptor-accessed",  # no segment limits, no accessed bit
         "compat-syscall",  # whatever the vendor
-    },  # fmt: skip
+    },
     "debug": {
         "two-at-once",  # only one breakpoint of an access is reported
-        "general-detect", "general-detect-dr6", "general-detect-cleared", "rf-of-a-fault",  # not there
-    },  # fmt: skip
+        "general-detect",
+        "general-detect-dr6",
+        "general-detect-cleared",
+        "rf-of-a-fault",  # not there
+    },
     "exceptions": {
-        "icebp", "lock-load", "ltr-null",
-        "xm", "xm-off",  # no unmasked SSE exceptions
-        "gate-bad-type", "gate-not-present", "gate-beyond-idt", "serial-fault", "user-int-gate-level",  # vector * 16 + 2
+        "icebp",
+        "lock-load",
+        "ltr-null",
+        "xm",
+        "xm-off",  # no unmasked SSE exceptions
+        "gate-bad-type",
+        "gate-not-present",
+        "gate-beyond-idt",
+        "serial-fault",
+        "user-int-gate-level",  # vector * 16 + 2
     },
     "paging": {
         "non-canonical-stack",  # #SS for the stack segment, QEMU raises #GP
-        "missing-modify", "straddle-missing-add",  # a read-modify-write faults as a write (seen on the bare processor)
-        "reserved-bit", "reserved-bit-write", "address-too-wide", "nx-reserved-when-off", "2m-misaligned-reserved",
-    },  # fmt: skip  # RSVD comes with P set (SDM Vol. 3A 4.7), QEMU leaves P clear
+        "missing-modify",
+        "straddle-missing-add",  # a read-modify-write faults as a write (seen on the bare processor)
+        "reserved-bit",
+        "reserved-bit-write",
+        "address-too-wide",
+        "nx-reserved-when-off",
+        "2m-misaligned-reserved",
+        # the last five: RSVD comes with P set (SDM Vol. 3A 4.7), QEMU leaves P clear
+    },
 }
 
 
@@ -85,6 +123,7 @@ def guests() -> dict[str, list[Path]]:
 
 
 def library() -> list[Path]:
+    """What every guest is linked with."""
     lib = HERE / "lib"
     return [lib / "start.S", lib / "traps.S", lib / "lib.c"]
 
@@ -119,7 +158,8 @@ def run_native(name: str, sources: list[Path], arguments: list[str]) -> int:
     work = OUT / "native"
     work.mkdir(parents=True, exist_ok=True)
     target = work / name
-    flags = ["-std=gnu11", "-O1", "-DHOSTED", "-fno-builtin", "-mno-red-zone", "-fno-pie", "-no-pie", f"-I{HERE / 'lib'}"]
+    flags = ["-std=gnu11", "-O1", "-DHOSTED", "-fno-builtin", "-mno-red-zone", "-fno-pie", "-no-pie"]
+    flags.append(f"-I{HERE / 'lib'}")
     command = ["gcc", *flags, *map(str, sources), str(HERE / "lib" / "hosted.c"), "-o", str(target)]
     subprocess.run(command, check=True)
     return subprocess.run([str(target), *arguments], check=False).returncode
@@ -137,17 +177,19 @@ def run_qemu(name: str, elf: Path, timeout: float, append: str) -> bool:
     if name.startswith("hostile_"):
         good = status in ("0", "stopped")
     else:
-        failed = {line.split()[1] for line in lines if line.startswith("FAIL ")} - {lines[-1].split()[-1] if lines else ""}
+        failed = {line.split()[1] for line in lines[:-1] if line.startswith("FAIL ")}
         known = QEMU_DEFECTS.get(name, set())
         ends = ("PASS", "powering off through the PM1a control port")
         good = bool(lines) and (lines[-1] in ends or (lines[-1].startswith("FAIL ") and failed == known))
-    print(f"{'PASS' if good else 'FAIL'} {name} (qemu: {status}; {len(lines)} lines; last: {lines[-1] if lines else '-'!r})")
+    last = lines[-1] if lines else "-"
+    print(f"{'PASS' if good else 'FAIL'} {name} (qemu: {status}; {len(lines)} lines; last: {last!r})")
     if not good:
         print("\n".join("    " + line for line in lines if not line.startswith("ok ")))
     return good
 
 
 def main() -> int:
+    """Parse the command line, and build and run what it names."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("names", nargs="*", help="guests to build (all of them when none is named)")
     parser.add_argument("--list", action="store_true", help="print the names of all guests")

@@ -6,6 +6,7 @@ in bits 0-7, AVL, L, D/B and G in bits 12-15 (Intel SDM (2024-12) Vol. 3A 3.4.5 
 
 from __future__ import annotations
 
+import functools
 import struct
 from typing import Final
 
@@ -55,6 +56,7 @@ def gdt() -> bytes:
     return struct.pack("<4Q", 0, _CODE_32, _CODE_64, _DATA)
 
 
+@functools.cache
 def identity_page_tables(address: int) -> bytes:
     """Return page tables, to be put at `address`, that map the first 4 GiB to themselves with 2 MiB pages.
 
