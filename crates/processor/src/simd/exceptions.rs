@@ -3,10 +3,13 @@
 //! SIMD instructions run with everything masked; the flags that they set in a cleared MXCSR tell which exceptions there
 //! were, and if the guest has unmasked one, the result is thrown away and #XM raised. x87 instructions run with the guest's
 //! own masks: an exception then only becomes pending, and is delivered by us before the next waiting instruction.
+//!
+//! Two things are not exact, and only for guests that unmask SIMD exceptions: with an unmasked overflow or underflow the
+//! inexact flag is that of the masked result, and DPPS and DPPD, which are several operations, report the flags of all.
 
 use x86::{FpuArea, GuestFault, cr4, vector};
 
-use super::is_pending;
+use super::{is_pending, masked};
 use super::plan::{Class, Plan};
 use crate::core::Core;
 use crate::native::{self, Operands, Slot};
@@ -24,13 +27,18 @@ mod mxcsr {
     pub const FLUSH_TO_ZERO: u32 = 1 << 15;
 }
 
-pub(super) fn read_mxcsr(area: &FpuArea) -> u32 {
+fn read_mxcsr(area: &FpuArea) -> u32 {
     let b = &area.bytes[FpuArea::MXCSR..FpuArea::MXCSR + 4];
     u32::from_le_bytes([b[0], b[1], b[2], b[3]])
 }
 
-pub(super) fn write_mxcsr(area: &mut FpuArea, value: u32) {
+fn write_mxcsr(area: &mut FpuArea, value: u32) {
     area.bytes[FpuArea::MXCSR..FpuArea::MXCSR + 4].copy_from_slice(&value.to_le_bytes());
+}
+
+/// Takes the exception flags of SIMD from `after`.
+pub(super) fn keep_flags(before: &mut FpuArea, after: &FpuArea) {
+    write_mxcsr(before, read_mxcsr(after));
 }
 
 /// Runs the slot on a copy of the guest's state; false when the slot is void. A fault leaves the guest's state as it was,
@@ -44,14 +52,14 @@ pub(super) fn run(
 ) -> Result<bool, GuestFault> {
     let control = read_mxcsr(area) & 0xffff;
     let unmasked = !(control >> mxcsr::MASK_SHIFT) & mxcsr::FLAGS;
-    let mut masked = (control | mxcsr::MASKS) & !mxcsr::FLAGS;
+    let mut quiet = (control | mxcsr::MASKS) & !mxcsr::FLAGS;
     let underflow = unmasked & mxcsr::UNDERFLOW != 0;
     let uses_mxcsr = plan.class != Class::X87;
     if underflow {
         // Flush-to-zero applies to masked underflow only.
-        masked &= !mxcsr::FLUSH_TO_ZERO;
+        quiet &= !mxcsr::FLUSH_TO_ZERO;
     }
-    write_mxcsr(area, masked);
+    write_mxcsr(area, quiet);
     let mut trial = (underflow && uses_mxcsr).then(|| (area.clone(), operands.clone()));
     if !run_quiet(plan, slot, area, operands) {
         return Ok(false);
@@ -59,7 +67,7 @@ pub(super) fn run(
     let mut flags = read_mxcsr(area) & mxcsr::FLAGS;
     if let Some((area, operands)) = &mut trial {
         // Unmasked, a tiny result underflows even if it is exact. Flushing to zero tells: it flags every tiny result.
-        write_mxcsr(area, masked | mxcsr::FLUSH_TO_ZERO);
+        write_mxcsr(area, quiet | mxcsr::FLUSH_TO_ZERO);
         if !run_quiet(plan, slot, area, operands) {
             return Ok(false);
         }
@@ -74,6 +82,10 @@ pub(super) fn run(
         flags &= mxcsr::BEFORE;
     }
     let cpu = &mut core.vcpu.cpu;
+    if plan.class == Class::Mmx && masked::is_mmx(area) {
+        // A conversion that faults has taken the x87 stack over all the same.
+        masked::enter_mmx(&mut cpu.fpu);
+    }
     write_mxcsr(&mut cpu.fpu, control | flags);
     if cpu.cr4 & cr4::OSXMMEXCPT == 0 {
         return Err(GuestFault::UD);

@@ -120,12 +120,21 @@ pub(super) fn store_bytes(core: &mut Core<'_>, instruction: &Instruction, plan: 
 }
 
 /// What every MMX instruction but EMMS does to the x87: top of stack 0, all registers valid (SDM Vol. 1 9.5.1).
-fn enter_mmx(area: &mut FpuArea) {
+pub(super) fn enter_mmx(area: &mut FpuArea) {
+    reset_top(area);
+    area.bytes[4] = 0xff;
+}
+
+pub(super) fn reset_top(area: &mut FpuArea) {
     let top = usize::from(area.bytes[3] >> 3 & 7);
     // The area's registers count from the top of stack, which moves.
     area.bytes[32..160].rotate_right(16 * top);
     area.bytes[3] &= !0x38;
-    area.bytes[4] = 0xff;
+}
+
+/// Whether the x87 is as [`enter_mmx`] leaves it.
+pub(super) fn is_mmx(area: &FpuArea) -> bool {
+    area.bytes[3] & 0x38 == 0 && area.bytes[4] == 0xff
 }
 
 /// Bytes of (an index, an element) of a gather.

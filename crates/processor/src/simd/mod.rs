@@ -133,8 +133,15 @@ fn run_native(
         return Ok(Flow::Jump(core.vcpu.cpu.rip));
     }
     if plan.writes && plan.size > 0 && !exceptions::is_suppressed(plan, &core.vcpu.cpu.fpu, &area, &operands) {
-        write(core, place, &operands.memory[..plan.size.min(BUFFER)])
-            .map_err(|fault| operand::stack_fault(instruction, fault))?;
+        if let Err(fault) = write(core, place, &operands.memory[..plan.size.min(BUFFER)]) {
+            // Seen on the processor: VCVTPS2PH has set its flags before the store faults.
+            exceptions::keep_flags(&mut core.vcpu.cpu.fpu, &area);
+            if plan.class == Class::Mmx {
+                // Seen on the processor: the top of stack, but not the tags, is set before the store faults.
+                masked::reset_top(&mut core.vcpu.cpu.fpu);
+            }
+            return Err(operand::stack_fault(instruction, fault));
+        }
     }
     let cpu = &mut core.vcpu.cpu;
     if plan.class == Class::X87 {

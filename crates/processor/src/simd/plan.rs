@@ -104,7 +104,7 @@ fn class(i: &Instruction) -> Class {
     let mmx = (0..i.op_count()).any(|operand| i.op_kind(operand) == OpKind::Register && i.op_register(operand).is_mm());
     if i.encoding() == EncodingKind::VEX {
         Class::Avx
-    } else if mmx || has(&[F::MMX]) || i.code() == Code::Cvtpi2ps_xmm_mmm64 {
+    } else if mmx || has(&[F::MMX]) {
         Class::Mmx
     } else if has(&[F::FPU, F::FPU287, F::FPU387]) {
         Class::X87
@@ -127,20 +127,29 @@ fn alignment(i: &Instruction, class: Class, size: usize) -> u64 {
         i.mnemonic(),
         M::Vmovaps | M::Vmovapd | M::Vmovdqa | M::Vmovntps | M::Vmovntpd | M::Vmovntdq | M::Vmovntdqa
     );
-    let never = matches!(
-        i.mnemonic(),
-        M::Movups | M::Movupd | M::Movdqu | M::Lddqu | M::Pcmpestri | M::Pcmpestrm | M::Pcmpistri | M::Pcmpistrm
-    );
+    let never = matches!(i.mnemonic(), M::Movups | M::Movupd | M::Movdqu | M::Lddqu) || is_string_compare(i);
     match class {
         Class::Avx if always => size as u64,
-        Class::Sse if size == 16 && !never => 16,
+        Class::Sse | Class::Mmx if size == 16 && !never => 16,
         _ => 1,
     }
 }
 
+/// These name RAX, RCX and RDX implicitly.
+fn is_string_compare(i: &Instruction) -> bool {
+    matches!(
+        i.mnemonic(),
+        M::Pcmpestri | M::Pcmpestri64 | M::Pcmpestrm | M::Pcmpestrm64 | M::Pcmpistri | M::Pcmpistrm
+    ) || matches!(
+        i.mnemonic(),
+        M::Vpcmpestri | M::Vpcmpestri64 | M::Vpcmpestrm | M::Vpcmpestrm64 | M::Vpcmpistri | M::Vpcmpistrm
+    )
+}
+
 fn make(i: &Instruction) -> io::Result<Option<Plan>> {
-    let Some(offered) = features::judge(i) else { return Ok(None) };
-    let class = class(i);
+    let is_wait = i.mnemonic() == M::Wait;
+    let Some(offered) = features::judge(i).or(is_wait.then_some(true)) else { return Ok(None) };
+    let class = if is_wait { Class::X87 } else { class(i) };
     let mut factory = InstructionInfoFactory::new();
     let info = factory.info(i);
     let mut plan = Plan {
@@ -154,8 +163,7 @@ fn make(i: &Instruction) -> io::Result<Option<Plan>> {
         alignment: 1,
         register: Register::None,
         register_written: false,
-        implicit: matches!(i.mnemonic(), M::Pcmpestri | M::Pcmpestrm | M::Pcmpistri | M::Pcmpistrm)
-            || matches!(i.mnemonic(), M::Vpcmpestri | M::Vpcmpestrm | M::Vpcmpistri | M::Vpcmpistrm)
+        implicit: is_string_compare(i)
             || i.code() == Code::Fnstsw_AX
             || i.code() == Code::Fstsw_AX,
         flags: (i.rflags_modified() | i.rflags_read()) != 0,

@@ -68,6 +68,8 @@ pub struct Sequence {
     pub code: Vec<u8>,
     /// Where each instruction starts, and the end; and the flags that are undefined there.
     pub undefined: Vec<(u64, u64)>,
+    /// Has an instruction of several roundings (DPPS, DPPD), whose flags are not exact when exceptions are unmasked.
+    pub is_stepwise: bool,
 }
 
 impl Sequence {
@@ -120,7 +122,12 @@ impl Sequence {
         let entry = flags::undefined(&instructions)?;
         let mut undefined: Vec<_> = instructions.iter().zip(&entry).map(|(i, flags)| (i.ip(), *flags)).collect();
         undefined.push((code.len() as u64, *entry.last()?));
-        Some(Sequence { items, pointers, code, undefined })
+        let has = |wanted: &[Mnemonic]| instructions.iter().any(|i| wanted.contains(&i.mnemonic()));
+        let is_stepwise = has(&[Mnemonic::Dpps, Mnemonic::Dppd, Mnemonic::Vdpps, Mnemonic::Vdppd]);
+        if is_stepwise && has(&[Mnemonic::Ldmxcsr, Mnemonic::Vldmxcsr]) {
+            return None;
+        }
+        Some(Sequence { items, pointers, code, undefined, is_stepwise })
     }
 
     /// The undefined flags when control is at `rip`, an offset in the code.
@@ -210,7 +217,9 @@ impl Generator {
     }
 
     fn aligned(&mut self, value: i64) -> i64 {
-        let alignment = self.random.pick(&[1, 1, 8, 16, 32, 32, 64]);
+        // Mostly aligned, or most sequences with SSE would end early.
+        let any: &[i64] = if self.kinds.integer { &[1, 1, 8, 16, 32, 64] } else { &[1, 16, 16, 32, 32, 64, 64, 64] };
+        let alignment = self.random.pick(any);
         value & !(alignment - 1)
     }
 
@@ -433,7 +442,8 @@ impl Generator {
         }
         let number = |register: Register| register.full_register().number() as u8;
         if instruction.is_vsib() {
-            return form.index.is_some() && self.is_pointer(number(instruction.memory_base()));
+            let near = (instruction.memory_displacement64() as i64).unsigned_abs() <= 0x400;
+            return near && form.index.is_some() && self.is_pointer(number(instruction.memory_base()));
         }
         if is_bit_string(instruction) {
             let bit = number(instruction.op1_register());
@@ -445,7 +455,9 @@ impl Generator {
         if instruction.is_ip_rel_memory_operand() {
             return form.arena.is_some();
         }
-        if form.arena.is_some() || instruction.memory_base() == Register::None {
+        // What was meant as ModRM and displacement may have been decoded as something else.
+        let near = (instruction.memory_displacement64() as i64).unsigned_abs() <= 0x400;
+        if form.arena.is_some() || instruction.memory_base() == Register::None || !near {
             return false;
         }
         let index = instruction.memory_index();

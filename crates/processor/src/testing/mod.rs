@@ -31,5 +31,3 @@ pub use generate::{Kinds, Sequence};
 pub use guest::Ring;
 pub use random::Random;
 
-#[cfg(test)]
-mod tests;

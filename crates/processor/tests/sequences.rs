@@ -1,0 +1,79 @@
+//! Random instruction sequences run on the host's processor and under an engine, and must end alike: the quick pass. For
+//! longer ones see `examples/fuzz.rs`, or set RINGZERO_FUZZ_SECONDS and run the ignored test.
+
+use std::time::{Duration, Instant};
+
+use processor::Engine;
+use processor::interpret::Interpreter;
+use processor::testing::{Campaign, Kinds, Ring};
+
+fn agree(engine: Box<dyn Engine>, kinds: Kinds, ring: Ring, seeds: std::ops::Range<u64>) {
+    let mut campaign = Campaign::new(engine, kinds, ring).unwrap();
+    for seed in seeds {
+        if let Err(disagreement) = campaign.check(seed) {
+            panic!("{disagreement}");
+        }
+    }
+    assert!(campaign.traps * 2 < campaign.runs, "most sequences should reach their end");
+}
+
+fn interpreter() -> Box<dyn Engine> {
+    Box::new(Interpreter::new())
+}
+
+#[test]
+fn interpreted_integer_instructions() {
+    agree(interpreter(), Kinds::INTEGER, Ring::User, 0..4000);
+}
+
+#[test]
+fn interpreted_simd_instructions() {
+    agree(interpreter(), Kinds::SIMD, Ring::User, 0..2500);
+}
+
+#[test]
+fn interpreted_mixture_in_kernel_mode() {
+    agree(interpreter(), Kinds::ALL, Ring::Kernel, 10_000..13_000);
+}
+
+/// A harness that sees nothing would agree with everything.
+#[test]
+fn an_engine_that_does_nothing_is_found_out() {
+    struct Idle;
+    impl Engine for Idle {
+        fn name(&self) -> &'static str {
+            "idle"
+        }
+        fn run(&mut self, core: &mut processor::Core<'_>) -> processor::Exit {
+            core.vcpu.cpu.rip += 1;
+            processor::Exit::Halt
+        }
+        fn counters(&self) -> Vec<(&'static str, u64)> {
+            Vec::new()
+        }
+    }
+    let mut campaign = Campaign::new(Box::new(Idle), Kinds::INTEGER, Ring::User).unwrap();
+    let found = (0..50).filter(|seed| campaign.check(*seed).is_err()).count();
+    assert_eq!(found, 50);
+}
+
+/// For hours: `tools/dev fuzz`.
+#[test]
+#[ignore = "runs as long as RINGZERO_FUZZ_SECONDS says"]
+fn fuzz() {
+    let number = |name: &str, default| std::env::var(name).ok().and_then(|text| text.parse().ok()).unwrap_or(default);
+    let time = Duration::from_secs(number("RINGZERO_FUZZ_SECONDS", 60));
+    let mut seed = number("RINGZERO_FUZZ_SEED", 1);
+    let start = Instant::now();
+    let mut campaigns: Vec<Campaign> = [(Kinds::INTEGER, Ring::User), (Kinds::SIMD, Ring::User), (Kinds::ALL, Ring::Kernel)]
+        .map(|(kinds, ring)| Campaign::new(interpreter(), kinds, ring).unwrap())
+        .into();
+    while start.elapsed() < time {
+        for campaign in &mut campaigns {
+            if let Err(disagreement) = campaign.check(seed) {
+                panic!("{disagreement}");
+            }
+        }
+        seed += 1;
+    }
+}
