@@ -38,7 +38,7 @@ pub struct Hot {
 pub const BIAS: usize = size_of::<Hot>();
 
 /// Slots of a jump cache; a power of two.
-pub const JUMP_ENTRIES: usize = 4096;
+pub const JUMP_ENTRIES: usize = 2048;
 
 /// Guest RIP (mixed with its generation, so that a flush is one addition) -> where its block is entered with the flags
 /// in memory.
@@ -59,21 +59,31 @@ pub struct JumpCaches {
     pub caches: [[JumpEntry; JUMP_ENTRIES]; 8],
 }
 
+/// What no lookup matches. A lookup only compares tags whose low bits name the entry's own place, so the tag of another
+/// place is impossible, whatever address a guest jumps to.
+fn impossible(place: usize) -> JumpEntry {
+    JumpEntry { tag: if place == 0 { 4 } else { 0 }, host: 0 }
+}
+
 impl JumpCaches {
     pub fn new() -> JumpCaches {
-        // Tag 1 with host 0 could only match RIP 1 of generation 0; the generations start at 1.
-        JumpCaches {
-            user_generation: 1 << 48,
-            kernel_generation: 1 << 48,
-            caches: [[JumpEntry { tag: 1, host: 0 }; JUMP_ENTRIES]; 8],
-        }
+        let empty = std::array::from_fn(impossible);
+        JumpCaches { user_generation: 1 << 48, kernel_generation: 1 << 48, caches: [empty; 8] }
     }
 
-    /// As new, in place: the caches are too large to be made on the stack of a thread.
-    pub fn clear(&mut self) {
-        self.user_generation = 1 << 48;
-        self.kernel_generation = 1 << 48;
-        self.caches.as_flattened_mut().fill(JumpEntry { tag: 1, host: 0 });
+    /// Starts a new generation of entries for user or for kernel code: the old ones match no more.
+    pub fn forget(&mut self, user: bool) {
+        let generation = if user { &mut self.user_generation } else { &mut self.kernel_generation };
+        *generation = generation.wrapping_add(1 << 48);
+        if *generation == 0 {
+            // The count went round: tags of long ago would match again.
+            *generation = 1 << 48;
+            for cache in &mut self.caches {
+                for (place, entry) in cache.iter_mut().enumerate() {
+                    *entry = impossible(place);
+                }
+            }
+        }
     }
 }
 

@@ -142,17 +142,12 @@ impl Translator {
     /// Takes note of what went stale since translated code last ran.
     fn refresh(&mut self, core: &mut Core<'_>) {
         let stale = std::mem::take(&mut core.vcpu.stale);
-        let jumps = &mut core.vcpu.jumps;
         if stale.local_mappings || stale.all_mappings {
-            jumps.user_generation = jumps.user_generation.wrapping_add(1 << 48);
-            if jumps.user_generation == 0 {
-                // The count went round: old tags could match again.
-                jumps.clear();
-            }
+            core.vcpu.jumps.forget(true);
         }
         if stale.all_mappings || (stale.local_mappings && self.fetches.has_local_kernel_code) {
             self.fetches.has_local_kernel_code = false;
-            forget_kernel_jumps(core);
+            core.vcpu.jumps.forget(false);
         }
         let features = features(&core.vcpu.cpu);
         if features != self.features {
@@ -453,21 +448,9 @@ fn scrub(fpu: &mut FpuArea) {
     fpu.bytes[6..24].fill(0);
 }
 
-fn forget_kernel_jumps(core: &mut Core<'_>) {
-    let jumps = &mut core.vcpu.jumps;
-    jumps.kernel_generation = jumps.kernel_generation.wrapping_add(1 << 48);
-    if jumps.kernel_generation == 0 {
-        jumps.clear();
-    }
-}
-
 fn forget_all_jumps(core: &mut Core<'_>) {
-    let jumps = &mut core.vcpu.jumps;
-    jumps.user_generation = jumps.user_generation.wrapping_add(1 << 48);
-    if jumps.user_generation == 0 {
-        jumps.clear();
-    }
-    forget_kernel_jumps(core);
+    core.vcpu.jumps.forget(true);
+    core.vcpu.jumps.forget(false);
 }
 
 impl Engine for Translator {
