@@ -9,7 +9,7 @@ from ringzero.errors import FetchError
 from ringzero.images import apt as apt_module
 from ringzero.images.apt import Apt, Package, Source, parse_deb822, parse_one_line
 from ringzero.images.cache import ImageCache
-from ringzero.images.debian import pull_debian
+from ringzero.images.debian_build import pull_debian
 
 DEB822 = """\
 # the machine's own
@@ -120,7 +120,7 @@ def test_without_a_network_the_way_out_is_named(tmp_path: Path, monkeypatch: pyt
 
 
 def test_the_hosts_own_kernel_is_offered(monkeypatch: pytest.MonkeyPatch) -> None:
-    from ringzero.images import debian
+    from ringzero.images import debian_build
 
-    monkeypatch.setattr(debian, "host_kernel", lambda: Path("/boot/vmlinuz-9.9"))
-    assert "ringzero run --kernel /boot/vmlinuz-9.9" in debian._without_network()
+    monkeypatch.setattr(debian_build, "host_kernel", lambda: Path("/boot/vmlinuz-9.9"))
+    assert "ringzero run --kernel /boot/vmlinuz-9.9" in debian_build._without_network()

@@ -151,7 +151,8 @@ def _host() -> list[Finding]:
 def _packages() -> list[Finding]:
     from ringzero.images import find
     from ringzero.images.cache import ImageCache
-    from ringzero.images.debian import KERNELS, host_kernel
+    from ringzero.images.debian import KERNELS
+    from ringzero.images.debian_build import host_kernel
 
     tools = [tool for tool in ("apt-get", "apt-cache", "dpkg-deb") if shutil.which(tool) is None]
     missing = f"missing: {', '.join(tools)}" if tools else ""

@@ -83,7 +83,8 @@ def pull(
         return _hello()
     from ringzero.images.apt import no_progress
     from ringzero.images.cache import ImageCache
-    from ringzero.images.debian import DEFAULT_KERNEL, pull_debian
+    from ringzero.images.debian import DEFAULT_KERNEL
+    from ringzero.images.debian_build import pull_debian
 
     series = series or DEFAULT_KERNEL
     files = pull_debian(series, ImageCache(), progress or no_progress, force=force, waiting=waiting)

@@ -15,8 +15,6 @@ import contextlib
 import fcntl
 import json
 import os
-import shutil
-import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -121,6 +119,9 @@ class ImageCache:
         Every file in it goes into the manifest. Call this with `locked` held. `made_from` may be added to
         inside.
         """
+        import shutil  # these two here, not above: a run with a cached image writes nothing
+        import tempfile
+
         scratch = Path(tempfile.mkdtemp(prefix=f".{name}.", dir=self.root))
         try:
             yield scratch
@@ -141,6 +142,8 @@ class ImageCache:
 
     def remove(self, name: str) -> None:
         """Forget an image: its manifest first, so that a reader never finds half of it."""
+        import shutil
+
         directory = self.root / name
         (directory / MANIFEST).unlink(missing_ok=True)
         shutil.rmtree(directory, ignore_errors=True)

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import io
-import lzma
-import subprocess
 from pathlib import Path
 
 from ringzero.errors import FetchError, InternalError
-from ringzero.images.newc import NewcWriter
 
 BUILTIN = Path(__file__).parent / "builtin"
 
@@ -42,6 +38,10 @@ def build_initramfs(busybox: bytes, applets: list[str], modules: dict[str, bytes
     `applets` are paths without a leading slash, as `busybox --list-full` prints them; `modules` are by file
     name.
     """
+    import io
+
+    from ringzero.images.newc import NewcWriter
+
     out = io.BytesIO()
     with NewcWriter(out) as archive:
         for path in DIRECTORIES:
@@ -68,6 +68,8 @@ def build_initramfs(busybox: bytes, applets: list[str], modules: dict[str, bytes
 
 def busybox_applets(busybox: Path) -> list[str]:
     """Ask a busybox which commands are in it. It is a static program for x86-64, so this host can run it."""
+    import subprocess
+
     try:
         listed = subprocess.run(
             [str(busybox), "--list-full"], capture_output=True, text=True, check=True, timeout=30
@@ -79,6 +81,8 @@ def busybox_applets(busybox: Path) -> list[str]:
 
 def collect_modules(tree: Path) -> dict[str, bytes]:
     """Read the modules that the agent loads from an unpacked kernel package; absent ones are left out."""
+    import lzma
+
     found = {}
     for name in MODULES:
         for path in sorted(tree.glob(f"**/{name}*")):
