@@ -5,8 +5,7 @@
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
-use processor::Engine;
-use processor::testing::{Campaign, Kinds, Ring};
+use processor::testing::{Campaign, Kinds, Ring, engine};
 
 struct Options {
     engine: String,
@@ -73,17 +72,6 @@ fn options() -> Result<Options, String> {
         }
     }
     Ok(options)
-}
-
-fn engine(name: &str) -> Result<Box<dyn Engine>, String> {
-    match name {
-        "interpret" => Ok(Box::new(processor::interpret::Interpreter::new())),
-        "translate" => {
-            let translator = processor::translate::Translator::new(processor::translate::Options::default());
-            Ok(Box::new(translator.map_err(|e| e.to_string())?))
-        }
-        _ => Err(format!("no engine called {name}")),
-    }
 }
 
 fn run(options: &Options) -> Result<bool, String> {

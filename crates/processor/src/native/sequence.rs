@@ -167,7 +167,7 @@ unsafe extern "sysv64" fn leave() {
 
 const SIGNALS: [i32; 5] = [libc::SIGSEGV, libc::SIGBUS, libc::SIGFPE, libc::SIGILL, libc::SIGTRAP];
 
-extern "C" fn handler(signal: i32, _info: *mut libc::siginfo_t, context: *mut libc::c_void) {
+extern "C" fn handler(signal: i32, info: *mut libc::siginfo_t, context: *mut libc::c_void) {
     // SAFETY: the kernel hands a valid ucontext to an SA_SIGINFO handler; the context belongs to this thread when RIP
     // lies in the arena's code, since only the holder of LOCK runs there.
     unsafe {
@@ -175,8 +175,7 @@ extern "C" fn handler(signal: i32, _info: *mut libc::siginfo_t, context: *mut li
         let shared = &mut *CONTEXT.0.get();
         let rip = registers[libc::REG_RIP as usize] as u64;
         if rip.wrapping_sub(shared.code) > CODE_SIZE as u64 {
-            // A real crash: let it be one.
-            libc::signal(signal, libc::SIG_DFL);
+            pass_on(signal, info, context);
             return;
         }
         shared.trapped = 1;
@@ -188,6 +187,37 @@ extern "C" fn handler(signal: i32, _info: *mut libc::siginfo_t, context: *mut li
     }
 }
 
+/// The handlers that ours stand in for; written before ours are installed.
+struct Old(UnsafeCell<[Option<libc::sigaction>; 5]>);
+
+// SAFETY: only written by the holder of LOCK while none of our handlers is installed, and they only read it.
+unsafe impl Sync for Old {}
+
+static OLD: Old = Old(UnsafeCell::new([None; 5]));
+
+/// A signal that is not ours, perhaps of another thread, goes to the handler that would have got it.
+///
+/// # Safety
+/// The arguments are those of a signal handler.
+unsafe fn pass_on(signal: i32, info: *mut libc::siginfo_t, context: *mut libc::c_void) {
+    type Handler = extern "C" fn(i32, *mut libc::siginfo_t, *mut libc::c_void);
+    // SAFETY: our handlers are installed, so nobody writes OLD.
+    let old = unsafe { &*OLD.0.get() };
+    let place = SIGNALS.iter().position(|s| *s == signal);
+    match place.and_then(|place| old[place]) {
+        Some(action) if action.sa_flags & libc::SA_SIGINFO != 0 && action.sa_sigaction > 1 => {
+            // SAFETY: the system gave us this address as that of an SA_SIGINFO handler.
+            let next: Handler = unsafe { std::mem::transmute(action.sa_sigaction) };
+            next(signal, info, context);
+        }
+        // A real crash: let it be one.
+        // SAFETY: plain system call.
+        _ => unsafe {
+            libc::signal(signal, libc::SIG_DFL);
+        },
+    }
+}
+
 /// Signal handlers and their stack, in force until dropped.
 struct Handlers {
     old: [libc::sigaction; 5],
@@ -196,6 +226,7 @@ struct Handlers {
 }
 
 impl Handlers {
+    /// The caller holds LOCK.
     fn install() -> Handlers {
         let mut stack = vec![0_u8; 64 << 10].into_boxed_slice();
         // SAFETY: zero is a valid value of these plain structures; the stack outlives its use, because drop switches back.
@@ -210,7 +241,11 @@ impl Handlers {
             action.sa_flags = libc::SA_SIGINFO | libc::SA_ONSTACK;
             let mut old: [libc::sigaction; 5] = std::mem::zeroed();
             for (signal, old) in SIGNALS.iter().zip(&mut old) {
-                libc::sigaction(*signal, &raw const action, old);
+                libc::sigaction(*signal, std::ptr::null(), old);
+            }
+            *OLD.0.get() = old.map(Some);
+            for signal in SIGNALS {
+                libc::sigaction(signal, &raw const action, std::ptr::null_mut());
             }
             Handlers { old, old_stack, _stack: stack }
         }

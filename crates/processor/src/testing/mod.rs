@@ -2,9 +2,8 @@
 //! and must leave the same registers, flags, FPU state, memory and traps.
 //!
 //! ```no_run
-//! use processor::testing::{Campaign, Kinds, Ring};
-//! # fn engine() -> Box<dyn processor::Engine> { unimplemented!() }
-//! let mut campaign = Campaign::new(engine(), Kinds::INTEGER, Ring::User)?;
+//! use processor::testing::{Campaign, Kinds, Ring, engine};
+//! let mut campaign = Campaign::new(engine("interpret")?, Kinds::INTEGER, Ring::User)?;
 //! for seed in 0..10_000 {
 //!     campaign.check(seed)?; // the error prints seed, shortest failing sequence and the differences
 //! }
@@ -30,4 +29,21 @@ pub use campaign::{Campaign, Disagreement, Setup};
 pub use generate::{Kinds, Sequence};
 pub use guest::Ring;
 pub use random::Random;
+
+use crate::Engine;
+
+/// A fresh engine by its name.
+///
+/// # Errors
+/// A sentence: there is no such engine, or the host does not let it be made.
+pub fn engine(name: &str) -> Result<Box<dyn Engine>, String> {
+    match name {
+        "interpret" => Ok(Box::new(crate::interpret::Interpreter::new())),
+        "translate" => {
+            let made = crate::translate::Translator::new(crate::translate::Options::default());
+            Ok(Box::new(made.map_err(|why| format!("no translator: {why}"))?))
+        }
+        _ => Err(format!("no engine called {name}; there are interpret and translate")),
+    }
+}
 
