@@ -167,14 +167,15 @@ impl SoftTlb {
         Some(unsafe { bytes::compare_exchange16(host, expected, new) })
     }
 
-    /// Copies `size` bytes, all in one page on either side, upwards, on a hit of both; says whether it did. It does not when
-    /// the target begins inside the source, where a copy byte by byte would read what it wrote.
+    /// Copies `size` bytes, all in one page on either side, on a hit of both; says whether it did. It does not when a copy byte
+    /// by byte, upwards or `down`, would read what it wrote.
     #[must_use]
-    pub fn copy(&self, bank: Bank, to: Gva, from: Gva, size: usize) -> bool {
+    pub fn copy(&self, bank: Bank, to: Gva, from: Gva, size: usize, down: bool) -> bool {
         let (Some(to), Some(from)) = (self.probe(bank, to, size, true), self.probe(bank, from, size, false)) else {
             return false;
         };
-        if (1..size as u64).contains(&to.wrapping_sub(from)) {
+        let ahead = if down { from.wrapping_sub(to) } else { to.wrapping_sub(from) };
+        if (1..size as u64).contains(&ahead) {
             return false;
         }
         // SAFETY: both hits promise `size` mapped bytes, and the first that they may be written.

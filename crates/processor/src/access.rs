@@ -1,6 +1,7 @@
 //! More ways of [`Core`] to reach guest memory: read to write later, 16 bytes in one step, whole blocks.
 
-use x86::{GuestFault, Gva};
+use memory::tlb::index;
+use x86::{GuestFault, Gva, PAGE_SIZE};
 
 use crate::core::{Core, in_page};
 
@@ -43,16 +44,36 @@ impl Core<'_> {
         Ok(guess)
     }
 
-    /// Copies `size` bytes, of one page on either side, upwards; says whether it did. It leaves to others what faults, what is
-    /// not plain memory, and what overlaps in a way that matters.
-    pub fn copy_block(&mut self, to: Gva, from: Gva, size: usize) -> bool {
+    /// Copies `size` bytes, of one page on either side, as if byte by byte, upwards or `down`; says whether it did. It leaves to
+    /// others what faults, what is not plain memory, and what overlaps in a way that matters.
+    pub fn copy_block(&mut self, to: Gva, from: Gva, size: usize, down: bool) -> bool {
         if in_page(to, size) < size || in_page(from, size) < size {
             return false;
         }
         let bank = self.vcpu.bank();
-        // Twice: the first miss fills the TLB. Entries of both addresses may also displace each other.
-        self.vcpu.tlb.copy(bank, to, from, size)
-            || (self.reach(from, false) && self.reach(to, true) && self.vcpu.tlb.copy(bank, to, from, size))
+        // Twice: the first miss fills the TLB.
+        self.vcpu.tlb.copy(bank, to, from, size, down)
+            || (self.reach(from, false) && self.reach(to, true) && self.vcpu.tlb.copy(bank, to, from, size, down))
+            || (index(to) == index(from) && self.copy_through_buffer(to, from, size))
+    }
+
+    /// As [`Core::copy_block`], for addresses whose TLB entries displace each other: a kernel that moves itself by a multiple of
+    /// the TLB's reach does nothing but that.
+    fn copy_through_buffer(&mut self, to: Gva, from: Gva, size: usize) -> bool {
+        let mut buffer = [0; PAGE_SIZE as usize];
+        let Some(bytes) = buffer.get_mut(..size) else { return false };
+        if self.check_canonical(from, 1).is_err() || self.check_canonical(to, 1).is_err() {
+            return false;
+        }
+        let Ok(source) = self.translate(from, self.access(false)) else { return false };
+        let Ok(target) = self.translate(to, self.access(true)) else { return false };
+        // Two names of one page may overlap.
+        if source.gpa.ppn() == target.gpa.ppn() {
+            return false;
+        }
+        let Some(page) = self.memory.page(source.gpa.ppn()) else { return false };
+        page.read(source.gpa.offset(), bytes);
+        self.vcpu.tlb.store_bytes(self.vcpu.bank(), to, bytes)
     }
 
     /// Stores bytes to one page; says whether it did, as [`Core::copy_block`].

@@ -158,8 +158,8 @@ pub fn again(core: &mut Core<'_>) -> Flow {
     Flow::Jump(core.vcpu.cpu.rip)
 }
 
-/// Does many elements of MOVS or STOS at once inside one page (of each side), upwards, when that is the same as doing them one
-/// by one. Says how many; 0 leaves it to the element loop, which also finds the faults.
+/// Does many elements of MOVS or STOS at once inside one page (of each side), when that is the same as doing them one by one.
+/// Says how many; 0 leaves it to the element loop, which also finds the faults.
 fn bulk<const O: u8, const S: usize>(
     core: &mut Core<'_>,
     pointers: &Pointers,
@@ -167,33 +167,39 @@ fn bulk<const O: u8, const S: usize>(
     left: u64,
 ) -> Result<u64, GuestFault> {
     let size = S as u64;
-    if !matches!(O, operation::MOVS | operation::STOS) || pointers.step != size || core.vcpu.checks != 0 {
+    if !matches!(O, operation::MOVS | operation::STOS) || core.vcpu.checks != 0 {
         return Ok(0);
     }
     let wanted = count.min(left);
     if wanted.saturating_mul(size) < BULK || !pointers.is_flat(core) {
         return Ok(0);
     }
-    let to = Gva(core.vcpu.cpu.gpr[RDI]);
-    let mut room = PAGE_SIZE - to.offset();
-    let from = Gva(core.vcpu.cpu.gpr[RSI]);
+    let down = pointers.step != size;
+    // Whole elements from this one to the end of its page, in the direction of the walk.
+    let room = |address: Gva| match (PAGE_SIZE - address.offset()) / size {
+        0 => 0,
+        _ if down => address.offset() / size + 1,
+        elements => elements,
+    };
+    let (to, from) = (Gva(core.vcpu.cpu.gpr[RDI]), Gva(core.vcpu.cpu.gpr[RSI]));
+    let mut elements = wanted.min(room(to));
     if O == operation::MOVS {
-        room = room.min(PAGE_SIZE - from.offset());
+        elements = elements.min(room(from));
     }
-    let elements = wanted.min(room / size);
-    let bytes = (elements * size) as usize;
     if elements * size < BULK {
         return Ok(0);
     }
+    let bytes = (elements * size) as usize;
+    let lowest = |address: Gva| if down { Gva(address.0.wrapping_sub((elements - 1) * size)) } else { address };
     let done = if O == operation::MOVS {
-        core.copy_block(to, from, bytes)
+        core.copy_block(lowest(to), lowest(from), bytes, down)
     } else {
         let mut buffer = [0; PAGE_SIZE as usize];
         let value = core.vcpu.cpu.gpr[RAX].to_le_bytes();
         for place in buffer[..bytes].chunks_exact_mut(S) {
             place.copy_from_slice(&value[..S]);
         }
-        core.store_block(to, &buffer[..bytes])
+        core.store_block(lowest(to), &buffer[..bytes])
     };
     if !done {
         return Ok(0);

@@ -69,7 +69,7 @@ pub struct Machine {
 impl Machine {
     /// 64-bit code at CPL 0, without paging (which no processor allows, and no test here notices).
     pub fn new(code: &[u8]) -> Machine {
-        let memory = GuestMemory::new(4 << 20).unwrap();
+        let memory = GuestMemory::new(12 << 20).unwrap();
         let mut cpu = CpuState::reset();
         cpu.cr0 = cr0::PE | cr0::ET | cr0::NE;
         cpu.efer = efer::LME | efer::LMA;

@@ -45,6 +45,38 @@ fn overlapping_copies_go_element_by_element() {
 }
 
 #[test]
+fn copies_between_addresses_that_share_a_tlb_entry() {
+    const FAR: u64 = 4 << 20;
+    let bytes: [u8; 9000] = core::array::from_fn(|index| (index % 251) as u8);
+    let (first, last) = (DATA + 0x3ff, DATA + 0x3ff + 8992);
+    // rep movsq, upwards and downwards: the way in which Linux moves its compressed image out of its own way
+    for (flags, from) in [(0, first), (DF, last)] {
+        let mut machine = Machine::new(&[0xf3, 0x48, 0xa5, 0xf4]);
+        machine.poke(first, &bytes);
+        machine.set_flags(flags).set(RSI, from).set(RDI, from + FAR).set(RCX, 1125).run_to_halt();
+        assert_eq!(machine.peek::<9000>(first + FAR), bytes);
+        let end = if flags == 0 { first + 9000 } else { first - 8 };
+        assert_eq!((machine.gpr(RSI), machine.gpr(RDI), machine.gpr(RCX)), (end, end + FAR, 0));
+        assert!(machine.vcpu.tlb.fills < 100, "{} fills for 9000 bytes", machine.vcpu.tlb.fills);
+    }
+}
+
+#[test]
+fn downward_stores_and_overlaps() {
+    // rep stosd, downwards over a page boundary that cuts an element
+    let mut machine = Machine::new(&[0xf3, 0xab, 0xf4]);
+    machine.set_flags(DF).set(RAX, 0x0403_0201).set(RDI, DATA + 0x1ffe).set(RCX, 1500).run_to_halt();
+    let (low, high) = (DATA + 0x1ffe - 1499 * 4, DATA + 0x2002);
+    assert_eq!(machine.peek::<6000>(low), core::array::from_fn(|index| (index % 4 + 1) as u8));
+    assert_eq!((machine.peek::<1>(low - 1), machine.peek::<1>(high)), ([0], [0]));
+    // rep movsb, downwards, target one byte below: the last byte is spread
+    let mut machine = Machine::new(&[0xf3, 0xa4, 0xf4]);
+    machine.poke(DATA + 1, &numbered::<200>());
+    machine.set_flags(DF).set(RSI, DATA + 200).set(RDI, DATA + 199).set(RCX, 200).run_to_halt();
+    assert_eq!(machine.peek::<201>(DATA), [199; 201]);
+}
+
+#[test]
 fn the_same_page_twice_overlaps_too() {
     let mut machine = Machine::with_paging(&[0xf3, 0xa4, 0xf4]);
     machine.entry((DATA >> 12) + 4, DATA | 7);
