@@ -10,7 +10,7 @@ use super::op::Op;
 use crate::core::Core;
 
 /// Decoded instructions that the cache may hold, at about 120 bytes each; when there are more it starts over. A Debian boot
-/// needs about 100 thousand.
+/// decodes half a million in all, but at any time runs in a small part of them.
 const MOST_OPS: usize = 1 << 17;
 /// Pages of code that the cache may hold, at 8 KiB each.
 const MOST_PAGES: usize = 2048;

@@ -61,7 +61,6 @@ pub fn step(core: &mut Core<'_>, cache: &mut DecodeCache) -> Option<Exit> {
     let flags = core.vcpu.cpu.rflags;
     let resume = flags & rflags::RF != 0;
     core.vcpu.checks = debug::checks(&core.vcpu.cpu);
-    core.vcpu.hits = 0;
     if core.vcpu.checks & debug::check::BREAKPOINTS != 0 && !resume {
         let hits = debug::instruction_hits(&core.vcpu.cpu, core.vcpu.cpu.linear_rip());
         if hits != 0 {
@@ -92,20 +91,28 @@ fn complete(core: &mut Core<'_>, op: &Op, before: u64) -> Option<Exit> {
         Ok(Flow::Next) => core.vcpu.cpu.rip = op.next,
         Ok(Flow::Jump(target)) => core.vcpu.cpu.rip = target,
         Ok(Flow::Done) => {}
-        Ok(Flow::Exit(exit)) => return Some(exit),
+        // A trap behind HLT ends the halt at once.
+        Ok(Flow::Exit(Exit::Halt)) if single_steps(core, op, before) => {}
+        Ok(Flow::Exit(exit)) => {
+            core.vcpu.hits = 0;
+            return Some(exit);
+        }
         Err(fault) => {
+            core.vcpu.hits = 0;
             core.vcpu.cpu.rflags |= before & rflags::RF;
             return deliver::fault(core, fault);
         }
     }
-    let mut cause = u64::from(core.vcpu.hits);
+    // MOV SS and POP SS hold debug traps back for one instruction, STI does not: Intel SDM (2024-12) Vol. 3A 7.8.3. What
+    // their data breakpoints found is reported behind the next instruction, with what that one finds.
+    if core.vcpu.cpu.interrupt_shadow && !shadow && loads_stack_segment(op) {
+        return None;
+    }
+    let mut cause = u64::from(std::mem::take(&mut core.vcpu.hits));
     if single_steps(core, op, before) {
         cause |= dr6::BS;
     }
-    // MOV SS and POP SS hold debug traps back, too; what they would have reported is lost with the next instruction, as
-    // Intel SDM (2024-12) Vol. 3A 7.8.3 allows. STI does not.
-    let held_back = core.vcpu.cpu.interrupt_shadow && !shadow && loads_stack_segment(op);
-    if cause == 0 || held_back {
+    if cause == 0 {
         return None;
     }
     deliver::fault(core, GuestFault::debug(cause))

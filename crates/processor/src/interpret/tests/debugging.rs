@@ -75,6 +75,27 @@ fn loading_ss_holds_the_trap_back() {
 }
 
 #[test]
+fn loading_ss_delays_its_data_breakpoint() {
+    // mov ss, [rbx]; nop
+    let mut machine = Machine::new(&[0x8e, 0x13, 0x90]);
+    machine.poke(DATA, &[16]);
+    machine.cpu().dr[0] = DATA;
+    machine.cpu().dr[7] = control(3, 0);
+    machine.set(RBX, DATA).step();
+    assert_eq!(machine.rip(), CODE + 2);
+    machine.step();
+    assert_eq!(trapped(&machine), (CODE + 3, 1));
+}
+
+#[test]
+fn a_stepped_halt_does_not_wait() {
+    let mut machine = Machine::new(&[0xf4]);
+    machine.cpu().rflags = FIXED | TF;
+    machine.step();
+    assert_eq!(trapped(&machine), (CODE + 1, dr6::BS));
+}
+
+#[test]
 fn sti_shields_one_instruction_from_interrupts() {
     // sti; nop; nop
     let mut machine = Machine::new(&[0xfb, 0x90, 0x90]);

@@ -320,3 +320,35 @@ fn ports() {
     assert_eq!(machine.gpr(RAX), 0x4030_2012);
     assert_eq!(machine.gpr(RDI), 0);
 }
+
+#[test]
+fn hints_of_all_ages_do_nothing() {
+    for code in [
+        &[0x0f, 0x1a, 0xc0][..],         // BNDLDX without MPX
+        &[0xf3, 0x0f, 0x1a, 0xc0],       // BNDCL
+        &[0x66, 0x0f, 0x1b, 0x03],       // BNDMOV
+        &[0xf3, 0x0f, 0x1e, 0xc8],       // RDSSPD
+        &[0xf3, 0x48, 0x0f, 0x1e, 0xc8], // RDSSPQ
+        &[0xf3, 0x0f, 0x1e, 0xfa],       // ENDBR64
+        &[0x0f, 0x0d, 0x0b],             // PREFETCHW
+        &[0x0f, 0x0d, 0x03],             // PREFETCH
+        &[0x0f, 0x0d, 0x1b],             // reserved prefetch
+        &[0x0f, 0x0d, 0xc0],
+        &[0x0f, 0x18, 0x23], // reserved hint
+        &[0x0f, 0x18, 0xe0],
+        &[0x0f, 0x19, 0x03],
+        &[0x0f, 0x1c, 0x03], // CLDEMOTE
+        &[0x0f, 0x1d, 0x03],
+        &[0x0f, 0x1e, 0x03],
+        &[0x0f, 0x1f, 0x44, 0, 0],
+        &[0xf3, 0x90],
+        &[0x66, 0x90],
+        &[0x41, 0x90], // XCHG R8D, EAX, but both are zero
+    ] {
+        let mut machine = Machine::new(code);
+        machine.set(RBX, 1 << 62);
+        machine.step();
+        assert_eq!(machine.rip(), CODE + code.len() as u64, "{code:x?}");
+        assert_eq!((machine.gpr(RAX), machine.gpr(RBX)), (0, 1 << 62));
+    }
+}
