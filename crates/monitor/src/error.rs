@@ -5,7 +5,7 @@ use std::path::PathBuf;
 pub enum Error {
     #[error(transparent)]
     Memory(#[from] memory::Error),
-    #[error("a machine has 1 to {most} processors, not {wanted}")]
+    #[error("machines of {wanted} processors are not supported yet: give a number from 1 to {most}")]
     Processors { wanted: usize, most: usize },
     #[error("there is no engine '{name}' here: choose one of {}", .known.join(", "))]
     Engine { name: String, known: Vec<&'static str> },

@@ -26,7 +26,7 @@ fn machine(code: &[u8]) -> Vm {
 fn machine_with(code: &[u8], engine: &str, processors: usize) -> Vm {
     let options =
         Options { memory: 16 << 20, processors, engine: engine.into(), count_instructions: false, trace: None };
-    let vm = Vm::new(&options).unwrap();
+    let vm = Vm::assemble(&options).unwrap();
     vm.write_memory(Gpa(CODE), code).unwrap();
     // Null, flat code, flat data.
     for (index, descriptor) in [0_u64, 0x00cf_9b00_0000_ffff, 0x00cf_9300_0000_ffff].iter().enumerate() {
