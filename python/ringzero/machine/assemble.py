@@ -68,8 +68,9 @@ def attach_devices(vm: _core.Vm, devices: Iterable[Device]) -> None:
     """Put the PC's slow devices on the bus, then the caller's own."""
     from ringzero.devices import I8042, PvPanic, Rtc, attach
 
-    # The interrupt line of the keyboard controller stays silent: there is no keyboard.
-    own: list[Device] = [I8042(vm.request_end), PvPanic(vm.request_end), Rtc()]
+    # The keyboard controller needs its interrupt line although there is no keyboard: without its "nobody is there",
+    # Linux waits 0.2 s for one while it boots.
+    own: list[Device] = [I8042(vm.request_end, vm.raise_irq), PvPanic(vm.request_end), Rtc()]
     for device in (*own, *devices):
         attach(vm, device)
 
