@@ -1,13 +1,14 @@
 """The benchmarks' own arithmetic and their readers: a wrong figure is worse than none."""
 
 import io
+import os
 import sys
 from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
 
-from ringzero.bench import compute, engines, figures, guests
+from ringzero.bench import compute, engines, figures, guests, idle
 from ringzero.bench.engines import Run
 from ringzero.errors import GuestError, InputError
 from ringzero.images.newc import NewcWriter
@@ -147,3 +148,26 @@ def test_the_boot_guest_powers_qemu_off(tmp_path: Path) -> None:
     guest = engines.Guest(guests.kernel("6.1"), initrd, boot.APPEND, 256)
     outcome = boot.Outcome("6.1", "qemu", (engines.run(engines.qemu_command(guest), timeout=120),))
     assert outcome.good, outcome.runs[0].tail()
+
+
+def test_touched_memory_is_that_of_the_pool_alone() -> None:
+    def memfd(name: str, pages: int) -> int:
+        descriptor = os.memfd_create(name)
+        os.write(descriptor, bytes(4096 * pages))
+        return descriptor
+
+    before = idle.touched(os.getpid())
+    descriptors = [memfd(idle.POOL, 3), memfd("ringzero-code", 5)]
+    try:
+        # The same memfd through another descriptor is the same memory.
+        descriptors.append(os.dup(descriptors[0]))
+        assert idle.touched(os.getpid()) - before == 3 * 4096
+    finally:
+        for descriptor in descriptors:
+            os.close(descriptor)
+
+
+def test_memory_and_processor_time_of_a_process_are_read() -> None:
+    resident, proportional = idle.memory_of(os.getpid())
+    assert resident >= proportional > 1024 * 1024
+    assert idle.processor_seconds(os.getpid()) > 0

@@ -11,7 +11,7 @@ import tomllib
 from collections.abc import Iterable
 from pathlib import Path
 
-from house.shell import ROOT, VENV, Failed, call, output_of, say, which
+from house.shell import ROOT, VENV, Failed, call, environment, output_of, say, which
 
 BUILTIN = ROOT / "python/ringzero/images/builtin"
 
@@ -163,7 +163,19 @@ def core(*, force: bool = False) -> None:
     if not force and built and is_stamped("core", mark) and (VENV / "bin/ringzero").exists():
         return
     say("ringzero._core, release profile (some minutes the first time)")
-    call([VENV / "bin/maturin", "develop", "--release", "--quiet"])
+    log = VENV / "build.log"
+    with log.open("w") as output:
+        built_it = subprocess.run(
+            [VENV / "bin/maturin", "develop", "--release"],
+            cwd=ROOT,
+            env=environment(),
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+        )
+    if built_it.returncode != 0:
+        print("".join(log.read_text(errors="replace").splitlines(keepends=True)[-60:]), flush=True)
+        raise Failed(f"maturin could not build ringzero._core: the end of {log.relative_to(ROOT)} is above")
     # cargo may have written Cargo.lock just now, so the mark is taken again.
     mark = digest(
         [*files_under([ROOT / "crates"]), ROOT / "Cargo.toml", ROOT / "Cargo.lock", ROOT / "pyproject.toml"]

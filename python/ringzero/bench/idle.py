@@ -23,17 +23,24 @@ __all__ = ["Idle", "IdleBench"]
 # A shell's prompt ends what was printed; colours and questions of busybox's line editor do not count.
 PROMPT = re.compile(rb"[#$] $")
 ESCAPES = re.compile(rb"\x1b\[[0-9;?]*[A-Za-z]")
+# What crates/memory/src/pool.rs calls its memfd.
+POOL = "ringzero-pool"
 SETTLE_SECONDS = 3.0
 MIB = 1024 * 1024
 
 
 @dataclass(frozen=True)
 class Idle:
-    """What was measured. `processor` is in parts of one core; memory is in bytes."""
+    """What was measured. `processor` is in parts of one core; memory is in bytes.
+
+    `resident` counts a page once for each mapping (Rss), `proportional` once in all (Pss): the code cache is mapped
+    twice, once to write and once to run.
+    """
 
     seconds: float
     processor: float
     resident: int
+    proportional: int
     touched: int
 
     @property
@@ -76,7 +83,7 @@ class IdleBench:
                 before, began = processor_seconds(process.pid), time.perf_counter()
                 _drain(ours, self.seconds)
                 used, passed = processor_seconds(process.pid) - before, time.perf_counter() - began
-            return Idle(passed, used / passed, resident(process.pid), touched(process.pid))
+            return Idle(passed, used / passed, *memory_of(process.pid), touched(process.pid))
         finally:
             process.kill()
             process.wait()
@@ -112,23 +119,23 @@ def processor_seconds(pid: int) -> float:
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
-def resident(pid: int) -> int:
-    """Return the resident memory of a process, in bytes, shared libraries included."""
+def memory_of(pid: int) -> tuple[int, int]:
+    """Return (resident, proportional) memory of a process in bytes: Rss and Pss of proc_pid_smaps_rollup(5)."""
     rollup = Path(f"/proc/{pid}/smaps_rollup").read_text()
-    match = re.search(r"^Rss:\s+(\d+) kB", rollup, re.MULTILINE)
-    if match is None:
-        raise GuestError(f"/proc/{pid}/smaps_rollup has no Rss line")
-    return int(match[1]) * 1024
+    kilobytes = dict(re.findall(r"^(Rss|Pss):\s+(\d+) kB", rollup, re.MULTILINE))
+    if len(kilobytes) != 2:
+        raise GuestError(f"/proc/{pid}/smaps_rollup has no Rss or Pss line")
+    return int(kilobytes["Rss"]) * 1024, int(kilobytes["Pss"]) * 1024
 
 
 def touched(pid: int) -> int:
-    """Return how much guest memory is given out, in bytes: the pages of the memfds that the process holds.
+    """Return how much guest memory is given out, in bytes: the pages of the pools' memfds that a process holds.
 
     The host kernel counts them: the pool gives a page on first touch, and a memfd has only touched pages.
     """
     seen: dict[int, int] = {}
     for link in Path(f"/proc/{pid}/fd").iterdir():
-        if os.readlink(link).startswith("/memfd:"):
+        if os.readlink(link).startswith(f"/memfd:{POOL}"):
             status = link.stat()
             seen[status.st_ino] = status.st_blocks * 512
     return sum(seen.values())
@@ -140,7 +147,8 @@ def show(console: Console, idle: Idle) -> None:
     table.add_column("what")
     table.add_column("measured", justify="right")
     table.add_row("processor, of one core", f"{idle.processor:.2%}")
-    table.add_row("resident memory", f"{idle.resident / MIB:.1f} MiB")
+    table.add_row("resident memory (Rss)", f"{idle.resident / MIB:.1f} MiB")
+    table.add_row("the same, pages counted once (Pss)", f"{idle.proportional / MIB:.1f} MiB")
     table.add_row("touched by the guest", f"{idle.touched / MIB:.1f} MiB")
     table.add_row("resident beyond touched", f"{idle.overhead / MIB:.1f} MiB")
     console.print(table)
@@ -154,6 +162,7 @@ def as_json(idle: Idle, described: dict[str, Any]) -> dict[str, Any]:
         "seconds": idle.seconds,
         "processor_part_of_one_core": idle.processor,
         "resident_bytes": idle.resident,
+        "proportional_bytes": idle.proportional,
         "touched_bytes": idle.touched,
         "overhead_bytes": idle.overhead,
     }
