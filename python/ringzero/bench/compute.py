@@ -176,15 +176,11 @@ class ComputeBench:
 def show(console: Console, results: Results, engine: str) -> None:
     """Print the table and the geometric means."""
     with_qemu = "qemu" in results.rounds
-    table = Table(title="compute, medians", title_justify="left")
+    table = Table(title=f"compute: medians, engine {engine}", title_justify="left")
     table.add_column("item", no_wrap=True)
-    table.add_column("native", justify="right")
-    table.add_column(engine, justify="right")
-    table.add_column("spread", justify="right")
-    table.add_column(f"{engine} / native", justify="right")
-    if with_qemu:
-        table.add_column("QEMU", justify="right")
-        table.add_column(f"QEMU / {engine}", justify="right")
+    headings = ["native", "ringzero", "spread", "ringzero / native"]
+    for heading in [*headings, *(["QEMU", "QEMU / ringzero"] if with_qemu else [])]:
+        table.add_column(heading, justify="right", min_width=8)
     for name in CLASSES:
         ours = results.seconds(engine, name)
         table.add_row(

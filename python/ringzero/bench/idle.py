@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pty
 import re
@@ -135,9 +136,11 @@ def touched(pid: int) -> int:
     """
     seen: dict[int, int] = {}
     for link in Path(f"/proc/{pid}/fd").iterdir():
-        if os.readlink(link).startswith(f"/memfd:{POOL}"):
-            status = link.stat()
-            seen[status.st_ino] = status.st_blocks * 512
+        # A descriptor may be closed while we look.
+        with contextlib.suppress(FileNotFoundError):
+            if os.readlink(link).startswith(f"/memfd:{POOL}"):
+                status = link.stat()
+                seen[status.st_ino] = status.st_blocks * 512
     return sum(seen.values())
 
 
