@@ -140,6 +140,8 @@ const FEATURES: &[Feature] = &[
     feature(7, 0, Ecx, 10, HostAvx, "vpclmulqdq"),
     feature(7, 0, Ecx, 22, Always, "rdpid"),
     feature(7, 0, Edx, 4, Always, "fsrm"),
+    // Nothing to do under either engine; without it Linux serializes itself by an IRET at every patch of its text.
+    feature(7, 0, Edx, 14, Always, "serialize"),
     // IBRS and IBPB: IA32_SPEC_CTRL and IA32_PRED_CMD.
     feature(7, 0, Edx, 26, Always, "spec_ctrl"),
     feature(7, 0, Edx, 27, Always, "intel_stibp"),

@@ -49,7 +49,6 @@ impl Mem {
 
 /// Condition codes as in the low bits of Jcc.
 pub mod cc {
-    pub const B: u8 = 2;
     pub const Z: u8 = 4;
     pub const NZ: u8 = 5;
     pub const A: u8 = 7;
@@ -271,8 +270,13 @@ impl Asm {
         self.byte(count);
     }
 
-    pub fn xchg_mem(&mut self, mem: Mem, reg: Reg) {
-        self.op_mem(true, &[0x87], reg.0, mem);
+    pub fn sar(&mut self, to: Reg, count: u8) {
+        self.op_reg(true, &[0xc1], 7, to);
+        self.byte(count);
+    }
+
+    pub fn op_reg_raw(&mut self, wide: bool, opcode: &[u8], reg: Reg, rm: Reg) {
+        self.op_reg(wide, opcode, reg.0, rm);
     }
 
     pub fn push(&mut self, reg: Reg) {
@@ -319,11 +323,6 @@ impl Asm {
 
     pub fn call_address(&mut self, target: u64) {
         self.byte(0xe8);
-        self.relative(target);
-    }
-
-    pub fn jmp_address(&mut self, target: u64) {
-        self.byte(0xe9);
         self.relative(target);
     }
 

@@ -28,6 +28,9 @@ pub enum Kind {
     JumpIf(u8, u64),
     Return(u16),
     System(System),
+    Repeat(StringOp),
+    /// BT and its kin with a bit offset in a register and the bits in memory: (log2 of the operand size).
+    BitInMemory(u8),
     /// Left to the interpreter; ends the block.
     Interpret,
 }
@@ -41,7 +44,17 @@ pub enum System {
     PopFlags,
     SwapGs,
     ReadTsc,
+    ReadTscAndId,
     ClearDirection,
+    /// STAC and CLAC: code after them is of another mode.
+    SetAccess(bool),
+}
+
+/// A string instruction with REP, on elements of 2 to the given power bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum StringOp {
+    Store(u8),
+    Move(u8),
 }
 
 impl Kind {
@@ -54,6 +67,7 @@ impl Kind {
                 | Kind::JumpIndirect
                 | Kind::JumpIf(..)
                 | Kind::Return(_)
+                | Kind::System(System::SetAccess(_))
                 | Kind::Interpret
         )
     }
@@ -249,6 +263,9 @@ fn describe(insn: &mut Insn, info: &mut InstructionInfoFactory) -> Option<()> {
         Kind::CallIndirect => insn.stack = stack(true, -8),
         _ => {}
     }
+    if let Kind::Repeat(_) = insn.kind {
+        return Some(());
+    }
     let has_operand = (0..iced.op_count()).any(|operand| iced.op_kind(operand) == OpKind::Memory);
     if !has_operand || matches!(insn.kind, Kind::Lea | Kind::Nop) {
         return Some(());
@@ -264,7 +281,8 @@ fn describe(insn: &mut Insn, info: &mut InstructionInfoFactory) -> Option<()> {
     if !(1..=64).contains(&size) {
         return None;
     }
-    insn.operand = Some(Access { size: size as u16, write, simple: simple_address(&iced) });
+    let simple = if let Kind::BitInMemory(_) = insn.kind { None } else { simple_address(&iced) };
+    insn.operand = Some(Access { size: size as u16, write, simple });
     Some(())
 }
 
@@ -324,6 +342,9 @@ fn kind_of(iced: &Instruction, is_simd: bool, features: Features) -> Option<Kind
     if !registers_are_plain {
         return None;
     }
+    if let Some(string) = string_kind(iced) {
+        return Some(Kind::Repeat(string));
+    }
     let memory = (0..iced.op_count()).any(|operand| iced.op_kind(operand) == OpKind::Memory);
     let address_is_long = !memory || {
         let (base, index) = (iced.memory_base(), iced.memory_index());
@@ -371,7 +392,14 @@ fn kind_of(iced: &Instruction, is_simd: bool, features: Features) -> Option<Kind
         M::Lea if matches!(iced.code(), Code::Lea_r64_m | Code::Lea_r32_m) => Kind::Lea,
         M::Nop | M::Endbr64 | M::Endbr32 | M::Pause => Kind::Nop,
         M::Prefetchnta | M::Prefetcht0 | M::Prefetcht1 | M::Prefetcht2 | M::Prefetchw | M::Prefetch => Kind::Nop,
-        M::Bt | M::Btc | M::Btr | M::Bts if memory && iced.op1_kind() == OpKind::Register => return None,
+        M::Bt | M::Btc | M::Btr | M::Bts if memory && iced.op1_kind() == OpKind::Register => {
+            match iced.memory_size().size() {
+                4 => Kind::BitInMemory(2),
+                8 => Kind::BitInMemory(3),
+                _ => return None,
+            }
+        }
+        M::Serialize => Kind::Nop,
         M::Add | M::Or | M::Adc | M::Sbb | M::And | M::Sub | M::Xor | M::Cmp | M::Test => Kind::Plain,
         M::Inc | M::Dec | M::Neg | M::Not | M::Mul | M::Imul | M::Div | M::Idiv => Kind::Plain,
         M::Mov | M::Movzx | M::Movsx | M::Movsxd | M::Movbe | M::Movnti | M::Bswap => Kind::Plain,
@@ -392,9 +420,29 @@ fn kind_of(iced: &Instruction, is_simd: bool, features: Features) -> Option<Kind
     Some(kind)
 }
 
+/// REP STOS and REP MOVS with 64-bit addresses and no segment base.
+fn string_kind(iced: &Instruction) -> Option<StringOp> {
+    use StringOp::{Move, Store};
+    if !iced.has_rep_prefix() && !iced.has_repne_prefix() {
+        return None;
+    }
+    let (string, addresses) = match iced.code() {
+        Code::Stosb_m8_AL => (Store(0), [OpKind::MemoryESRDI; 2]),
+        Code::Stosd_m32_EAX => (Store(2), [OpKind::MemoryESRDI; 2]),
+        Code::Stosq_m64_RAX => (Store(3), [OpKind::MemoryESRDI; 2]),
+        Code::Movsb_m8_m8 => (Move(0), [OpKind::MemoryESRDI, OpKind::MemorySegRSI]),
+        Code::Movsd_m32_m32 => (Move(2), [OpKind::MemoryESRDI, OpKind::MemorySegRSI]),
+        Code::Movsq_m64_m64 => (Move(3), [OpKind::MemoryESRDI, OpKind::MemorySegRSI]),
+        _ => return None,
+    };
+    let second = if let Move(_) = string { iced.op1_kind() } else { addresses[1] };
+    (iced.op0_kind() == addresses[0] && second == addresses[1] && !has_segment_base(iced)).then_some(string)
+}
+
 fn system_kind(iced: &Instruction, features: Features) -> Option<System> {
-    if iced.code() == Code::Rdtsc {
-        return (!features.user || !features.tsc_disabled).then_some(System::ReadTsc);
+    if matches!(iced.code(), Code::Rdtsc | Code::Rdtscp) {
+        let kind = if iced.code() == Code::Rdtsc { System::ReadTsc } else { System::ReadTscAndId };
+        return (!features.user || !features.tsc_disabled).then_some(kind);
     }
     if iced.code() == Code::Cld {
         return Some(System::ClearDirection);
@@ -408,6 +456,8 @@ fn system_kind(iced: &Instruction, features: Features) -> Option<System> {
         Code::Pushfq => Some(System::PushFlags),
         Code::Popfq => Some(System::PopFlags),
         Code::Swapgs => Some(System::SwapGs),
+        Code::Stac => Some(System::SetAccess(true)),
+        Code::Clac => Some(System::SetAccess(false)),
         _ => None,
     }
 }

@@ -106,18 +106,18 @@ impl Blocks {
         &self.all[index as usize]
     }
 
-    /// Forgets the blocks of a page. Their host code stays until the code cache is cleared, but nothing leads to it
-    /// once the jump caches are emptied: direct links stay inside a page.
-    pub fn drop_page(&mut self, page: Ppn) -> bool {
-        let Some(indices) = self.by_page.remove(&page.0) else { return false };
+    /// Forgets the blocks of a page and tells of each. Their host code stays until the code cache is cleared, but nothing
+    /// leads to it once the jump caches have forgotten it: direct links stay inside a page.
+    pub fn drop_page(&mut self, page: Ppn, mut forget: impl FnMut(Key)) {
+        let Some(indices) = self.by_page.remove(&page.0) else { return };
         for index in &indices {
             let key = self.all[*index as usize].key;
             if self.by_key.get(&key) == Some(index) {
                 self.by_key.remove(&key);
+                forget(key);
             }
         }
         self.dropped += indices.len() as u64;
-        true
     }
 
     pub fn forget(&mut self, key: &Key) {

@@ -215,12 +215,6 @@ impl Fields {
         Some(fields)
     }
 
-    /// Whether REX may be added or dropped freely: not so where it changes AH..BH into SPL..DIL.
-    #[must_use]
-    pub fn has_rex(&self) -> bool {
-        self.has_rex
-    }
-
     /// Emits the instruction with the registers now in the fields, and `mem` in place of its memory operand.
     pub fn emit(&self, asm: &mut Asm, mem: Option<Mem>) {
         let (x, b) = match mem {

@@ -23,6 +23,8 @@ pub struct Hot {
     pub spill: u64,
     /// Host addresses of what a base register of the guest points at.
     pub groups: [u64; GROUPS],
+    /// Guest and host addresses of a string instruction in progress.
+    pub string: [u64; 3],
     /// The host's stack while translated code runs.
     pub host_stack: u64,
     /// The return address of the call that left translated code: it names the site.
@@ -71,6 +73,15 @@ impl JumpCaches {
         JumpCaches { user_generation: 1 << 48, kernel_generation: 1 << 48, caches: [empty; 8] }
     }
 
+    /// Forgets one block, if it is there. Of blocks at the same RIP in other address spaces the generation tells them apart.
+    pub fn forget_block(&mut self, rip: u64, mode: usize, is_user: bool, place: usize) {
+        let generation = if is_user { self.user_generation } else { self.kernel_generation };
+        let entry = &mut self.caches[mode][place];
+        if entry.tag == rip ^ generation {
+            *entry = impossible(place);
+        }
+    }
+
     /// Starts a new generation of entries for user or for kernel code: the old ones match no more.
     pub fn forget(&mut self, user: bool) {
         let generation = if user { &mut self.user_generation } else { &mut self.kernel_generation };
@@ -97,6 +108,7 @@ const CPU: usize = offset_of!(Vcpu, cpu);
 pub const FLAGS: i32 = disp(offset_of!(Hot, flags));
 pub const SCRATCH: i32 = disp(offset_of!(Hot, scratch));
 pub const SPILL: i32 = disp(offset_of!(Hot, spill));
+pub const STRING: i32 = disp(offset_of!(Hot, string));
 pub const HOST_STACK: i32 = disp(offset_of!(Hot, host_stack));
 pub const SITE: i32 = disp(offset_of!(Hot, site));
 pub const FAULT_FLAGS: i32 = disp(offset_of!(Hot, fault_flags));
@@ -105,6 +117,7 @@ pub const HOST_MXCSR: i32 = disp(offset_of!(Hot, host_mxcsr));
 pub const RFLAGS: i32 = disp(CPU + offset_of!(CpuState, rflags));
 pub const FPU: i32 = disp(CPU + offset_of!(CpuState, fpu));
 pub const KERNEL_GS_BASE: i32 = disp(CPU + offset_of!(CpuState, kernel_gs_base));
+pub const TSC_AUX: i32 = disp(CPU + offset_of!(CpuState, tsc_aux));
 pub const TSC_OFFSET: i32 = disp(CPU + offset_of!(CpuState, tsc_offset));
 pub const WANTS_WINDOW: i32 = disp(offset_of!(Vcpu, wants_interrupt_window));
 pub const USER_GENERATION: i32 = disp(offset_of!(Vcpu, jumps) + offset_of!(JumpCaches, user_generation));

@@ -213,7 +213,7 @@ impl Lowering<'_> {
         true
     }
 
-    fn save_flags(&mut self) {
+    pub(super) fn save_flags(&mut self) {
         // pushfq; pop [flags]: with RSP as base, POP computes the address after it has moved RSP back.
         self.c.asm.byte(0x9c);
         self.c.asm.pop_mem(Mem::vcpu(frame::FLAGS));
@@ -221,7 +221,7 @@ impl Lowering<'_> {
     }
 
     /// POPFQ is slow; SAHF and an ADD that overflows on demand are not.
-    fn restore_flags(&mut self) {
+    pub(super) fn restore_flags(&mut self) {
         let asm = &mut *self.c.asm;
         asm.store(Mem::vcpu(frame::SPILL), RAX);
         asm.load32(RAX, Mem::vcpu(frame::FLAGS));
@@ -305,8 +305,13 @@ impl Lowering<'_> {
         if self.c.mode.is_user() { frame::USER_GENERATION } else { frame::KERNEL_GENERATION }
     }
 
-    fn lookup_constant(&mut self, target: u64) {
-        let entry = frame::jump_cache(self.c.mode.0.into()) + jump_index(target) as i32 * 16;
+    pub(super) fn lookup_constant(&mut self, target: u64) {
+        self.lookup_in_mode(target, self.c.mode);
+    }
+
+    /// Goes to a constant RIP whose code is of another mode.
+    pub(super) fn lookup_in_mode(&mut self, target: u64, mode: Mode) {
+        let entry = frame::jump_cache(mode.0.into()) + jump_index(target) as i32 * 16;
         let label = self.c.asm.label();
         let generation = self.generation();
         let asm = &mut *self.c.asm;
@@ -372,7 +377,7 @@ impl Lowering<'_> {
     }
 
     /// Checks `size` bytes at the address in T0 and leaves the page's host address in T1 and the offset in T0.
-    fn probe(&mut self, insn: &Insn, retry: u64, size: u16, write: bool, grouped: bool) {
+    pub(super) fn probe(&mut self, insn: &Insn, retry: u64, size: u16, write: bool, grouped: bool) {
         let bank = frame::tlb(self.c.mode.bank());
         let tag = bank + if write { frame::TLB_WRITE } else { frame::TLB_READ };
         let label = self.c.asm.label();
@@ -391,7 +396,7 @@ impl Lowering<'_> {
     }
 
     /// Loads a guest register's home, or the register from the VCPU into `scratch`.
-    fn register(&mut self, guest: u8, scratch: Reg) -> Reg {
+    pub(super) fn register(&mut self, guest: u8, scratch: Reg) -> Reg {
         match home(guest) {
             Some(host) => host,
             None => {
@@ -433,7 +438,7 @@ impl Lowering<'_> {
     }
 
     /// Computes the linear address of the memory operand into T0. Clobbers T1 but no flags.
-    fn linear_address(&mut self, insn: &Insn) {
+    pub(super) fn linear_address(&mut self, insn: &Insn) {
         match self.address(insn) {
             Ok(mem) => self.c.asm.lea(T0, mem),
             Err(constant) => self.c.asm.mov_imm(T0, constant),
@@ -500,6 +505,8 @@ impl Lowering<'_> {
         let done = match insn.kind {
             Kind::Nop | Kind::Interpret => Some(()),
             Kind::Plain => self.plain(index, insn),
+            Kind::Repeat(string) => self.repeat(insn, string),
+            Kind::BitInMemory(log) => self.bit_in_memory(insn, log),
             Kind::Lea => self.effective_address(insn),
             Kind::PushReg(register) => self.push_register(index, insn, register),
             Kind::PushImm(value) => self.push_immediate(index, insn, value),
@@ -742,10 +749,20 @@ impl Lowering<'_> {
                 && matches!(insn.iced.op_register(operand), Register::AH | Register::CH | Register::DH | Register::BH)
         });
         let homeless = homeless(&fields, slots, insn.operand.is_none());
-        let moves = homeless.iter().any(Option::is_some) || mentions_stack_pointer(&fields, slots, insn.operand.is_none());
-        // AH..BH cannot be named together with REX, which R8..R15 need.
-        if uses_high_byte && (insn.operand.is_some() || moves) {
-            return None;
+        if uses_high_byte {
+            // AH..BH cannot be named together with REX, which R8..R15 need; their numbers are those of RSP..RDI.
+            let names_stack = (0..insn.iced.op_count()).any(|operand| {
+                insn.iced.op_kind(operand) == OpKind::Register
+                    && insn.iced.op_register(operand).full_register() == Register::RSP
+            });
+            if insn.operand.is_some() || names_stack {
+                return None;
+            }
+            fields.emit(self.c.asm, None);
+            if insn.flags_changed != 0 {
+                self.flags = Flags::Host;
+            }
+            return Some(());
         }
         let mut mem = self.operand(index, insn);
         if insn.operand.is_some() && mem.is_none() {
@@ -826,10 +843,6 @@ fn homeless(fields: &Fields, slots: u8, rm_is_register: bool) -> [Option<u8>; 3]
         }
     }
     found
-}
-
-fn mentions_stack_pointer(fields: &Fields, slots: u8, rm_is_register: bool) -> bool {
-    named(fields, slots, rm_is_register).any(|guest| guest == 4)
 }
 
 fn substitute(fields: &mut Fields, slots: u8, rm_is_register: bool, moved: &[Option<(u8, Reg)>; 3]) {

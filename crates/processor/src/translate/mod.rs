@@ -13,8 +13,10 @@ mod fetch;
 pub mod frame;
 mod groups;
 mod lower;
+mod string;
 mod system;
 
+use std::collections::HashMap;
 use std::io;
 use std::sync::Arc;
 use std::time::Instant;
@@ -85,7 +87,8 @@ pub struct Translator {
     cpl: u8,
     options: Options,
     counters: Counters,
-    profile: Option<Box<std::collections::HashMap<u16, u64>>>,
+    /// How often the interpreter ran which instruction, when RINGZERO_PROFILE is in the environment.
+    profile: Option<HashMap<&'static str, u64>>,
 }
 
 /// What to do after translated code has left.
@@ -120,11 +123,11 @@ impl Translator {
             cpl: 0,
             options,
             counters: Counters::default(),
-            profile: std::env::var_os("RINGZERO_PROFILE").map(|_| Box::default()),
+            profile: std::env::var_os("RINGZERO_PROFILE").map(|_| HashMap::new()),
         })
     }
 
-    fn step(&mut self, core: &mut Core<'_>) -> Option<Exit> {
+    fn interpret(&mut self, core: &mut Core<'_>) -> Option<Exit> {
         if let Some(profile) = &mut self.profile {
             let rip = Gva(core.vcpu.cpu.rip);
             let mut bytes = [0; 15];
@@ -134,7 +137,9 @@ impl Translator {
                 }
             }
             let mut decoder = iced_x86::Decoder::new(64, &bytes, 0);
-            *profile.entry(decoder.decode().code() as u16).or_default() += 1;
+            // A handful of names for the life of the process.
+            let name = format!("interpreted.{:?}", decoder.decode().code()).leak();
+            *profile.entry(name).or_default() += 1;
         }
         interpret::step(core, &mut self.decoder)
     }
@@ -155,13 +160,12 @@ impl Translator {
             self.clear(core);
         }
         if core.memory.code.is_pending() {
-            let mut dropped = false;
+            let jumps = &mut core.vcpu.jumps;
             for write in core.memory.code.take() {
-                dropped |= self.blocks.drop_page(write.ppn);
+                self.blocks.drop_page(write.ppn, |Key { rip, mode, .. }| {
+                    jumps.forget_block(rip, mode.0.into(), mode.is_user(), jump_index(rip));
+                });
                 self.decoder.drop_page(write.ppn);
-            }
-            if dropped {
-                forget_all_jumps(core);
             }
         }
         let cpl = core.vcpu.cpu.cpl();
@@ -222,6 +226,10 @@ impl Translator {
     }
 
     fn remember(&self, core: &mut Core<'_>, key: Key, host: u64, slot: u64) -> (u64, u64) {
+        if self.options.single {
+            // What is not remembered is not jumped to from translated code.
+            return (host, slot);
+        }
         let jumps = &mut core.vcpu.jumps;
         let generation = if key.mode.is_user() { jumps.user_generation } else { jumps.kernel_generation };
         jumps.caches[usize::from(key.mode.0)][jump_index(key.rip)] = JumpEntry { tag: key.rip ^ generation, host: slot };
@@ -280,6 +288,17 @@ impl Translator {
         Some((block.entry_host, block.entry_slot))
     }
 
+    /// Runs until something has to be looked at again, or the monitor is needed.
+    fn advance(&mut self, core: &mut Core<'_>) -> Option<Exit> {
+        if must_interpret(&core.vcpu.cpu) {
+            return self.interpret(core);
+        }
+        match self.find(core) {
+            Some((_, slot)) => self.execute(core, slot),
+            None => self.interpret(core),
+        }
+    }
+
     /// Runs translated code from `target` until something needs the monitor.
     fn execute(&mut self, core: &mut Core<'_>, mut target: u64) -> Option<Exit> {
         loop {
@@ -293,7 +312,7 @@ impl Translator {
             match self.left(core) {
                 Next::Dispatch => return None,
                 Next::Enter(again) => target = again,
-                Next::Step => return self.step(core),
+                Next::Step => return self.interpret(core),
             }
         }
     }
@@ -328,7 +347,7 @@ impl Translator {
             Site::Link { rip, at, flags_in_host, block } => {
                 self.counters.exits_link += 1;
                 core.vcpu.cpu.rip = rip;
-                if core.vcpu.attention.is_raised() {
+                if self.options.single || core.vcpu.attention.is_raised() {
                     return Next::Dispatch;
                 }
                 let clears = self.counters.cache_clears;
@@ -344,7 +363,7 @@ impl Translator {
             Site::Lookup => {
                 self.counters.exits_lookup += 1;
                 core.vcpu.cpu.rip = core.vcpu.hot.scratch[0];
-                if core.vcpu.attention.is_raised() {
+                if self.options.single || core.vcpu.attention.is_raised() {
                     return Next::Dispatch;
                 }
                 match self.find(core) {
@@ -473,15 +492,26 @@ impl Engine for Translator {
                 return Exit::InterruptWindow;
             }
             self.refresh(core);
-            let exit = if must_interpret(&core.vcpu.cpu) {
-                self.step(core)
-            } else {
-                match self.find(core) {
-                    Some((_, slot)) => self.execute(core, slot),
-                    None => self.step(core),
-                }
-            };
-            if let Some(exit) = exit {
+            if let Some(exit) = self.advance(core) {
+                return exit;
+            }
+        }
+    }
+
+    /// Needs [`Options::single`]: a block of several instructions is one step otherwise.
+    fn step(&mut self, core: &mut Core<'_>) -> Option<Exit> {
+        let landing = Arc::clone(&self.landing);
+        let _guard = match signal::enter(&landing) {
+            Ok(guard) => guard,
+            Err(error) => return Some(Exit::Unsupported(format!("the host refuses signal handlers: {error}"))),
+        };
+        self.poll.disarm();
+        loop {
+            self.refresh(core);
+            let simd = self.simd;
+            let exit = self.advance(core);
+            // To find that the guest's SIMD state has to be loaded first is no step.
+            if exit.is_some() || self.simd == simd || core.vcpu.attention.is_raised() {
                 return exit;
             }
         }
@@ -494,7 +524,7 @@ impl Engine for Translator {
 
     fn counters(&self) -> Vec<(&'static str, u64)> {
         let c = &self.counters;
-        vec![
+        let mut counters = vec![
             ("translate.blocks", c.translated_blocks),
             ("translate.instructions", c.translated_instructions),
             ("translate.nanoseconds", c.translation_nanoseconds),
@@ -510,6 +540,8 @@ impl Engine for Translator {
             ("exits.simd", c.exits_simd),
             ("exits.fault", c.exits_fault),
             ("exits.poll", c.exits_poll),
-        ]
+        ];
+        counters.extend(self.profile.iter().flat_map(|profile| profile.iter()).map(|(name, count)| (*name, *count)));
+        counters
     }
 }

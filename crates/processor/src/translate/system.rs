@@ -2,10 +2,10 @@
 
 use x86::{rflags, seg};
 
-use super::asm::{Alu, Mem, RAX, RDX, T0, T1, cc};
+use super::asm::{Alu, Mem, RAX, RCX, RDX, T0, T1, cc};
 use super::block::{Insn, System};
 use super::frame;
-use super::lower::{Flags, Lowering, Site};
+use super::lower::{Flags, Lowering, Mode, Site};
 
 impl Lowering<'_> {
     pub(super) fn system(&mut self, index: usize, insn: &Insn, system: System) -> Option<()> {
@@ -17,6 +17,11 @@ impl Lowering<'_> {
             System::PopFlags => self.pop_flags(index, insn)?,
             System::SwapGs => self.swap_gs(),
             System::ReadTsc => self.read_tsc(insn),
+            System::ReadTscAndId => {
+                self.read_tsc(insn);
+                self.c.asm.load32(RCX, Mem::vcpu(frame::TSC_AUX));
+            }
+            System::SetAccess(set) => self.set_access(insn, set),
         }
         Some(())
     }
@@ -24,6 +29,15 @@ impl Lowering<'_> {
     fn change_rflags(&mut self, insn: &Insn, operation: Alu, mask: u64) {
         self.before_clobber(insn.live_in());
         self.c.asm.alu_mem_imm(operation, Mem::vcpu(frame::RFLAGS), mask as i32);
+    }
+
+    /// STAC, CLAC: what follows uses another bank of the TLB.
+    fn set_access(&mut self, insn: &Insn, set: bool) {
+        self.slot_flags();
+        let (operation, mask) = if set { (Alu::Or, rflags::AC) } else { (Alu::And, !rflags::AC) };
+        self.c.asm.alu_mem_imm(operation, Mem::vcpu(frame::RFLAGS), mask as i32);
+        let mode = Mode(if set { self.c.mode.0 | Mode::AC } else { self.c.mode.0 & !Mode::AC });
+        self.lookup_in_mode(insn.iced.next_ip(), mode);
     }
 
     /// STI. When an interrupt waits, the next instruction still comes first.
