@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -176,11 +177,14 @@ class ComputeBench:
 def show(console: Console, results: Results, engine: str) -> None:
     """Print the table and the geometric means."""
     with_qemu = "qemu" in results.rounds
-    table = Table(title=f"compute: medians, engine {engine}", title_justify="left")
+    # Without vertical lines seven columns fit into 80 characters.
+    table = Table(
+        title=f"compute: medians in ms; ours is {engine}", title_justify="left", box=box.SIMPLE_HEAD
+    )
     table.add_column("item", no_wrap=True)
-    headings = ["native", "ringzero", "spread", "ringzero / native"]
-    for heading in [*headings, *(["QEMU", "QEMU / ringzero"] if with_qemu else [])]:
-        table.add_column(heading, justify="right", min_width=8)
+    headings = ["native", "ours", "spread", "ours / native"]
+    for heading in [*headings, *(["QEMU", "QEMU / ours"] if with_qemu else [])]:
+        table.add_column(heading, justify="right", min_width=6)
     for name in CLASSES:
         ours = results.seconds(engine, name)
         table.add_row(

@@ -62,8 +62,8 @@ def say_machine(console: Console, described: dict[str, Any]) -> None:
 
 
 def milliseconds(seconds: float) -> str:
-    """Return a time for a table."""
-    return f"{seconds * 1000:,.1f} ms" if seconds < 0.1 else f"{seconds * 1000:,.0f} ms"
+    """Return a time for a table whose title names the unit."""
+    return f"{seconds * 1000:,.1f}" if seconds < 0.1 else f"{seconds * 1000:,.0f}"
 
 
 def ratio(value: float) -> str:
