@@ -61,6 +61,7 @@ impl Gva {
     }
 
     #[must_use]
+    #[allow(clippy::should_implement_trait, reason = "it wraps, and two addresses do not add")]
     pub fn add(self, bytes: u64) -> Gva {
         Gva(self.0.wrapping_add(bytes))
     }
@@ -84,6 +85,7 @@ impl Gpa {
     }
 
     #[must_use]
+    #[allow(clippy::should_implement_trait, reason = "it wraps, and two addresses do not add")]
     pub fn add(self, bytes: u64) -> Gpa {
         Gpa(self.0.wrapping_add(bytes))
     }

@@ -12,4 +12,4 @@ pub mod state;
 pub use address::{Gpa, Gva, Mpn, PAGE_MASK, PAGE_SHIFT, PAGE_SIZE, Ppn};
 pub use fault::{GuestFault, vector};
 pub use registers::{cr0, cr4, dr6, dr7, efer, rflags};
-pub use state::{CpuState, Cpl, DescriptorTable, FpuArea, Segment, seg};
+pub use state::{Cpl, CpuState, DescriptorTable, FpuArea, Segment, seg};
