@@ -111,7 +111,7 @@ pub(crate) unsafe fn store(address: u64, size: usize, value: u64) {
 /// As for [`store`]. An access that is not naturally aligned is done under no lock: x86 would split-lock it, and
 /// guests of one processor cannot tell.
 pub(crate) unsafe fn compare_exchange(address: u64, size: usize, expected: u64, new: u64) -> u64 {
-    if address % size as u64 != 0 {
+    if !address.is_multiple_of(size as u64) {
         // SAFETY: by the caller's promise.
         unsafe {
             let old = load(address, size);

@@ -77,9 +77,7 @@ impl Pmap {
     /// Points a page at another machine page; gives back the old one.
     pub fn replace(&self, ppn: Ppn, mpn: Mpn) -> Option<Mpn> {
         let entry = &self.entries[self.index(ppn)?];
-        let old = entry.fetch_update(Ordering::AcqRel, Ordering::Acquire, |word| {
-            Some(word & TRACED | BACKED | mpn.0)
-        });
+        let old = entry.fetch_update(Ordering::AcqRel, Ordering::Acquire, |word| Some(word & TRACED | BACKED | mpn.0));
         old.ok().and_then(|word| Entry(word).mpn())
     }
 

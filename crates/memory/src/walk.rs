@@ -3,7 +3,7 @@
 
 use x86::fault::page_fault;
 use x86::paging::{ADDRESS, RESERVED_HIGH, entry};
-use x86::{CpuState, GuestFault, Gpa, Gva, PAGE_MASK, PAGE_SHIFT, PAGE_SIZE, cr0, cr4, efer, rflags};
+use x86::{CpuState, Gpa, GuestFault, Gva, PAGE_MASK, PAGE_SHIFT, PAGE_SIZE, cr0, cr4, efer, rflags};
 
 use crate::GuestMemory;
 
@@ -121,6 +121,7 @@ struct Rights {
 }
 
 impl Rights {
+    #[allow(clippy::nonminimal_bool, reason = "worded as the manual words it")]
     fn allow(&self, paging: &Paging, access: Access) -> bool {
         if access.user {
             return self.user && (!access.write || self.writable) && !(access.fetch && self.no_execute);
