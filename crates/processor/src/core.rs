@@ -270,7 +270,9 @@ impl Core<'_> {
     pub fn flush_page(&mut self, address: Gva) {
         self.vcpu.tlb.flush_page(address);
         self.vcpu.mappings += 1;
-        self.vcpu.stale.all_mappings = true;
+        if self.vcpu.code_regions.may_contain(address) {
+            self.vcpu.stale.all_mappings = true;
+        }
     }
 }
 

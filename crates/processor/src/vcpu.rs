@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use host::map::Placed;
 use memory::SoftTlb;
 use memory::tlb::Bank;
-use x86::{CpuState, rflags};
+use x86::{CpuState, Gva, rflags};
 
 use crate::cpuid::CpuidModel;
 use crate::translate::frame::{Hot, JumpCaches};
@@ -50,6 +50,39 @@ pub struct Stale {
     pub mode: bool,
 }
 
+/// Which 2 MiB regions of virtual addresses translated code was looked up in: a filter that may say yes too often. It
+/// spares most INVLPGs, which are about data, the loss of all that is known of code.
+#[derive(Debug)]
+pub struct CodeRegions {
+    bits: [u64; 64],
+    /// Code ran from a page larger than a region.
+    has_giant: bool,
+}
+
+impl CodeRegions {
+    fn place(address: Gva) -> (usize, u64) {
+        let hash = (address.0 >> 21).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 52;
+        ((hash >> 6) as usize, 1 << (hash & 63))
+    }
+
+    pub fn insert(&mut self, address: Gva, page_size: u64) {
+        let (word, bit) = Self::place(address);
+        self.bits[word] |= bit;
+        self.has_giant |= page_size > 2 << 20;
+    }
+
+    #[must_use]
+    pub fn may_contain(&self, address: Gva) -> bool {
+        let (word, bit) = Self::place(address);
+        self.has_giant || self.bits[word] & bit != 0
+    }
+
+    pub fn clear(&mut self) {
+        self.bits = [0; 64];
+        self.has_giant = false;
+    }
+}
+
 /// `repr(C)`, at a fixed place: translated code addresses it from one base register, which points just behind `hot`, so
 /// that the most used fields have one-byte displacements.
 #[derive(Debug)]
@@ -75,6 +108,7 @@ pub struct Vcpu {
     pub memory_epoch: u64,
     /// What CPUID tells this guest.
     pub cpuid: Arc<CpuidModel>,
+    pub code_regions: CodeRegions,
     pub(crate) jumps: JumpCaches,
     pub tlb: SoftTlb,
 }
@@ -103,6 +137,7 @@ impl Vcpu {
             hits: 0,
             memory_epoch: 0,
             cpuid: CpuidModel::shared(),
+            code_regions: CodeRegions { bits: [0; 64], has_giant: false },
             jumps: JumpCaches::new(),
             tlb: SoftTlb::new(),
         }

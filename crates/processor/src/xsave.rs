@@ -79,8 +79,7 @@ fn vectors(cpu: &CpuState) -> usize {
 }
 
 fn address(core: &Core<'_>, i: &Instruction, alignment: u64, write: bool) -> Result<Gva, GuestFault> {
-    let address =
-        if write { operand::linear_address_for_write(core, i)? } else { operand::linear_address(core, i)? };
+    let address = if write { operand::linear_address_for_write(core, i)? } else { operand::linear_address(core, i)? };
     if address.0 & (alignment - 1) != 0 { Err(GuestFault::GP0) } else { Ok(address) }
 }
 
@@ -99,6 +98,9 @@ fn settle_x87(area: &mut FpuArea) {
     for st in 0..8 {
         area.bytes[32 + 16 * st + 10..32 + 16 * st + 16].fill(0);
     }
+    // The opcode has 11 bits, the instruction pointer as many as a linear address of processors with 5-level paging.
+    area.bytes[7] &= 7;
+    area.bytes[15] = if area.bytes[15] & 1 != 0 { 0xff } else { 0 };
     // Bits 15:13 and 7:6 of the control word read as zero and (bit 6) one.
     area.bytes[0] = area.bytes[0] & 0x3f | 0x40;
     area.bytes[1] &= 0x1f;

@@ -9,8 +9,8 @@
 
 use x86::{FpuArea, GuestFault, cr4, vector};
 
-use super::{is_pending, masked};
 use super::plan::{Class, Plan};
+use super::{is_pending, masked};
 use crate::core::Core;
 use crate::native::{self, Operands, Slot};
 

@@ -48,9 +48,8 @@ pub(super) fn load(
     let mask = vector(&core.vcpu.cpu.fpu, instruction.op1_register());
     let mut operands = Operands::new();
     for offset in chosen(mask, size, plan.size) {
-        let value = core
-            .read(address.add(offset as u64), size)
-            .map_err(|fault| operand::stack_fault(instruction, fault))?;
+        let value =
+            core.read(address.add(offset as u64), size).map_err(|fault| operand::stack_fault(instruction, fault))?;
         operands.memory[offset..offset + size].copy_from_slice(&value.to_le_bytes()[..size]);
     }
     let mut area = core.vcpu.cpu.fpu.clone();

@@ -9,7 +9,7 @@ pub mod features;
 mod masked;
 mod plan;
 
-use iced_x86::Instruction;
+use iced_x86::{Instruction, Mnemonic as M};
 use x86::registers::xcr0;
 use x86::{FpuArea, GuestFault, Gva, cr0, cr4, rflags, vector};
 
@@ -144,7 +144,7 @@ fn run_native(
         }
     }
     let cpu = &mut core.vcpu.cpu;
-    if plan.class == Class::X87 {
+    if plan.class == Class::X87 && !matches!(instruction.mnemonic(), M::Fldenv | M::Frstor) {
         hide_pointers(&cpu.fpu, &mut area);
     }
     cpu.fpu = area;
@@ -174,7 +174,8 @@ fn write(core: &mut Core<'_>, address: Gva, data: &[u8]) -> Result<(), GuestFaul
 /// FOP, FIP and FDP in the legacy area.
 const POINTERS: std::ops::Range<usize> = 6..24;
 
-/// After an x87 instruction: the pointers are the guest's old ones if it did not set them, else zero.
+/// After an x87 instruction: the pointers are the guest's old ones if it did not set them, else zero. (FLDENV and FRSTOR
+/// set them to values of the guest.)
 fn hide_pointers(before: &FpuArea, after: &mut FpuArea) {
     if before.bytes[POINTERS] != after.bytes[POINTERS] {
         after.bytes[POINTERS].fill(0);

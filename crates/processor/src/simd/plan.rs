@@ -4,7 +4,8 @@ use std::cell::RefCell;
 use std::io;
 
 use iced_x86::{
-    Code, CpuidFeature as F, EncodingKind, Instruction, InstructionInfoFactory, Mnemonic as M, OpAccess, OpKind, Register,
+    Code, CpuidFeature as F, EncodingKind, Instruction, InstructionInfoFactory, Mnemonic as M, OpAccess, OpKind,
+    Register,
 };
 
 use super::features;
@@ -69,7 +70,8 @@ thread_local! {
 /// A place in the cache: the low bits of a mix of what tells instructions of a program apart.
 fn place(i: &Instruction) -> usize {
     let registers = i.op0_register() as u32 | (i.op1_register() as u32) << 8 | (i.memory_base() as u32) << 16;
-    let mix = u64::from(registers) << 16 ^ i.code() as u64 ^ i.memory_displacement64() << 20 ^ u64::from(i.immediate8()) << 9;
+    let mix =
+        u64::from(registers) << 16 ^ i.code() as u64 ^ i.memory_displacement64() << 20 ^ u64::from(i.immediate8()) << 9;
     (mix.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 53) as usize & (ENTRIES - 1)
 }
 
@@ -137,13 +139,11 @@ fn alignment(i: &Instruction, class: Class, size: usize) -> u64 {
 
 /// These name RAX, RCX and RDX implicitly.
 fn is_string_compare(i: &Instruction) -> bool {
-    matches!(
-        i.mnemonic(),
-        M::Pcmpestri | M::Pcmpestri64 | M::Pcmpestrm | M::Pcmpestrm64 | M::Pcmpistri | M::Pcmpistrm
-    ) || matches!(
-        i.mnemonic(),
-        M::Vpcmpestri | M::Vpcmpestri64 | M::Vpcmpestrm | M::Vpcmpestrm64 | M::Vpcmpistri | M::Vpcmpistrm
-    )
+    matches!(i.mnemonic(), M::Pcmpestri | M::Pcmpestri64 | M::Pcmpestrm | M::Pcmpestrm64 | M::Pcmpistri | M::Pcmpistrm)
+        || matches!(
+            i.mnemonic(),
+            M::Vpcmpestri | M::Vpcmpestri64 | M::Vpcmpestrm | M::Vpcmpestrm64 | M::Vpcmpistri | M::Vpcmpistrm
+        )
 }
 
 fn make(i: &Instruction) -> io::Result<Option<Plan>> {
@@ -163,9 +163,7 @@ fn make(i: &Instruction) -> io::Result<Option<Plan>> {
         alignment: 1,
         register: Register::None,
         register_written: false,
-        implicit: is_string_compare(i)
-            || i.code() == Code::Fnstsw_AX
-            || i.code() == Code::Fstsw_AX,
+        implicit: is_string_compare(i) || i.code() == Code::Fnstsw_AX || i.code() == Code::Fstsw_AX,
         flags: (i.rflags_modified() | i.rflags_read()) != 0,
     };
     if !offered {

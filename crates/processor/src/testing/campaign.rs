@@ -9,9 +9,10 @@ use iced_x86::{FastFormatter, Register};
 use x86::fault::page_fault;
 use x86::{FpuArea, GuestFault, rflags, vector};
 
-use super::generate::{self, Generator, Kinds, Sequence};
+use super::generate::Generator;
 use super::guest::{Guest, Ring};
 use super::random::Random;
+use super::sequence::{self, Kinds, Sequence};
 use crate::Engine;
 use crate::native::sequence::{Arena, CONSTANT_SIZE, DATA_SIZE, Ending, State};
 
@@ -67,7 +68,8 @@ fn number(random: &mut Random) -> u64 {
     match random.below(8) {
         0 => f64::to_bits((random.word() as i64 >> random.below(64)) as f64),
         1 => {
-            let value = |random: &mut Random| u64::from(f32::to_bits((random.word() as i32 >> random.below(32)) as f32));
+            let value =
+                |random: &mut Random| u64::from(f32::to_bits((random.word() as i32 >> random.below(32)) as f32));
             value(random) | value(random) << 32
         }
         2 => random.pick(&[
@@ -195,7 +197,7 @@ impl Campaign {
         let mut formatter = FastFormatter::new();
         let mut text = String::new();
         let base = self.arena.code();
-        for instruction in generate::decode(&sequence.code, base) {
+        for instruction in sequence::decode(&sequence.code, base) {
             let start = (instruction.ip() - base.0) as usize;
             let mut line = String::new();
             formatter.format(&instruction, &mut line);
@@ -249,7 +251,7 @@ impl Campaign {
             let result = result.unwrap_or_else(|_| Err("the engine panicked".to_owned()));
             let name = self.engine.name();
             let differences = match result {
-                Ok(ending) => differences(sequence, (end, &wanted), (ending, &got), name),
+                Ok(ending) => differences(sequence, (end, &wanted), (ending, &got), name, self.kinds.state),
                 Err(why) => format!("  {name}: {why}\n"),
             };
             if !differences.is_empty() {
@@ -289,7 +291,13 @@ fn word(bytes: &[u8]) -> u64 {
 }
 
 /// What differs, a line each; empty when all agrees.
-fn differences(sequence: &Sequence, wanted: (Ending, &State), got: (Ending, &State), name: &str) -> String {
+fn differences(
+    sequence: &Sequence,
+    wanted: (Ending, &State),
+    got: (Ending, &State),
+    name: &str,
+    pointers: bool,
+) -> String {
     let mut text = String::new();
     let mut differ = |what: &str, host: String, engine: String| {
         let _ = writeln!(text, "  {what}: host {host}, {name} {engine}");
@@ -310,7 +318,7 @@ fn differences(sequence: &Sequence, wanted: (Ending, &State), got: (Ending, &Sta
         let show = |flags: u64| format!("{:03x} (of {defined:03x})", flags & defined);
         differ("flags", show(host.rflags), show(state.rflags));
     }
-    // Instruction and operand pointers of the x87 are the host's there, and are hidden here.
+    // Instruction and operand pointers of the x87 are the host's there, and are hidden here, if x87 instructions ran.
     let same = |range: std::ops::Range<usize>| host.fpu.bytes[range.clone()] == state.fpu.bytes[range];
     // With an unmasked overflow or underflow, the inexact flag is that of a result with unlimited exponent, which only the
     // exception itself shows: see simd/exceptions.rs.
@@ -325,7 +333,8 @@ fn differences(sequence: &Sequence, wanted: (Ending, &State), got: (Ending, &Sta
     let st = (0..8).map(|n| (format!("st{n}"), 32 + 16 * n..42 + 16 * n));
     let xmm = (0..16).map(|n| (format!("xmm{n}"), FpuArea::XMM + 16 * n..FpuArea::XMM + 16 * n + 16));
     let ymm = (0..16).map(|n| (format!("ymm{n} high"), FpuArea::YMM_HIGH + 16 * n..FpuArea::YMM_HIGH + 16 * n + 16));
-    for (what, range) in pieces.into_iter().chain(st).chain(xmm).chain(ymm) {
+    let pieces = pieces.into_iter().chain(pointers.then(|| ("fip, fdp".to_owned(), 6..24)));
+    for (what, range) in pieces.chain(st).chain(xmm).chain(ymm) {
         if !same(range.clone()) {
             let show = |state: &State| {
                 state.fpu.bytes[range.clone()].iter().rev().fold(String::new(), |mut text, byte| {

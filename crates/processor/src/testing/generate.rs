@@ -2,146 +2,15 @@
 //! program may run and whose memory operands lie in the arena.
 
 use iced_x86::{
-    Code, ConstantOffsets, CpuidFeature as F, Decoder, DecoderOptions, FlowControl, Instruction, InstructionInfoFactory,
-    Mnemonic, OpKind, Register,
+    Code, ConstantOffsets, CpuidFeature as F, Decoder, DecoderOptions, FlowControl, Instruction,
+    InstructionInfoFactory, Mnemonic, OpKind, Register,
 };
-use x86::Gva;
 
 use super::flags;
 use super::random::Random;
+use super::sequence::{Fix, Item, Kinds, Sequence};
 use crate::native::sequence::{CONSTANT_OFFSET, DATA_OFFSET, DATA_SIZE};
 use crate::simd::features;
-
-/// Which instructions a sequence is made of.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Kinds {
-    pub integer: bool,
-    pub x87: bool,
-    /// MMX and SSE.
-    pub sse: bool,
-    pub avx: bool,
-}
-
-impl Kinds {
-    pub const INTEGER: Kinds = Kinds { integer: true, x87: false, sse: false, avx: false };
-    pub const SIMD: Kinds = Kinds { integer: false, x87: true, sse: true, avx: true };
-    pub const ALL: Kinds = Kinds { integer: true, x87: true, sse: true, avx: true };
-}
-
-/// Something in an item that depends on where it comes to lie.
-#[derive(Clone, Copy, Debug)]
-enum Fix {
-    /// A 32-bit displacement at `at`, relative to `end`, that names a place in the arena.
-    Place { at: usize, end: usize, arena: i64 },
-    /// An 8-bit displacement in the last byte, over the next `items` items.
-    Skip { items: usize },
-}
-
-/// One or a few instructions that belong together.
-#[derive(Clone, Debug, Default)]
-struct Item {
-    bytes: Vec<u8>,
-    fixes: Vec<Fix>,
-}
-
-impl Item {
-    fn append(&mut self, other: &Item) {
-        let base = self.bytes.len();
-        self.bytes.extend_from_slice(&other.bytes);
-        self.fixes.extend(other.fixes.iter().map(|fix| match *fix {
-            Fix::Place { at, end, arena } => Fix::Place { at: at + base, end: end + base, arena },
-            skip @ Fix::Skip { .. } => skip,
-        }));
-    }
-
-    fn of(bytes: &[u8]) -> Item {
-        Item { bytes: bytes.to_vec(), fixes: Vec::new() }
-    }
-}
-
-/// A sequence that keeps the promise of [`crate::native::sequence::Arena::run`]: only this file makes one.
-#[derive(Clone, Debug)]
-pub struct Sequence {
-    items: Vec<Item>,
-    /// Numbers of the two registers that hold pointers into the data.
-    pub pointers: [usize; 2],
-    pub code: Vec<u8>,
-    /// Where each instruction starts, and the end; and the flags that are undefined there.
-    pub undefined: Vec<(u64, u64)>,
-    /// Has an instruction of several roundings (DPPS, DPPD), whose flags are not exact when exceptions are unmasked.
-    pub is_stepwise: bool,
-}
-
-impl Sequence {
-    /// The number of parts that can be left out one by one.
-    #[must_use]
-    pub fn len(&self) -> usize {
-        self.items.len()
-    }
-
-    #[must_use]
-    pub fn is_empty(&self) -> bool {
-        self.items.is_empty()
-    }
-
-    /// The same without `count` parts from `first`; `None` if that would read undefined flags.
-    #[must_use]
-    pub fn without(&self, first: usize, count: usize) -> Option<Sequence> {
-        let mut items = self.items.clone();
-        items.drain(first..(first + count).min(self.items.len()));
-        Sequence::assemble(items, self.pointers)
-    }
-
-    fn assemble(items: Vec<Item>, pointers: [usize; 2]) -> Option<Sequence> {
-        let mut starts = vec![0_usize];
-        for item in &items {
-            starts.push(starts.last()? + item.bytes.len());
-        }
-        let mut code = Vec::with_capacity(*starts.last()?);
-        for (index, item) in items.iter().enumerate() {
-            let start = starts[index];
-            code.extend_from_slice(&item.bytes);
-            for fix in &item.fixes {
-                match *fix {
-                    Fix::Place { at, end, arena } => {
-                        let displacement = (arena - (start + end) as i64) as i32;
-                        code[start + at..start + at + 4].copy_from_slice(&displacement.to_le_bytes());
-                    }
-                    Fix::Skip { items: over } => {
-                        let end = starts[index + 1];
-                        let mut target = (index + 1 + over).min(items.len());
-                        while starts[target] - end > 127 {
-                            target -= 1;
-                        }
-                        code[end - 1] = (starts[target] - end) as u8;
-                    }
-                }
-            }
-        }
-        let instructions = decode(&code, Gva(0));
-        let entry = flags::undefined(&instructions)?;
-        let mut undefined: Vec<_> = instructions.iter().zip(&entry).map(|(i, flags)| (i.ip(), *flags)).collect();
-        undefined.push((code.len() as u64, *entry.last()?));
-        let has = |wanted: &[Mnemonic]| instructions.iter().any(|i| wanted.contains(&i.mnemonic()));
-        let is_stepwise = has(&[Mnemonic::Dpps, Mnemonic::Dppd, Mnemonic::Vdpps, Mnemonic::Vdppd]);
-        if is_stepwise && has(&[Mnemonic::Ldmxcsr, Mnemonic::Vldmxcsr]) {
-            return None;
-        }
-        Some(Sequence { items, pointers, code, undefined, is_stepwise })
-    }
-
-    /// The undefined flags when control is at `rip`, an offset in the code.
-    #[must_use]
-    pub fn undefined_at(&self, rip: u64) -> u64 {
-        self.undefined.iter().find(|(start, _)| *start == rip).map_or(0, |(_, flags)| *flags)
-    }
-}
-
-/// All instructions of `code`.
-#[must_use]
-pub fn decode(code: &[u8], base: Gva) -> Vec<Instruction> {
-    Decoder::with_ip(64, code, base.0, DecoderOptions::NONE).iter().collect()
-}
 
 /// A memory operand's bytes.
 struct Form {
@@ -158,10 +27,12 @@ struct Form {
 const RSP: u8 = 4;
 
 pub struct Generator {
-    random: Random,
-    kinds: Kinds,
-    factory: InstructionInfoFactory,
-    pointers: [u8; 2],
+    pub(super) random: Random,
+    pub(super) kinds: Kinds,
+    pub(super) factory: InstructionInfoFactory,
+    pub(super) pointers: [u8; 2],
+    /// The sequence has an instruction that loads FPU state.
+    pub(super) has_loaded: bool,
 }
 
 impl Generator {
@@ -171,7 +42,13 @@ impl Generator {
         let mut candidates: Vec<u8> = (0..16).filter(|r| *r != RSP).collect();
         let first = candidates.remove(random.below(candidates.len()));
         let second = candidates.remove(random.below(candidates.len()));
-        Generator { random, kinds, factory: InstructionInfoFactory::new(), pointers: [first, second] }
+        Generator {
+            random,
+            kinds,
+            factory: InstructionInfoFactory::new(),
+            pointers: [first, second],
+            has_loaded: false,
+        }
     }
 
     pub fn sequence(&mut self) -> Sequence {
@@ -192,6 +69,12 @@ impl Generator {
 
     fn item(&mut self) -> Item {
         loop {
+            if self.kinds.state
+                && self.random.chance(60)
+                && let Some(item) = self.state()
+            {
+                return item;
+            }
             let item = match self.random.below(if self.kinds.integer { 100 } else { 74 }) {
                 0..74 => self.plain(),
                 74..82 => Some(self.skip()),
@@ -216,14 +99,14 @@ impl Generator {
         self.aligned(place as i64)
     }
 
-    fn aligned(&mut self, value: i64) -> i64 {
+    pub(super) fn aligned(&mut self, value: i64) -> i64 {
         // Mostly aligned, or most sequences with SSE would end early.
         let any: &[i64] = if self.kinds.integer { &[1, 1, 8, 16, 32, 64] } else { &[1, 16, 16, 32, 32, 64, 64, 64] };
         let alignment = self.random.pick(any);
         value & !(alignment - 1)
     }
 
-    fn is_pointer(&self, register: u8) -> bool {
+    pub(super) fn is_pointer(&self, register: u8) -> bool {
         register == RSP || self.pointers.contains(&register)
     }
 
@@ -239,7 +122,13 @@ impl Generator {
         form.b = base >> 3;
         let wide = self.random.chance(30);
         let none = !wide && base & 7 != 5 && self.random.chance(20);
-        let mode = if none { 0 } else if wide { 0x80 } else { 0x40 };
+        let mode = if none {
+            0
+        } else if wide {
+            0x80
+        } else {
+            0x40
+        };
         let index = self.random.byte() & 15;
         if self.random.chance(25) && !self.is_pointer(index) {
             form.index = Some(index);
@@ -264,7 +153,7 @@ impl Generator {
     }
 
     /// One random instruction, perhaps with what makes its memory operand safe.
-    fn plain(&mut self) -> Option<Item> {
+    pub(super) fn plain(&mut self) -> Option<Item> {
         for _ in 0..4000 {
             if let Some(item) = self.attempt() {
                 return Some(item);
@@ -315,7 +204,8 @@ impl Generator {
             bytes.push(0xf0);
         }
         let opcode = random.byte();
-        let (map, repeat) = if simd { (random.below(10), 45) } else { (random.pick(&[0, 0, 0, 0, 3, 3, 3, 8, 9, 0]), 8) };
+        let (map, repeat) =
+            if simd { (random.below(10), 45) } else { (random.pick(&[0, 0, 0, 0, 3, 3, 3, 8, 9, 0]), 8) };
         let x87 = simd && map < 3 && self.kinds.x87;
         if random.chance(if x87 { 2 } else { 25 }) {
             bytes.push(0x66);
@@ -413,7 +303,9 @@ impl Generator {
                     if register.is_segment_register() || register.is_cr() || register.is_dr() {
                         return false;
                     }
-                    if instruction.is_stack_instruction() && register.full_register() == Register::RSP && operand == 0
+                    if instruction.is_stack_instruction()
+                        && register.full_register() == Register::RSP
+                        && operand == 0
                         && instruction.mnemonic() == Mnemonic::Pop
                     {
                         return false;
@@ -471,8 +363,17 @@ impl Generator {
         let mut any_avx = false;
         for feature in instruction.cpuid_features() {
             match feature {
-                F::INTEL8086 | F::INTEL186 | F::INTEL286 | F::INTEL386 | F::INTEL486 | F::X64 | F::CMOV | F::CX8
-                | F::MULTIBYTENOP | F::PREFETCHW | F::PAUSE => {}
+                F::INTEL8086
+                | F::INTEL186
+                | F::INTEL286
+                | F::INTEL386
+                | F::INTEL486
+                | F::X64
+                | F::CMOV
+                | F::CX8
+                | F::MULTIBYTENOP
+                | F::PREFETCHW
+                | F::PAUSE => {}
                 F::BMI1 | F::BMI2 | F::ADX | F::POPCNT | F::LZCNT | F::MOVBE | F::CMPXCHG16B => {
                     if !self.has_integer(*feature) {
                         return false;
@@ -493,6 +394,10 @@ impl Generator {
             instruction.mnemonic(),
             Mnemonic::Crc32 | Mnemonic::Movnti | Mnemonic::Lfence | Mnemonic::Mfence | Mnemonic::Sfence
         );
+        if self.kinds.state && instruction.mnemonic() == Mnemonic::Wait {
+            // It makes the x87 count as in use.
+            return false;
+        }
         if integer_sse || !(any_x87 || any_sse || any_avx) {
             return self.kinds.integer;
         }
@@ -512,166 +417,6 @@ impl Generator {
             F::MOVBE => std::is_x86_feature_detected!("movbe"),
             _ => std::is_x86_feature_detected!("cmpxchg16b"),
         }
-    }
-
-    /// A jump over some of what follows.
-    fn skip(&mut self) -> Item {
-        let items = 1 + self.random.below(4);
-        let opcode = match self.random.below(8) {
-            0 => 0xeb,
-            1 => 0xe3,
-            _ => 0x70 | self.random.byte() & 15,
-        };
-        Item { bytes: vec![opcode, 0], fixes: vec![Fix::Skip { items }] }
-    }
-
-    /// A few rounds of one or two instructions, counted by RCX.
-    fn repeat(&mut self) -> Option<Item> {
-        if self.pointers.contains(&1) {
-            return None;
-        }
-        let mut item = Item::of(&[0xb9, 1 + self.random.byte() % 5, 0, 0, 0]);
-        let start = item.bytes.len();
-        for _ in 0..1 + self.random.below(2) {
-            let body = self.plain()?;
-            let writes_count = decode(&body.bytes, Gva(0))
-                .iter()
-                .any(|i| flags::writes(&mut self.factory, i, Register::RCX) || i.is_stack_instruction());
-            if writes_count {
-                return None;
-            }
-            item.append(&body);
-        }
-        let tail: &[u8] = self.random.pick(&[&[0xe2_u8][..], &[0xff, 0xc9, 0x75][..], &[0x48, 0x83, 0xe9, 1, 0x75][..]]);
-        item.bytes.extend_from_slice(tail);
-        let back = i64::try_from(start).ok()? - item.bytes.len() as i64 - 1;
-        item.bytes.push(i8::try_from(back).ok()? as u8);
-        Some(item)
-    }
-
-    /// A call, a return or an indirect jump, to what follows.
-    fn call(&mut self) -> Option<Item> {
-        let register = self.random.byte() & 15;
-        if self.is_pointer(register) {
-            return None;
-        }
-        let (high, low) = (register >> 3, register & 7);
-        // lea register, [rip+n]
-        let lea = |n: u8| [0x48 | high << 2, 0x8d, 5 | low << 3, n, 0, 0, 0];
-        let rest: &[u8] = match self.random.below(6) {
-            // call next; pop register
-            0 => return Some(Item::of(&[0xe8, 0, 0, 0, 0, 0x40 | high, 0x58 | low])),
-            // call over a jump; jmp end; ret
-            1 => return Some(Item::of(&[0xe8, 2, 0, 0, 0, 0xeb, 1, 0xc3])),
-            // push register; ret
-            2 => &[0x40 | high, 0x50 | low, 0xc3],
-            // jmp register
-            3 => &[0x40 | high, 0xff, 0xe0 | low],
-            // call register; then (also where it leads) add rsp, 8
-            4 => &[0x40 | high, 0xff, 0xd0 | low],
-            // push register; ret 16; then sub rsp, 16 (lea, to leave the flags)
-            _ => &[0x40 | high, 0x50 | low, 0xc2, 16, 0],
-        };
-        let mut item = Item::of(&lea(rest.len() as u8));
-        item.bytes.extend_from_slice(rest);
-        match rest.last() {
-            Some(0) => item.bytes.extend_from_slice(&[0x48, 0x8d, 0x64, 0x24, 0xf0]),
-            Some(0xd0..=0xd7) => item.bytes.extend_from_slice(&[0x48, 0x8d, 0x64, 0x24, 8]),
-            _ => {}
-        }
-        Some(item)
-    }
-
-    /// lea `to`, [pointer + displacement]
-    fn lea(&mut self, to: u8) -> Item {
-        let base = self.random.pick(&self.pointers);
-        let displacement = self.random.below(0x400) as i64 - 0x200;
-        let mut bytes = vec![0x48 | base >> 3, 0x8d, 0x80 | to << 3 | base & 7];
-        if base & 7 == 4 {
-            bytes.push(0x24);
-        }
-        bytes.extend_from_slice(&(self.aligned(displacement) as i32).to_le_bytes());
-        Item::of(&bytes)
-    }
-
-    /// A string instruction, XLAT or a masked store, with its fixed registers set.
-    fn string(&mut self) -> Option<Item> {
-        if self.pointers.iter().any(|p| matches!(p, 0 | 1 | 3 | 6 | 7)) {
-            return None;
-        }
-        let mut item = Item::default();
-        if self.random.chance(10) {
-            item.append(&self.lea(3));
-            item.bytes.push(0xd7);
-            return Some(item);
-        }
-        item.append(&self.lea(6));
-        item.append(&self.lea(7));
-        if self.kinds.sse && self.random.chance(30) {
-            // maskmovdqu or maskmovq
-            if self.random.chance(50) {
-                item.bytes.push(0x66);
-            }
-            item.bytes.extend_from_slice(&[0x0f, 0xf7, 0xc0 | self.random.byte() & 0x3f]);
-            return Some(item);
-        }
-        let repeat = self.random.pick(&[0, 0xf3, 0xf3, 0xf2]);
-        if repeat != 0 {
-            item.bytes.extend_from_slice(&[0xb9, self.random.byte() & 0x3f, 0, 0, 0]);
-        }
-        if self.random.chance(20) {
-            item.bytes.push(self.random.pick(&[0xfc, 0xfd]));
-        }
-        if self.random.chance(25) {
-            item.bytes.push(0x66);
-        }
-        if repeat != 0 {
-            item.bytes.push(repeat);
-        }
-        if self.random.chance(40) {
-            item.bytes.push(0x48);
-        }
-        item.bytes.push(self.random.pick(&[0xa4, 0xa5, 0xa6, 0xa7, 0xaa, 0xab, 0xac, 0xad, 0xae, 0xaf]));
-        Some(item)
-    }
-
-    /// push flags; popf. TF, NT, AC, VM and RF stay clear.
-    fn pop_flags(&mut self) -> Item {
-        let flags = (self.random.word() as u32 & 0xcd5 | 0x202).to_le_bytes();
-        if self.random.chance(25) {
-            return Item::of(&[0x66, 0x68, flags[0], flags[1], 0x66, 0x9d]);
-        }
-        Item::of(&[0x68, flags[0], flags[1], flags[2], flags[3], 0x9d])
-    }
-
-    /// A division that does not overflow every time.
-    fn divide(&mut self) -> Option<Item> {
-        let divisor = self.random.byte() & 15;
-        if self.pointers.iter().any(|p| *p == 0 || *p == 2) || divisor == 0 || divisor == 2 {
-            return None;
-        }
-        let (high, low) = (divisor >> 3, divisor & 7);
-        let signed = self.random.chance(50);
-        let width = self.random.below(4);
-        let rex = 0x40 | high | if width == 3 { 8 } else { 0 };
-        let mut item = Item::default();
-        if width == 1 {
-            item.bytes.push(0x66);
-        }
-        match (width, signed) {
-            (0, false) => item.bytes.extend_from_slice(&[0x0f, 0xb6, 0xc0]),
-            (0, true) => item.bytes.extend_from_slice(&[0x66, 0x98]),
-            (_, true) => item.bytes.extend_from_slice(&[rex & !1, 0x99]),
-            // movzx edx, dl leaves some overflows; xor would change flags, which is also fine, but this keeps them.
-            (1, false) => item.bytes.extend_from_slice(&[0xba, 0, 0]),
-            (_, false) => item.bytes.extend_from_slice(&[0xba, 0, 0, 0, 0]),
-        }
-        if width == 1 {
-            item.bytes.push(0x66);
-        }
-        let opcode = if width == 0 { 0xf6 } else { 0xf7 };
-        item.bytes.extend_from_slice(&[rex, opcode, if signed { 0xf8 } else { 0xf0 } | low]);
-        Some(item)
     }
 }
 
@@ -701,15 +446,72 @@ fn is_bit_string(instruction: &Instruction) -> bool {
 fn is_denied(instruction: &Instruction) -> bool {
     use Mnemonic as M;
     match instruction.mnemonic() {
-        M::Cpuid | M::Rdtsc | M::Rdtscp | M::Rdpmc | M::Rdrand | M::Rdseed | M::Rdpid | M::Xgetbv | M::Syscall
-        | M::Sysenter | M::Sgdt | M::Sidt | M::Sldt | M::Str | M::Smsw | M::Lar | M::Lsl | M::Verr | M::Verw
-        | M::Enter | M::Leave | M::Popf | M::Popfq | M::Popfd | M::Xlatb | M::Maskmovq | M::Maskmovdqu
-        | M::Vmaskmovdqu | M::Lss | M::Lfs | M::Lgs | M::Cli | M::Sti | M::In | M::Out | M::Hlt | M::Ud0 | M::Ud1
-        | M::Ud2 | M::Xabort | M::Xbegin | M::Xend | M::Xtest => true,
+        M::Cpuid
+        | M::Rdtsc
+        | M::Rdtscp
+        | M::Rdpmc
+        | M::Rdrand
+        | M::Rdseed
+        | M::Rdpid
+        | M::Xgetbv
+        | M::Syscall
+        | M::Sysenter
+        | M::Sgdt
+        | M::Sidt
+        | M::Sldt
+        | M::Str
+        | M::Smsw
+        | M::Lar
+        | M::Lsl
+        | M::Verr
+        | M::Verw
+        | M::Enter
+        | M::Leave
+        | M::Popf
+        | M::Popfq
+        | M::Popfd
+        | M::Xlatb
+        | M::Maskmovq
+        | M::Maskmovdqu
+        | M::Vmaskmovdqu
+        | M::Lss
+        | M::Lfs
+        | M::Lgs
+        | M::Cli
+        | M::Sti
+        | M::In
+        | M::Out
+        | M::Hlt
+        | M::Ud0
+        | M::Ud1
+        | M::Ud2
+        | M::Xabort
+        | M::Xbegin
+        | M::Xend
+        | M::Xtest => true,
         // These hold or show instruction pointers.
-        M::Fnstenv | M::Fldenv | M::Fnsave | M::Frstor | M::Fstenv | M::Fsave | M::Fxsave | M::Fxsave64 | M::Fxrstor
-        | M::Fxrstor64 | M::Xsave | M::Xsave64 | M::Xsaveopt | M::Xsaveopt64 | M::Xsavec | M::Xsavec64 | M::Xrstor
-        | M::Xrstor64 | M::Xsaves | M::Xsaves64 | M::Xrstors | M::Xrstors64 => true,
+        M::Fnstenv
+        | M::Fldenv
+        | M::Fnsave
+        | M::Frstor
+        | M::Fstenv
+        | M::Fsave
+        | M::Fxsave
+        | M::Fxsave64
+        | M::Fxrstor
+        | M::Fxrstor64
+        | M::Xsave
+        | M::Xsave64
+        | M::Xsaveopt
+        | M::Xsaveopt64
+        | M::Xsavec
+        | M::Xsavec64
+        | M::Xrstor
+        | M::Xrstor64
+        | M::Xsaves
+        | M::Xsaves64
+        | M::Xrstors
+        | M::Xrstors64 => true,
         // Undefined results: 16-bit byte swap, double shifts of 16 bits by more.
         M::Bswap => instruction.code() == Code::Bswap_r16,
         M::Shld | M::Shrd => {

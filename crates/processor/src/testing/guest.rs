@@ -10,7 +10,7 @@ use memory::GuestMemory;
 use x86::paging::entry;
 use x86::registers::xcr0;
 use x86::state::gpr;
-use x86::{CpuState, DescriptorTable, GuestFault, Gpa, Gva, Segment, cr0, cr4, efer, rflags, seg, vector};
+use x86::{CpuState, DescriptorTable, Gpa, GuestFault, Gva, Segment, cr0, cr4, efer, rflags, seg, vector};
 
 use super::campaign::Setup;
 use crate::native::sequence::{
@@ -78,14 +78,9 @@ struct Watchdog {
 
 impl Watchdog {
     fn new(attention: Arc<crate::vcpu::Attention>) -> Watchdog {
-        let dog = Watchdog {
-            deadline: Arc::default(),
-            stop: Arc::default(),
-            overdue: Arc::default(),
-            start: Instant::now(),
-        };
-        let (deadline, stop, overdue, start) =
-            (dog.deadline.clone(), dog.stop.clone(), dog.overdue.clone(), dog.start);
+        let dog =
+            Watchdog { deadline: Arc::default(), stop: Arc::default(), overdue: Arc::default(), start: Instant::now() };
+        let (deadline, stop, overdue, start) = (dog.deadline.clone(), dog.stop.clone(), dog.overdue.clone(), dog.start);
         std::thread::spawn(move || {
             while !stop.load(Ordering::Relaxed) {
                 let due = deadline.load(Ordering::Relaxed);
@@ -131,8 +126,7 @@ impl Guest {
         let vcpu = Vcpu::place(CpuState::reset())?;
         let dog = Watchdog::new(vcpu.attention.clone());
         let next_table = TABLES + 0x1000;
-        let mut guest =
-            Guest { memory, vcpu, start: CpuState::reset(), code: arena.code(), ring, next_table, dog };
+        let mut guest = Guest { memory, vcpu, start: CpuState::reset(), code: arena.code(), ring, next_table, dog };
         guest.lay_out(constants)?;
         guest.start = guest.start_state();
         Ok(guest)
@@ -182,7 +176,15 @@ impl Guest {
         let tss = HIGH + TSS;
         let low = 0x67 | (tss & 0xff_ffff) << 16 | 0x89 << 40 | (tss >> 24 & 0xff) << 56;
         let descriptors = [
-            0, 0x00af_9b00_0000_ffff, 0x00cf_9300_0000_ffff, 0, 0, 0x00cf_f300_0000_ffff, 0x00af_fb00_0000_ffff, 0, low,
+            0,
+            0x00af_9b00_0000_ffff,
+            0x00cf_9300_0000_ffff,
+            0,
+            0,
+            0x00cf_f300_0000_ffff,
+            0x00af_fb00_0000_ffff,
+            0,
+            low,
             tss >> 32,
         ];
         for (index, value) in descriptors.into_iter().enumerate() {

@@ -24,11 +24,13 @@ mod flags;
 mod generate;
 mod guest;
 mod random;
+mod sequence;
+mod special;
 
 pub use campaign::{Campaign, Disagreement, Setup};
-pub use generate::{Kinds, Sequence};
 pub use guest::Ring;
 pub use random::Random;
+pub use sequence::{Kinds, Sequence};
 
 use crate::Engine;
 

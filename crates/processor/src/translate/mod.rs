@@ -152,6 +152,7 @@ impl Translator {
         }
         if stale.all_mappings || (stale.local_mappings && self.fetches.has_local_kernel_code) {
             self.fetches.has_local_kernel_code = false;
+            core.vcpu.code_regions.clear();
             core.vcpu.jumps.forget(false);
         }
         let features = features(&core.vcpu.cpu);
