@@ -111,6 +111,17 @@ impl CodeCache {
         unsafe { ptr::read_unaligned(self.writable.base().as_ptr().add(offset).cast()) }
     }
 
+    /// Makes the jump whose 32-bit displacement is at `at` lead to `target`.
+    pub fn set_displacement(&mut self, at: u64, target: u64) {
+        self.write(at, &(target.wrapping_sub(at + 4) as u32).to_le_bytes());
+    }
+
+    /// Where the jump whose displacement is at `at` leads.
+    #[must_use]
+    pub fn displacement_target(&self, at: u64) -> u64 {
+        (at + 4).wrapping_add(self.read_u32(at) as i32 as u64)
+    }
+
     /// What was added so far survives [`CodeCache::clear`].
     pub fn keep_from_here(&mut self) {
         self.first = self.next;

@@ -268,8 +268,10 @@ impl Lowering<'_> {
         self.c.asm.relative(self.c.poll);
     }
 
+    /// Links inside a page last as long as the page's code. Links of kernel code to other pages are undone when kernel
+    /// mappings change, which is rare; user mappings change with every switch of address spaces.
     fn is_linkable(&self, target: u64) -> bool {
-        self.c.may_link && target >> 12 == self.c.rip >> 12
+        self.c.may_link && (target >> 12 == self.c.rip >> 12 || !self.c.mode.is_user())
     }
 
     /// Goes to a constant RIP, from wherever the flags are.

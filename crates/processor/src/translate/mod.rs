@@ -12,6 +12,7 @@ mod enter;
 mod fetch;
 pub mod frame;
 mod groups;
+mod links;
 mod lower;
 mod string;
 mod system;
@@ -32,6 +33,7 @@ use self::enter::Stubs;
 use self::fetch::FetchCache;
 use self::frame::JumpEntry;
 use self::groups::Groups;
+use self::links::Links;
 use self::lower::{Flags, Mode, Site, jump_index, lower};
 use crate::code_cache::{CodeCache, Poll};
 use crate::core::Core;
@@ -68,6 +70,8 @@ struct Counters {
     exits_poll: u64,
     probe_filled: u64,
     lookups: u64,
+    user_forgets: u64,
+    kernel_forgets: u64,
 }
 
 pub struct Translator {
@@ -76,6 +80,7 @@ pub struct Translator {
     stubs: Stubs,
     blocks: Blocks,
     sites: Vec<Site>,
+    links: Links,
     asm: Asm,
     info: InstructionInfoFactory,
     landing: Arc<Landing>,
@@ -113,6 +118,7 @@ impl Translator {
             stubs,
             blocks: Blocks::default(),
             sites: Vec::new(),
+            links: Links::default(),
             asm: Asm::default(),
             info: InstructionInfoFactory::new(),
             landing,
@@ -148,12 +154,14 @@ impl Translator {
     fn refresh(&mut self, core: &mut Core<'_>) {
         let stale = std::mem::take(&mut core.vcpu.stale);
         if stale.local_mappings || stale.all_mappings {
+            self.counters.user_forgets += 1;
             core.vcpu.jumps.forget(true);
         }
         if stale.all_mappings || (stale.local_mappings && self.fetches.has_local_kernel_code) {
             self.fetches.has_local_kernel_code = false;
             core.vcpu.code_regions.clear();
-            core.vcpu.jumps.forget(false);
+            self.counters.kernel_forgets += 1;
+            self.forget_kernel_jumps(core);
         }
         let features = features(&core.vcpu.cpu);
         if features != self.features {
@@ -166,6 +174,7 @@ impl Translator {
                 self.blocks.drop_page(write.ppn, |Key { rip, mode, .. }| {
                     jumps.forget_block(rip, mode.0.into(), mode.is_user(), jump_index(rip));
                 });
+                self.links.undo_page(write.ppn, &mut self.cache);
                 self.decoder.drop_page(write.ppn);
             }
         }
@@ -185,9 +194,20 @@ impl Translator {
         self.cache.clear();
         self.blocks.clear();
         self.sites.clear();
+        self.links.clear();
         core.memory.untrace_all();
         self.decoder.clear();
-        forget_all_jumps(core);
+        self.forget_all_jumps(core);
+    }
+
+    fn forget_kernel_jumps(&mut self, core: &mut Core<'_>) {
+        core.vcpu.jumps.forget(false);
+        self.links.undo_all(&mut self.cache);
+    }
+
+    fn forget_all_jumps(&mut self, core: &mut Core<'_>) {
+        core.vcpu.jumps.forget(true);
+        self.forget_kernel_jumps(core);
     }
 
     fn mode(&self, cpu: &CpuState) -> Mode {
@@ -353,11 +373,8 @@ impl Translator {
                 }
                 let clears = self.counters.cache_clears;
                 let Some((host, slot)) = self.find(core) else { return Next::Step };
-                let same_page = self.blocks.by_index(block).map(|block| block.key.gpa.ppn())
-                    == self.fetches.find(core, rip, self.mode(&core.vcpu.cpu)).map(x86::Gpa::ppn);
-                if self.counters.cache_clears == clears && same_page && !core.memory.code.is_pending() {
-                    let relative = (if flags_in_host { host } else { slot }).wrapping_sub(at + 4) as u32;
-                    self.cache.write(at, &relative.to_le_bytes());
+                if self.counters.cache_clears == clears && !core.memory.code.is_pending() {
+                    self.link(core, block, at, if flags_in_host { host } else { slot });
                 }
                 Next::Enter(slot)
             }
@@ -390,6 +407,25 @@ impl Translator {
         }
     }
 
+    /// Makes the jump of block `from` whose displacement is at `at` lead to `target`, which is the block at the guest's RIP.
+    fn link(&mut self, core: &mut Core<'_>, from: u32, at: u64, target: u64) {
+        let mode = self.mode(&core.vcpu.cpu);
+        let rip = core.vcpu.cpu.rip;
+        let Some(gpa) = self.fetches.find(core, rip, mode) else { return };
+        let from = self.blocks.by_index(from).map(|block| block.key);
+        let to = self.blocks.find(&Key { gpa, rip, mode }).filter(|block| block.second.is_none());
+        let (Some(from), Some(to)) = (from, to) else { return };
+        if from.rip >> 12 == to.key.rip >> 12 {
+            // The page was remapped since `from` was translated: then the two do not belong together.
+            if from.gpa.ppn() != to.key.gpa.ppn() {
+                return;
+            }
+        } else {
+            self.links.note(to.key.gpa.ppn(), at, &self.cache);
+        }
+        self.cache.set_displacement(at, target);
+    }
+
     /// Fills the TLB for a failed probe. False when the access crosses a page, faults, or is not one of plain RAM.
     fn fill(&self, core: &mut Core<'_>, address: Gva, size: u16, write: bool) -> bool {
         if address.offset() + u64::from(size) > PAGE_SIZE || !address.is_canonical() {
@@ -414,7 +450,7 @@ impl Translator {
         if is_current && self.fetches.find(core, key.rip, key.mode) == Some(key.gpa) {
             self.blocks.forget(&key);
             self.translate(core, key, false);
-            forget_all_jumps(core);
+            self.forget_all_jumps(core);
         }
     }
 
@@ -466,11 +502,6 @@ fn set_flags(cpu: &mut CpuState, flags: u64) {
 fn scrub(fpu: &mut FpuArea) {
     fpu.bytes[FpuArea::XSTATE_BV] = 7;
     fpu.bytes[6..24].fill(0);
-}
-
-fn forget_all_jumps(core: &mut Core<'_>) {
-    core.vcpu.jumps.forget(true);
-    core.vcpu.jumps.forget(false);
 }
 
 impl Engine for Translator {
@@ -533,6 +564,8 @@ impl Engine for Translator {
             ("translate.cache_clears", c.cache_clears),
             ("translate.blocks_dropped", self.blocks.dropped),
             ("translate.lookups", c.lookups),
+            ("translate.user_forgets", c.user_forgets),
+            ("translate.kernel_forgets", c.kernel_forgets),
             ("exits.probe", c.exits_probe),
             ("exits.probe_filled", c.probe_filled),
             ("exits.interpret", c.exits_interpret),
