@@ -1,5 +1,5 @@
 //! Compares an engine with the host's processor on random instruction sequences, for as long as wanted.
-//! Usage: fuzz [--engine interpret|translate] [--minutes N | --count N] [--seed N] [--kinds integer|simd|x87|sse|avx|all]
+//! Usage: fuzz [--engine interpret|translate] [--minutes N | --count N] [--seed N] [--kinds integer|simd|x87|sse|avx|state|all]
 //! [--ring user|kernel] [--keep-going] [--list] [--seeds]. Exit status: 0 all agreed, 1 a disagreement, 2 bad usage.
 
 use std::process::ExitCode;
@@ -20,14 +20,14 @@ struct Options {
 }
 
 fn kinds(name: &str) -> Result<Kinds, String> {
-    let none = Kinds { integer: false, x87: false, sse: false, avx: false };
     Ok(match name {
         "integer" => Kinds::INTEGER,
         "simd" => Kinds::SIMD,
         "all" => Kinds::ALL,
-        "x87" => Kinds { x87: true, ..none },
-        "sse" => Kinds { sse: true, ..none },
-        "avx" => Kinds { avx: true, ..none },
+        "state" => Kinds::STATE,
+        "x87" => Kinds { x87: true, ..Kinds::NONE },
+        "sse" => Kinds { sse: true, ..Kinds::NONE },
+        "avx" => Kinds { avx: true, ..Kinds::NONE },
         _ => return Err(format!("no kinds of instruction called {name}")),
     })
 }

@@ -36,6 +36,18 @@ fn interpreted_mixture_in_kernel_mode() {
     agree(interpreter(), Kinds::ALL, Ring::Kernel, 10_000..13_000);
 }
 
+/// FXSAVE, the XSAVE family, environments; most of these fault for one reason or another.
+#[test]
+fn interpreted_state_instructions() {
+    let mut campaign = Campaign::new(interpreter(), Kinds::STATE, Ring::User).unwrap();
+    for seed in 0..2500 {
+        if let Err(disagreement) = campaign.check(seed) {
+            panic!("{disagreement}");
+        }
+    }
+    assert!(campaign.traps * 4 < campaign.runs * 3, "a good part should reach their end");
+}
+
 /// A harness that sees nothing would agree with everything.
 #[test]
 fn an_engine_that_does_nothing_is_found_out() {
@@ -65,9 +77,10 @@ fn fuzz() {
     let time = Duration::from_secs(number("RINGZERO_FUZZ_SECONDS", 60));
     let mut seed = number("RINGZERO_FUZZ_SEED", 1);
     let start = Instant::now();
-    let mut campaigns: Vec<Campaign> = [(Kinds::INTEGER, Ring::User), (Kinds::SIMD, Ring::User), (Kinds::ALL, Ring::Kernel)]
-        .map(|(kinds, ring)| Campaign::new(interpreter(), kinds, ring).unwrap())
-        .into();
+    let mut campaigns: Vec<Campaign> =
+        [(Kinds::INTEGER, Ring::User), (Kinds::SIMD, Ring::User), (Kinds::ALL, Ring::Kernel)]
+            .map(|(kinds, ring)| Campaign::new(interpreter(), kinds, ring).unwrap())
+            .into();
     while start.elapsed() < time {
         for campaign in &mut campaigns {
             if let Err(disagreement) = campaign.check(seed) {

@@ -132,16 +132,15 @@ fn run_native(
         // The slot was overtaken by a new arena: the next attempt makes it again.
         return Ok(Flow::Jump(core.vcpu.cpu.rip));
     }
-    if plan.writes && plan.size > 0 && !exceptions::is_suppressed(plan, &core.vcpu.cpu.fpu, &area, &operands) {
-        if let Err(fault) = write(core, place, &operands.memory[..plan.size.min(BUFFER)]) {
-            // Seen on the processor: VCVTPS2PH has set its flags before the store faults.
-            exceptions::keep_flags(&mut core.vcpu.cpu.fpu, &area);
-            if plan.class == Class::Mmx {
-                // Seen on the processor: the top of stack, but not the tags, is set before the store faults.
-                masked::reset_top(&mut core.vcpu.cpu.fpu);
-            }
-            return Err(operand::stack_fault(instruction, fault));
+    let stores = plan.writes && plan.size > 0 && !exceptions::is_suppressed(plan, &core.vcpu.cpu.fpu, &area, &operands);
+    if stores && let Err(fault) = write(core, place, &operands.memory[..plan.size.min(BUFFER)]) {
+        // Seen on the processor: VCVTPS2PH has set its flags before the store faults, and an MMX store the top of stack, but
+        // not the tags.
+        exceptions::keep_flags(&mut core.vcpu.cpu.fpu, &area);
+        if plan.class == Class::Mmx {
+            masked::reset_top(&mut core.vcpu.cpu.fpu);
         }
+        return Err(operand::stack_fault(instruction, fault));
     }
     let cpu = &mut core.vcpu.cpu;
     if plan.class == Class::X87 && !matches!(instruction.mnemonic(), M::Fldenv | M::Frstor) {
@@ -182,3 +181,5 @@ fn hide_pointers(before: &FpuArea, after: &mut FpuArea) {
     }
 }
 
+#[cfg(test)]
+mod tests;

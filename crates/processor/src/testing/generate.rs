@@ -136,7 +136,7 @@ impl Generator {
             form.bytes = vec![mode | 4, self.random.byte() & 0xc0 | (index & 7) << 3 | base & 7];
             // movsx or movzx index, its low byte: indexes stay small, flags stay as they are.
             let opcode = self.random.pick(&[0xb6, 0xbe]);
-            form.setup = Item::of(&[0x48 | (index >> 3) * 5, 0x0f, opcode, 0xc0 | (index & 7) * 9]);
+            form.setup = Item::of(&extend_low(index, opcode));
         } else if base & 7 == 4 {
             form.bytes = vec![mode | 4, 0x20 | base & 7];
         } else {
@@ -266,7 +266,7 @@ impl Generator {
         if is_bit_string(instruction) {
             // movsx of the bit number's low half: +-4 KiB from the base.
             let number = instruction.op1_register().full_register().number() as u8;
-            item.append(&Item::of(&[0x48 | (number >> 3) * 5, 0x0f, 0xbf, 0xc0 | (number & 7) * 9]));
+            item.append(&Item::of(&extend_low(number, 0xbf)));
         }
         if instruction.is_vsib() {
             // vmovdqu index, [rip+...]: small numbers from the constants.
@@ -418,6 +418,12 @@ impl Generator {
             _ => std::is_x86_feature_detected!("cmpxchg16b"),
         }
     }
+}
+
+/// movsx or movzx (0F `opcode`) of a 64-bit register from its own low part.
+fn extend_low(register: u8, opcode: u8) -> [u8; 4] {
+    let (high, low) = (register >> 3, register & 7);
+    [0x48 | high << 2 | high, 0x0f, opcode, 0xc0 | low << 3 | low]
 }
 
 fn is_memory(kind: OpKind) -> bool {
