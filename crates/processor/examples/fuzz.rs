@@ -12,24 +12,12 @@ struct Options {
     time: Duration,
     count: u64,
     seed: u64,
-    kinds: Kinds,
-    ring: Ring,
+    /// None: all of them in turn.
+    kinds: Option<Kinds>,
+    ring: Option<Ring>,
     keep_going: bool,
     list: bool,
     seeds: bool,
-}
-
-fn kinds(name: &str) -> Result<Kinds, String> {
-    Ok(match name {
-        "integer" => Kinds::INTEGER,
-        "simd" => Kinds::SIMD,
-        "all" => Kinds::ALL,
-        "state" => Kinds::STATE,
-        "x87" => Kinds { x87: true, ..Kinds::NONE },
-        "sse" => Kinds { sse: true, ..Kinds::NONE },
-        "avx" => Kinds { avx: true, ..Kinds::NONE },
-        _ => return Err(format!("no kinds of instruction called {name}")),
-    })
 }
 
 fn options() -> Result<Options, String> {
@@ -38,8 +26,8 @@ fn options() -> Result<Options, String> {
         time: Duration::from_secs(60),
         count: u64::MAX,
         seed: 1,
-        kinds: Kinds::ALL,
-        ring: Ring::User,
+        kinds: None,
+        ring: None,
         keep_going: false,
         list: false,
         seeds: false,
@@ -57,11 +45,15 @@ fn options() -> Result<Options, String> {
             }
             "--count" => options.count = number(value()?)?,
             "--seed" => options.seed = number(value()?)?,
-            "--kinds" => options.kinds = kinds(&value()?)?,
+            "--kinds" => {
+                let name = value()?;
+                let kinds = Kinds::named(&name).ok_or_else(|| format!("no kinds of instruction called {name}"))?;
+                options.kinds = Some(kinds);
+            }
             "--ring" => {
                 options.ring = match value()?.as_str() {
-                    "user" => Ring::User,
-                    "kernel" => Ring::Kernel,
+                    "user" => Some(Ring::User),
+                    "kernel" => Some(Ring::Kernel),
                     other => return Err(format!("no ring called {other}")),
                 }
             }
@@ -74,36 +66,54 @@ fn options() -> Result<Options, String> {
     Ok(options)
 }
 
+/// What the options ask for; without any, each kind of sequence in turn, in either ring.
+fn campaigns(options: &Options) -> Result<Vec<Campaign>, String> {
+    let kinds =
+        options.kinds.map_or_else(|| vec![Kinds::INTEGER, Kinds::SIMD, Kinds::ALL, Kinds::STATE], |one| vec![one]);
+    let rings = options.ring.map_or_else(|| vec![Ring::User, Ring::Kernel], |one| vec![one]);
+    let mut campaigns = Vec::new();
+    for kinds in kinds {
+        for ring in &rings {
+            let campaign = Campaign::new(engine(&options.engine)?, kinds, *ring).map_err(|e| e.to_string())?;
+            campaigns.push(campaign);
+        }
+    }
+    Ok(campaigns)
+}
+
 fn run(options: &Options) -> Result<bool, String> {
-    let mut campaign =
-        Campaign::new(engine(&options.engine)?, options.kinds, options.ring).map_err(|e| e.to_string())?;
+    let mut campaigns = campaigns(options)?;
     let start = Instant::now();
     let mut told = start;
     let mut bad = 0_u64;
     let mut seed = options.seed;
     let last = options.seed.saturating_add(options.count);
-    while seed < last && start.elapsed() < options.time {
-        if options.seeds {
-            eprintln!("seed {seed}");
-        }
-        if options.list {
-            print!("seed {seed}\n{}", campaign.list(seed));
-        }
-        if let Err(disagreement) = campaign.check(seed) {
-            println!("{disagreement}");
-            bad += 1;
-            if !options.keep_going {
-                break;
+    'all: while seed < last && start.elapsed() < options.time {
+        for campaign in &mut campaigns {
+            if options.seeds {
+                eprintln!("seed {seed} {campaign}");
+            }
+            if options.list {
+                print!("seed {seed} {campaign}\n{}", campaign.list(seed));
+            }
+            if let Err(disagreement) = campaign.check(seed) {
+                println!("{campaign} {disagreement}");
+                bad += 1;
+                if !options.keep_going {
+                    break 'all;
+                }
             }
         }
         seed += 1;
         if told.elapsed() > Duration::from_secs(30) {
             told = Instant::now();
-            eprintln!("{} sequences, {bad} disagreements", seed - options.seed);
+            eprintln!("{} seeds, {bad} disagreements", seed - options.seed);
         }
     }
-    let (runs, traps) = (campaign.runs, campaign.traps);
-    println!("{} sequences, {runs} runs of which {traps} ended in a trap, {bad} disagreements", seed - options.seed);
+    let runs: u64 = campaigns.iter().map(|campaign| campaign.runs).sum();
+    let traps: u64 = campaigns.iter().map(|campaign| campaign.traps).sum();
+    let seeds = seed - options.seed;
+    println!("{seeds} seeds, {runs} runs of which {traps} ended in a trap, {bad} disagreements");
     Ok(bad == 0)
 }
 

@@ -1,7 +1,5 @@
 //! Random instruction sequences run on the host's processor and under an engine, and must end alike: the quick pass. For
-//! longer ones see `examples/fuzz.rs`, or set RINGZERO_FUZZ_SECONDS and run the ignored test.
-
-use std::time::{Duration, Instant};
+//! longer ones `tools/dev fuzz` runs `examples/fuzz.rs`.
 
 use processor::Engine;
 use processor::interpret::Interpreter;
@@ -67,26 +65,4 @@ fn an_engine_that_does_nothing_is_found_out() {
     let mut campaign = Campaign::new(Box::new(Idle), Kinds::INTEGER, Ring::User).unwrap();
     let found = (0..50).filter(|seed| campaign.check(*seed).is_err()).count();
     assert_eq!(found, 50);
-}
-
-/// For hours: `tools/dev fuzz`.
-#[test]
-#[ignore = "runs as long as RINGZERO_FUZZ_SECONDS says"]
-fn fuzz() {
-    let number = |name: &str, default| std::env::var(name).ok().and_then(|text| text.parse().ok()).unwrap_or(default);
-    let time = Duration::from_secs(number("RINGZERO_FUZZ_SECONDS", 60));
-    let mut seed = number("RINGZERO_FUZZ_SEED", 1);
-    let start = Instant::now();
-    let mut campaigns: Vec<Campaign> =
-        [(Kinds::INTEGER, Ring::User), (Kinds::SIMD, Ring::User), (Kinds::ALL, Ring::Kernel)]
-            .map(|(kinds, ring)| Campaign::new(interpreter(), kinds, ring).unwrap())
-            .into();
-    while start.elapsed() < time {
-        for campaign in &mut campaigns {
-            if let Err(disagreement) = campaign.check(seed) {
-                panic!("{disagreement}");
-            }
-        }
-        seed += 1;
-    }
 }

@@ -131,6 +131,14 @@ fn fpu(random: &mut Random) -> FpuArea {
     area
 }
 
+impl fmt::Display for Campaign {
+    /// The options of `examples/fuzz.rs` that make it.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let ring = if self.ring == Ring::User { "user" } else { "kernel" };
+        write!(f, "--engine {} --kinds {} --ring {ring}", self.engine.name(), self.kinds.name())
+    }
+}
+
 impl Campaign {
     /// # Errors
     /// [`Setup`], when the host refuses executable memory or has no AVX, or memory is short.

@@ -23,6 +23,30 @@ impl Kinds {
     pub const SIMD: Kinds = Kinds { x87: true, sse: true, avx: true, ..Kinds::NONE };
     pub const ALL: Kinds = Kinds { integer: true, ..Kinds::SIMD };
     pub const STATE: Kinds = Kinds { integer: true, state: true, ..Kinds::NONE };
+    const X87: Kinds = Kinds { x87: true, ..Kinds::NONE };
+    const SSE: Kinds = Kinds { sse: true, ..Kinds::NONE };
+    const AVX: Kinds = Kinds { avx: true, ..Kinds::NONE };
+
+    /// The names of the kinds that have one.
+    pub const NAMES: [(&'static str, Kinds); 7] = [
+        ("integer", Kinds::INTEGER),
+        ("x87", Kinds::X87),
+        ("sse", Kinds::SSE),
+        ("avx", Kinds::AVX),
+        ("simd", Kinds::SIMD),
+        ("all", Kinds::ALL),
+        ("state", Kinds::STATE),
+    ];
+
+    #[must_use]
+    pub fn named(name: &str) -> Option<Kinds> {
+        Kinds::NAMES.iter().find(|(known, _)| *known == name).map(|(_, kinds)| *kinds)
+    }
+
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        Kinds::NAMES.iter().find(|(_, known)| *known == self).map_or("other", |(name, _)| name)
+    }
 }
 
 /// Something in an item that depends on where it comes to lie.
