@@ -15,20 +15,23 @@ pub struct Kinds {
     pub avx: bool,
     /// FXSAVE, the XSAVE family, x87 environments. Not together with x87: images would hold instruction pointers.
     pub state: bool,
+    /// Images that are loaded may hold x87 instruction pointers, which an engine may forget, but the interpreter does not.
+    pub pointers: bool,
 }
 
 impl Kinds {
-    pub const NONE: Kinds = Kinds { integer: false, x87: false, sse: false, avx: false, state: false };
+    pub const NONE: Kinds = Kinds { integer: false, x87: false, sse: false, avx: false, state: false, pointers: false };
     pub const INTEGER: Kinds = Kinds { integer: true, ..Kinds::NONE };
     pub const SIMD: Kinds = Kinds { x87: true, sse: true, avx: true, ..Kinds::NONE };
     pub const ALL: Kinds = Kinds { integer: true, ..Kinds::SIMD };
     pub const STATE: Kinds = Kinds { integer: true, state: true, ..Kinds::NONE };
+    pub const POINTERS: Kinds = Kinds { pointers: true, ..Kinds::STATE };
     const X87: Kinds = Kinds { x87: true, ..Kinds::NONE };
     const SSE: Kinds = Kinds { sse: true, ..Kinds::NONE };
     const AVX: Kinds = Kinds { avx: true, ..Kinds::NONE };
 
     /// The names of the kinds that have one.
-    pub const NAMES: [(&'static str, Kinds); 7] = [
+    pub const NAMES: [(&'static str, Kinds); 8] = [
         ("integer", Kinds::INTEGER),
         ("x87", Kinds::X87),
         ("sse", Kinds::SSE),
@@ -36,6 +39,7 @@ impl Kinds {
         ("simd", Kinds::SIMD),
         ("all", Kinds::ALL),
         ("state", Kinds::STATE),
+        ("pointers", Kinds::POINTERS),
     ];
 
     #[must_use]

@@ -246,6 +246,22 @@ impl Generator {
             item.append(&store);
             item.bytes.extend_from_slice(&[self.random.byte(), self.random.byte(), 0, 0]);
         }
+        if !self.kinds.pointers {
+            // FIP and FDP, and FOP before them, of an image or of an environment.
+            let pieces: &[(u8, i32)] = match choice {
+                7..12 | 13 => &[(8, offset + 8), (8, offset + 16), (0, offset + 4)],
+                18 | 19 => &[(8, offset + 12), (8, offset + 20)],
+                _ => &[],
+            };
+            for (w, place) in pieces {
+                let store = self.at_pointer(&[0xc7], *w, 0, *place);
+                item.append(&store);
+                item.bytes.extend_from_slice(&[0xff, 0, 0, 0]);
+                let length = item.bytes.len();
+                // The word at 4 has the tags; the others are zero.
+                item.bytes[length - 4] = if *w == 0 { 0xff } else { 0 };
+            }
+        }
         item.append(&body);
         Some(item)
     }
