@@ -189,10 +189,8 @@ impl Campaign {
     /// The shortest sequence found on which they disagree.
     pub fn check(&mut self, seed: u64) -> Result<(), Disagreement> {
         let (sequence, states) = self.case(seed);
-        if self.compare(&sequence, &states).is_ok() {
-            return Ok(());
-        }
-        let (sequence, report) = self.shrink(sequence, &states);
+        let Err(first) = self.compare(&sequence, &states) else { return Ok(()) };
+        let (sequence, report) = self.shrink(sequence, &states, first);
         let report = format!("{}{report}", self.listing(&sequence));
         Err(Disagreement { seed, report })
     }
@@ -222,11 +220,11 @@ impl Campaign {
         text
     }
 
-    fn shrink(&mut self, mut sequence: Sequence, states: &[State]) -> (Sequence, String) {
-        let mut report = String::from("  the disagreement did not come a second time\n");
-        if let Err(first) = self.compare(&sequence, states) {
-            report = first;
-        }
+    fn shrink(&mut self, mut sequence: Sequence, states: &[State], first: String) -> (Sequence, String) {
+        let mut report = match self.compare(&sequence, states) {
+            Err(again) => again,
+            Ok(()) => format!("  it did not come a second time:\n{first}"),
+        };
         let mut count = sequence.len() / 2;
         while count > 0 {
             let mut first = 0;

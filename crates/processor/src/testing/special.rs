@@ -249,7 +249,7 @@ impl Generator {
         if !self.kinds.pointers {
             // FIP and FDP, and FOP before them, of an image or of an environment.
             let pieces: &[(u8, i32)] = match choice {
-                7..12 | 13 => &[(8, offset + 8), (8, offset + 16), (0, offset + 4)],
+                7..=11 | 13 => &[(8, offset + 8), (8, offset + 16), (0, offset + 4)],
                 18 | 19 => &[(8, offset + 12), (8, offset + 20)],
                 _ => &[],
             };
