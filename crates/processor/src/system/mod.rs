@@ -108,6 +108,8 @@ pub fn execute(core: &mut Core<'_>, instruction: &Instruction) -> Option<Outcome
         M::Cpuid => cpuid(core),
         M::Invlpg => paging::invlpg(core, instruction),
         M::Invpcid => paging::invpcid(core, instruction),
+        // Every instruction is complete before the next one is fetched.
+        M::Serialize => Ok(Flow::Next),
         // Guest memory is coherent with the host's caches at all times: there is nothing to write back.
         M::Invd | M::Wbinvd => supervisor(core).map(|()| Flow::Next),
         M::Lgdt | M::Lidt => tables::load_table(core, instruction),
@@ -130,7 +132,7 @@ pub fn execute(core: &mut Core<'_>, instruction: &Instruction) -> Option<Outcome
         M::Vmmcall | M::Vmrun | M::Vmload | M::Vmsave | M::Stgi | M::Clgi | M::Skinit | M::Invlpga => {
             Err(GuestFault::UD)
         }
-        M::Getsec | M::Rsm | M::Encls | M::Enclu | M::Enclv | M::Rdpru | M::Serialize => Err(GuestFault::UD),
+        M::Getsec | M::Rsm | M::Encls | M::Enclu | M::Enclv | M::Rdpru => Err(GuestFault::UD),
         _ => return None,
     };
     Some(outcome)
