@@ -1,5 +1,6 @@
 """tools/dev explains itself, refuses what it does not know, and ends with the status of what it ran."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -82,3 +83,20 @@ def test_an_old_rust_is_named_with_what_to_install(
     monkeypatch.setattr(setup, "rust_version", lambda: found)
     with pytest.raises(Failed, match=r"Rust 1\.\d+ or newer is needed .*rustup"):
         setup.rust()
+
+
+@pytest.mark.needs_debian
+def test_make_run_without_a_terminal_demonstrates_the_guest_and_ends_with_0() -> None:
+    # What `make run` does after the build; the build itself is what made this test possible.
+    program = "import sys; from house import run; sys.exit(run.default_guest())"
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env={**os.environ, "PYTHONPATH": str(DEV.parent)},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "-cloud-amd64" in done.stdout
+    assert done.stdout.rstrip().endswith("--- done")

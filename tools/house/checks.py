@@ -26,7 +26,7 @@ def ruff(*words: str) -> Check:
 
 
 CHECKS: dict[str, Check] = {
-    "rustfmt": command("cargo", "fmt", "--all", "--check"),
+    "rustfmt": command("cargo", "fmt", "--all", "--", "--check", "-l"),
     "clippy": command(
         "cargo", "clippy", "--quiet", "--workspace", "--all-targets", "--locked", "--", "-D", "warnings"
     ),
