@@ -44,6 +44,16 @@ def prepare(code: bytes, **options: object) -> Vm:
     return vm
 
 
+def prepare64(code: bytes, **options: object) -> Vm:
+    """Return a machine that will run `code` in 64-bit mode, its first 1 GiB mapped to itself."""
+    vm = prepare(code, **options)
+    tables = 0x10000
+    for table, entry in [(0, tables + 0x1003), (0x1000, tables + 0x2003), (0x2000, 0x83)]:
+        vm.write_memory(tables + table, entry.to_bytes(8, "little"))
+    vm.set_registers({"cr3": tables, "cr4": 0x620, "efer": 0x500, "cr0": 0x80000033, "cs_attributes": 0xA09B})
+    return vm
+
+
 def run(code: bytes, **options: object) -> str | None:
     """Run `code` to its end and return why it ended."""
     vm = prepare(code, **options)
@@ -274,6 +284,26 @@ def test_a_trace_has_a_line_an_instruction(tmp_path: Path) -> None:
     assert run(POWER_OFF + HALT, trace_path=str(path)) == "poweroff"
     lines = path.read_text().splitlines()
     assert lines[:3] == ["0 1000 rdx=604", "1 1004 rax=3400", "2 1008"]
+
+
+# mov ecx,10; again: add rax,rcx; imul rbx,rax,3; movd xmm0,eax; paddd xmm1,xmm0; push rax; pop rdx;
+# mov [0x3000],rdx; xor [0x3004],edx; dec ecx; jnz again
+COMPUTE = bytes.fromhex(
+    "b90a000000 4801c8 486bd803 660f6ec0 660ffec8 50 5a 48891425 00300000 31142504300000 ffc9 75dc"
+)
+
+
+@pytest.mark.skipif("translate" not in _core.engines(), reason="no translator in this build")
+def test_both_engines_make_the_same_trace(tmp_path: Path) -> None:
+    traces = {}
+    for engine in ("interpret", "translate"):
+        path = tmp_path / engine
+        vm = prepare64(COMPUTE + POWER_OFF + HALT, engine=engine, trace_path=str(path))
+        vm.start()
+        assert vm.wait(60) == "poweroff"
+        traces[engine] = path.read_text().splitlines()
+    assert len(traces["interpret"]) == 104
+    assert traces["translate"] == traces["interpret"]
 
 
 # ---- devices -----------------------------------------------------------------------------------------------
