@@ -51,7 +51,9 @@ def assemble(
     )
     core = _load_core()
     if spec.engine not in core.engines():
-        raise InputError(f"this build has no engine {spec.engine!r}: choose one of {', '.join(core.engines())}")
+        raise InputError(
+            f"this build has no engine {spec.engine!r}: choose one of {', '.join(core.engines())}"
+        )
     vm: _core.Vm = core.Vm(
         spec.memory,
         cpus=spec.cpus,
