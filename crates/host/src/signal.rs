@@ -126,9 +126,7 @@ extern "C" fn handler(signal: i32, _info: *mut libc::siginfo_t, context: *mut li
     if !landing.is_null() {
         // SAFETY: a non-null landing is borrowed by the guard for as long as it is current; the kernel passes a valid
         // context to a handler with SA_SIGINFO.
-        let (landing, registers) = unsafe {
-            (&*landing, &mut (*context.cast::<libc::ucontext_t>()).uc_mcontext.gregs)
-        };
+        let (landing, registers) = unsafe { (&*landing, &mut (*context.cast::<libc::ucontext_t>()).uc_mcontext.gregs) };
         let rip = registers[libc::REG_RIP as usize] as u64;
         let code = landing.start.load(Ordering::Relaxed)..landing.end.load(Ordering::Relaxed);
         if code.contains(&rip) {
