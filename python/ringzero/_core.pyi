@@ -51,26 +51,31 @@ class Vm:
     def set_registers(self, values: dict[str, int], cpu: int = 0) -> None:
         """Set some registers by the names of `registers`. Raises CoreError for an unknown name."""
     def add_port_device(self, first: int, count: int, device: PortDevice) -> None:
-        """Give `count` I/O ports from `first` to a Python device. Before `start` only."""
+        """Give `count` I/O ports from `first` to a Python device. Before `start` only. An exception in the device ends
+        the VM with the reason 'error: device NAME: ...'. When the VM ends, the guest reads all ones at once, even
+        while the device is being called. A device that refers to its VM keeps it until the VM has ended."""
     def serial_fd(self, index: int) -> int:
-        """Return a stream socket joined to serial port `index` (0-3: ttyS0-ttyS3). The caller owns and closes it.
-        Bytes written to it reach the guest in order, with back pressure; none is dropped."""
+        """Return a stream socket joined to serial port `index` (0-3: ttyS0-ttyS3), once a port. The caller owns and
+        closes it. Bytes written to it reach the guest in order, with back pressure; none is dropped. When the VM has
+        ended, it reads to the last byte that the guest sent, and then the end of the stream."""
     def start(self) -> None:
         """Run the processors, each in a thread of its own. Returns at once."""
     def pause(self) -> None:
-        """Stop the processors between two instructions; returns when they stand still."""
+        """Stop the processors between two instructions; returns when they stand still. Raises CoreError when a device
+        of the same VM calls it: its processor waits for the device."""
     def resume(self) -> None: ...
     def stop(self) -> None:
-        """End the VM from outside. `wait` then returns 'stopped'."""
+        """End the VM from outside, without waiting for that. `wait` then returns 'stopped'."""
     def wait(self, timeout: float | None = None) -> str | None:
         """Wait until the VM ends and return why: 'poweroff', 'reboot', 'panic', 'triple-fault', 'stopped', or
-        'error: ...' (a defect of ours). None when `timeout` (seconds) passed first."""
+        'error: ...' (a defect of ours, a device that raised, or what no engine supports yet). None when `timeout`
+        (seconds) passed first. Raises CoreError before `start`, and when a device of the same VM calls it."""
     def request_end(self, reason: str) -> None:
         """End the VM from a device, with the reason that `wait` returns."""
     def raise_irq(self, line: int, level: bool) -> None:
         """Drive an ISA interrupt line (0-15) from a Python device."""
     def stats(self) -> dict[str, int]:
-        """Return the counters, by dotted name."""
+        """Return the counters, by dotted name. A VM that runs is stopped for it, between two instructions."""
 
 def engines() -> list[str]: ...
 def host_features() -> dict[str, bool | int | str]:

@@ -11,8 +11,9 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from random import Random
 
 import pytest
 
@@ -233,6 +234,23 @@ print("leaving")
 """
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert (result.returncode, result.stdout, result.stderr) == (0, "leaving\n", "")
+
+
+@pytest.mark.parametrize("engine", _core.engines())
+@pytest.mark.parametrize("mode", [prepare, prepare64])
+def test_random_bytes_end_or_are_stopped(engine: str, mode: Callable[..., Vm]) -> None:
+    for seed in range(25):
+        random = Random(seed)
+        vm = mode(random.randbytes(4096), engine=engine)
+        vm.set_registers({"idtr_base": 0x4000, "idtr_limit": 0xFFF, "rdi": random.getrandbits(64)})
+        vm.write_memory(0x4000, random.randbytes(4096))
+        vm.start()
+        reason = vm.wait(0.02)
+        if reason is None:
+            vm.stop()
+            reason = vm.wait(60)
+        assert reason is not None
+        assert "defect" not in reason, f"seed {seed}"
 
 
 # ---- pause and go on ---------------------------------------------------------------------------------------
