@@ -218,6 +218,11 @@ impl Asm {
         self.dword(value as u32);
     }
 
+    pub fn store_imm32(&mut self, to: Mem, value: u32) {
+        self.op_mem(false, &[0xc7], 0, to);
+        self.dword(value);
+    }
+
     pub fn alu_imm(&mut self, operation: Alu, to: Reg, value: i32) {
         self.alu_imm_sized(true, operation, to, value);
     }

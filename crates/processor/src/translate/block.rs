@@ -48,6 +48,15 @@ pub enum System {
     ClearDirection,
     /// STAC and CLAC: code after them is of another mode.
     SetAccess(bool),
+    /// To a general register from CR0, CR2, CR3 or CR4.
+    ReadControl { to: u8, control: u8 },
+    /// To a general register from a segment selector, zero-extended.
+    ReadSelector { to: u8, segment: u8 },
+    /// RDFSBASE and its kin, 64 bits wide.
+    ReadBase { to: u8, segment: u8 },
+    WriteBase { from: u8, segment: u8 },
+    Syscall,
+    Sysret,
 }
 
 /// A string instruction with REP, on elements of 2 to the given power bytes.
@@ -67,7 +76,7 @@ impl Kind {
                 | Kind::JumpIndirect
                 | Kind::JumpIf(..)
                 | Kind::Return(_)
-                | Kind::System(System::SetAccess(_))
+                | Kind::System(System::SetAccess(_) | System::Syscall | System::Sysret)
                 | Kind::Interpret
         )
     }
@@ -133,6 +142,10 @@ pub struct Features {
     pub user: bool,
     /// RDTSC is for the kernel only (CR4.TSD).
     pub tsc_disabled: bool,
+    /// RDFSBASE and its kin are enabled (CR4.FSGSBASE).
+    pub fsgsbase: bool,
+    /// SYSCALL and SYSRET are enabled (EFER.SCE).
+    pub syscall: bool,
 }
 
 /// Decodes the block at `rip`. `code` are the bytes there, up to the end of the page or, when the first instruction
@@ -339,6 +352,9 @@ fn kind_of(iced: &Instruction, is_simd: bool, features: Features) -> Option<Kind
                 && !register.is_tr()
         }
     });
+    if let Some(system) = system_kind(iced, features) {
+        return Some(Kind::System(system));
+    }
     if !registers_are_plain {
         return None;
     }
@@ -357,9 +373,6 @@ fn kind_of(iced: &Instruction, is_simd: bool, features: Features) -> Option<Kind
     }
     if is_simd {
         return simd_kind(iced, features);
-    }
-    if let Some(system) = system_kind(iced, features) {
-        return Some(Kind::System(system));
     }
     match iced.flow_control() {
         FlowControl::Next => {}
@@ -384,7 +397,7 @@ fn kind_of(iced: &Instruction, is_simd: bool, features: Features) -> Option<Kind
             Code::Push_rm64 => Kind::PushReg(iced.op0_register().number() as u8),
             _ => return None,
         },
-        M::Pop if iced.op0_register() != Register::RSP => match iced.code() {
+        M::Pop => match iced.code() {
             Code::Pop_r64 => Kind::PopReg(iced.op0_register().number() as u8),
             _ => return None,
         },
@@ -447,10 +460,33 @@ fn system_kind(iced: &Instruction, features: Features) -> Option<System> {
     if iced.code() == Code::Cld {
         return Some(System::ClearDirection);
     }
+    if features.fsgsbase {
+        let register = iced.op0_register().number() as u8;
+        let (fs, gs) = (x86::seg::FS as u8, x86::seg::GS as u8);
+        match iced.code() {
+            Code::Rdfsbase_r64 => return Some(System::ReadBase { to: register, segment: fs }),
+            Code::Rdgsbase_r64 => return Some(System::ReadBase { to: register, segment: gs }),
+            Code::Wrfsbase_r64 => return Some(System::WriteBase { from: register, segment: fs }),
+            Code::Wrgsbase_r64 => return Some(System::WriteBase { from: register, segment: gs }),
+            _ => {}
+        }
+    }
+    if matches!(iced.code(), Code::Mov_r32m16_Sreg | Code::Mov_r64m16_Sreg) && iced.op0_kind() == OpKind::Register {
+        let (to, segment) = (iced.op0_register().number() as u8, iced.op1_register().number() as u8);
+        return Some(System::ReadSelector { to, segment });
+    }
     if features.user {
-        return None;
+        return (features.syscall && iced.code() == Code::Syscall).then_some(System::Syscall);
     }
     match iced.code() {
+        Code::Sysretq if features.syscall => Some(System::Sysret),
+        Code::Mov_r64_cr => match iced.op1_register() {
+            Register::CR0 | Register::CR2 | Register::CR3 | Register::CR4 => {
+                let (to, control) = (iced.op0_register().number() as u8, iced.op1_register().number() as u8);
+                Some(System::ReadControl { to, control })
+            }
+            _ => None,
+        },
         Code::Cli => Some(System::ClearInterrupts),
         Code::Sti => Some(System::SetInterrupts),
         Code::Pushfq => Some(System::PushFlags),

@@ -6,8 +6,11 @@
 
 use std::mem;
 
-use super::asm::{Asm, Mem, R12, R13, R14, R15, RAX, RBP, RBX, RDI, RDX, RSI, Reg, T0, T1};
+use x86::FpuArea;
+
+use super::asm::{Asm, Mem, R12, R13, R14, R15, RAX, RBP, RBX, RDI, RDX, RSI, Reg, T0, T1, cc};
 use super::frame;
+use super::lower::Mode;
 use crate::code_cache::CodeCache;
 use crate::vcpu::Vcpu;
 
@@ -31,9 +34,10 @@ pub struct Stubs {
     /// by `call`; the return address names the site.
     leave: [[u64; 2]; 2],
     /// Where the signal handler sends a faulting thread.
-    fault: [u64; 2],
-    /// What the fault stubs' calls leave as their return address.
-    fault_site: [u64; 2],
+    fault: u64,
+    /// What the fault stub's calls leave as their return address.
+    fault_sites: [u64; 2],
+    save_simd: u64,
 }
 
 impl Stubs {
@@ -43,14 +47,20 @@ impl Stubs {
     }
 
     #[must_use]
-    pub fn fault(&self, simd: bool) -> u64 {
-        self.fault[usize::from(simd)]
+    pub fn fault(&self) -> u64 {
+        self.fault
+    }
+
+    /// A subroutine that saves SIMD state and gives the registers the host's control words.
+    #[must_use]
+    pub fn save_simd(&self) -> u64 {
+        self.save_simd
     }
 
     /// Whether a return address says that code left through the fault stub.
     #[must_use]
     pub fn is_fault(&self, site: u64) -> bool {
-        self.fault_site.contains(&site)
+        self.fault_sites.contains(&site)
     }
 
     /// Emits all stubs; `None` when the cache is too small for them.
@@ -68,15 +78,26 @@ impl Stubs {
                 asm.finish();
                 stubs.leave[usize::from(flags)][usize::from(simd)] = cache.add(&asm.code)?;
             }
-            asm.restart(cache.next_address());
-            // The same way out, but the flags go to a slot of their own: which of the two is right depends on the site.
-            asm.byte(0x9c);
-            asm.pop_mem(Mem::vcpu(frame::FAULT_FLAGS));
-            asm.call_address(stubs.leave(false, simd));
-            asm.finish();
-            stubs.fault[usize::from(simd)] = cache.add(&asm.code)?;
-            stubs.fault_site[usize::from(simd)] = stubs.fault(simd) + asm.code.len() as u64;
         }
+        asm.restart(cache.next_address());
+        // The same way out, but the flags go to a slot of their own: which of the two is right depends on the site.
+        asm.byte(0x9c);
+        asm.pop_mem(Mem::vcpu(frame::FAULT_FLAGS));
+        asm.test_byte_mem(Mem::vcpu(frame::MODE), Mode::SIMD);
+        let simd = asm.label();
+        asm.jcc(cc::NZ, simd);
+        asm.call_address(stubs.leave(false, false));
+        let plain_site = asm.position() as u64;
+        asm.bind(simd);
+        asm.call_address(stubs.leave(false, true));
+        let simd_site = asm.position() as u64;
+        asm.finish();
+        stubs.fault = cache.add(&asm.code)?;
+        stubs.fault_sites = [stubs.fault + plain_site, stubs.fault + simd_site];
+        asm.restart(cache.next_address());
+        save_simd(&mut asm);
+        asm.finish();
+        stubs.save_simd = cache.add(&asm.code)?;
         cache.keep_from_here();
         Some(stubs)
     }
@@ -139,15 +160,39 @@ fn leave(asm: &mut Asm, flags_in_host: bool, simd: bool) {
     asm.store(Mem::vcpu(frame::SCRATCH + 8), T1);
     if simd {
         select_components(asm);
-        // xsave64, vzeroupper, ldmxcsr, fninit
-        asm.op_mem_raw(true, &[0x0f, 0xae], 4, Mem::vcpu(frame::FPU));
-        asm.bytes(&[0xc5, 0xf8, 0x77]);
-        asm.op_mem_raw(false, &[0x0f, 0xae], 2, Mem::vcpu(frame::HOST_MXCSR));
-        asm.bytes(&[0xdb, 0xe3]);
+        store_components(asm, 0);
     }
     asm.load(Reg(4), Mem::vcpu(frame::HOST_STACK));
     for reg in SAVED.iter().rev() {
         asm.pop(*reg);
     }
+    asm.byte(0xc3);
+}
+
+/// XSAVE64, then VZEROUPPER, LDMXCSR and FNINIT for the host's code. `moved` is how far RSP is below the base.
+fn store_components(asm: &mut Asm, moved: i32) {
+    let at = |disp: i32| Mem::vcpu(disp + moved);
+    asm.op_mem_raw(true, &[0x0f, 0xae], 4, at(frame::FPU));
+    asm.bytes(&[0xc5, 0xf8, 0x77]);
+    asm.op_mem_raw(false, &[0x0f, 0xae], 2, at(frame::HOST_MXCSR));
+    asm.bytes(&[0xdb, 0xe3]);
+    // The state as `CpuState::fpu` promises it: all components present, no addresses of the host.
+    let fpu = frame::FPU + moved;
+    asm.store_imm32(Mem::vcpu(fpu + FpuArea::XSTATE_BV as i32), 7);
+    asm.store_imm(Mem::vcpu(fpu + 8), 0);
+    asm.store_imm(Mem::vcpu(fpu + 16), 0);
+    // mov word [..], 0: the last opcode
+    asm.byte(0x66);
+    asm.op_mem_raw(false, &[0xc7], 0, Mem::vcpu(fpu + 6));
+    asm.bytes(&[0, 0]);
+}
+
+fn save_simd(asm: &mut Asm) {
+    asm.mov(T0, RAX);
+    asm.mov(T1, RDX);
+    select_components(asm);
+    store_components(asm, 8);
+    asm.mov(RAX, T0);
+    asm.mov(RDX, T1);
     asm.byte(0xc3);
 }

@@ -34,6 +34,8 @@ pub struct Hot {
     /// Instructions begun in translated code, where they are counted.
     pub instructions: u64,
     pub host_mxcsr: u32,
+    /// The mode of the code that runs, where code changed it by itself (SYSCALL, SYSRET).
+    pub mode: u32,
     pub is_placed: bool,
 }
 
@@ -108,6 +110,10 @@ const CPU: usize = offset_of!(Vcpu, cpu);
 pub const FLAGS: i32 = disp(offset_of!(Hot, flags));
 pub const SCRATCH: i32 = disp(offset_of!(Hot, scratch));
 pub const SPILL: i32 = disp(offset_of!(Hot, spill));
+pub const MODE: i32 = disp(offset_of!(Hot, mode));
+pub const STAR: i32 = disp(CPU + offset_of!(CpuState, star));
+pub const LSTAR: i32 = disp(CPU + offset_of!(CpuState, lstar));
+pub const SFMASK: i32 = disp(CPU + offset_of!(CpuState, sfmask));
 pub const STRING: i32 = disp(offset_of!(Hot, string));
 pub const HOST_STACK: i32 = disp(offset_of!(Hot, host_stack));
 pub const SITE: i32 = disp(offset_of!(Hot, site));
@@ -134,6 +140,23 @@ pub fn group(slot: usize) -> i32 {
 #[must_use]
 pub fn gpr(guest: usize) -> i32 {
     disp(CPU + offset_of!(CpuState, gpr) + 8 * guest)
+}
+
+/// A control register, of those that are plain fields.
+#[must_use]
+pub fn control(number: u8) -> i32 {
+    disp(CPU + match number {
+        0 => offset_of!(CpuState, cr0),
+        2 => offset_of!(CpuState, cr2),
+        3 => offset_of!(CpuState, cr3),
+        _ => offset_of!(CpuState, cr4),
+    })
+}
+
+/// Where the selector of a segment register is; the attributes follow it.
+#[must_use]
+pub fn selector(segment: usize) -> i32 {
+    disp(CPU + offset_of!(CpuState, segments) + segment * size_of::<Segment>() + offset_of!(Segment, selector))
 }
 
 #[must_use]

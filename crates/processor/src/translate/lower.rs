@@ -92,7 +92,7 @@ enum Cold {
     Leave { label: Label, site: Site, flags: Flags },
     /// The TLB probe left address XOR tag in the scratch register.
     Probe { label: Label, site: Site, tag: i32 },
-    LookupMiss { label: Label },
+    LookupMiss { label: Label, mode: Mode },
     /// A conditional jump to another page.
     Lookup { label: Label, target: u64, flags: Flags },
 }
@@ -296,15 +296,15 @@ impl Lowering<'_> {
         self.cold.push(Cold::Leave { label, site, flags: self.flags });
     }
 
+    pub(super) fn leave_always(&mut self, site: Site) {
+        self.leave(site);
+    }
+
     /// A jump that is seldom taken, on a condition, out to a site.
     pub(super) fn leave_if(&mut self, condition: u8, site: Site, flags: Flags) {
         let label = self.c.asm.label();
         self.c.asm.jcc(condition, label);
         self.cold.push(Cold::Leave { label, site, flags });
-    }
-
-    fn generation(&self) -> i32 {
-        if self.c.mode.is_user() { frame::USER_GENERATION } else { frame::KERNEL_GENERATION }
     }
 
     pub(super) fn lookup_constant(&mut self, target: u64) {
@@ -315,21 +315,26 @@ impl Lowering<'_> {
     pub(super) fn lookup_in_mode(&mut self, target: u64, mode: Mode) {
         let entry = frame::jump_cache(mode.0.into()) + jump_index(target) as i32 * 16;
         let label = self.c.asm.label();
-        let generation = self.generation();
+        let generation = generation(mode);
         let asm = &mut *self.c.asm;
         asm.mov_imm(T0, target);
         asm.alu_load(Alu::Xor, T0, Mem::vcpu(generation));
         asm.alu_load(Alu::Cmp, T0, Mem::vcpu(entry));
         asm.jcc(cc::NZ, label);
         asm.jmp_mem(Mem::vcpu(entry + 8));
-        self.cold.push(Cold::LookupMiss { label });
+        self.cold.push(Cold::LookupMiss { label, mode });
     }
 
     /// Goes to the RIP in T0; flags must be in their slot.
     fn lookup(&mut self) {
-        let cache = frame::jump_cache(self.c.mode.0.into());
+        self.lookup_dynamic(self.c.mode);
+    }
+
+    /// Goes to the RIP in T0, whose code is of the given mode.
+    pub(super) fn lookup_dynamic(&mut self, mode: Mode) {
+        let cache = frame::jump_cache(mode.0.into());
         let label = self.c.asm.label();
-        let generation = self.generation();
+        let generation = generation(mode);
         let asm = &mut *self.c.asm;
         asm.mov32(T1, T0);
         asm.alu_imm32(Alu::And, T1, ((frame::JUMP_ENTRIES - 1) << 2) as i32);
@@ -337,7 +342,7 @@ impl Lowering<'_> {
         asm.alu_load(Alu::Cmp, T0, Mem::indexed(super::asm::BASE, T1, 2, cache));
         asm.jcc(cc::NZ, label);
         asm.jmp_mem(Mem::indexed(super::asm::BASE, T1, 2, cache + 8));
-        self.cold.push(Cold::LookupMiss { label });
+        self.cold.push(Cold::LookupMiss { label, mode });
         self.in_t1 = None;
     }
 
@@ -347,7 +352,7 @@ impl Lowering<'_> {
         while index < self.cold.len() {
             let cold = std::mem::replace(
                 &mut self.cold[index],
-                Cold::LookupMiss { label: Label::default() },
+                Cold::LookupMiss { label: Label::default(), mode: Mode(0) },
             );
             index += 1;
             match cold {
@@ -360,11 +365,12 @@ impl Lowering<'_> {
                     self.c.asm.alu_load(Alu::Xor, T0, Mem::indexed(super::asm::BASE, T1, 0, tag));
                     self.leave_with(site, Flags::Slot);
                 }
-                Cold::LookupMiss { label } => {
+                Cold::LookupMiss { label, mode } => {
                     self.c.asm.bind(label);
-                    let generation = self.generation();
-                    self.c.asm.alu_load(Alu::Xor, T0, Mem::vcpu(generation));
-                    self.leave_with(Site::Lookup, Flags::Slot);
+                    self.c.asm.alu_load(Alu::Xor, T0, Mem::vcpu(generation(mode)));
+                    let stub = self.c.stubs.leave(false, mode.is_simd());
+                    self.c.asm.call_address(stub);
+                    self.site(Site::Lookup);
                 }
                 Cold::Lookup { label, target, flags } => {
                     self.c.asm.bind(label);
@@ -549,7 +555,7 @@ impl Lowering<'_> {
         Some(())
     }
 
-    fn store_home(&mut self, guest: u8, host: Reg) {
+    pub(super) fn store_home(&mut self, guest: u8, host: Reg) {
         if home(guest).is_none() {
             self.c.asm.store(Mem::vcpu(frame::gpr(guest.into())), host);
         }
@@ -624,7 +630,9 @@ impl Lowering<'_> {
         let to = home(register).unwrap_or(T0);
         self.c.asm.load(to, mem);
         self.store_home(register, to);
-        self.move_stack(8);
+        if register != 4 {
+            self.move_stack(8);
+        }
         Some(())
     }
 
@@ -742,6 +750,22 @@ impl Lowering<'_> {
         self.jump_to(insn.iced.next_ip());
     }
 
+    /// Emits an instruction with the fields as they are, the flags being where it needs them.
+    fn copy(&mut self, insn: &Insn, fields: &Fields, mem: Option<Mem>) {
+        let keeps_some = insn.flags_changed & !insn.flags_killed != 0
+            || (insn.flags_changed != 0 && insn.live_out & !insn.flags_changed != 0);
+        if self.flags == Flags::Slot && (insn.flags_read != 0 || keeps_some) {
+            self.restore_flags();
+        }
+        // A fault of the host in the copied instruction finds the flags where they are now.
+        let guest = (insn.iced.ip() - self.c.rip) as u16;
+        self.map.push(MapEntry { host: self.c.asm.position() as u32, guest, flags: self.flags });
+        fields.emit(self.c.asm, mem);
+        if insn.flags_changed != 0 {
+            self.flags = Flags::Host;
+        }
+    }
+
     /// Copies an instruction with its registers and memory operand replaced.
     fn plain(&mut self, index: usize, insn: &Insn) -> Option<()> {
         let mut fields = insn.fields?;
@@ -760,10 +784,7 @@ impl Lowering<'_> {
             if insn.operand.is_some() || names_stack {
                 return None;
             }
-            fields.emit(self.c.asm, None);
-            if insn.flags_changed != 0 {
-                self.flags = Flags::Host;
-            }
+            self.copy(insn, &fields, None);
             return Some(());
         }
         let mut mem = self.operand(index, insn);
@@ -795,18 +816,7 @@ impl Lowering<'_> {
             moved[place] = Some((*guest, host));
         }
         substitute(&mut fields, slots, insn.operand.is_none(), &moved);
-        if self.flags == Flags::Slot && (insn.flags_read != 0 || insn.flags_changed & !insn.flags_killed != 0
-            || (insn.flags_changed != 0 && insn.live_out & !insn.flags_changed != 0))
-        {
-            self.restore_flags();
-        }
-        // A fault of the host in the copied instruction finds the flags where they are now.
-        let guest = (insn.iced.ip() - self.c.rip) as u16;
-        self.map.push(MapEntry { host: self.c.asm.position() as u32, guest, flags: self.flags });
-        fields.emit(self.c.asm, mem);
-        if insn.flags_changed != 0 {
-            self.flags = Flags::Host;
-        }
+        self.copy(insn, &fields, mem);
         for (guest, host) in moved.iter().flatten() {
             if insn.writes & 1 << guest != 0 {
                 self.store_home(*guest, *host);
@@ -814,6 +824,10 @@ impl Lowering<'_> {
         }
         Some(())
     }
+}
+
+fn generation(mode: Mode) -> i32 {
+    if mode.is_user() { frame::USER_GENERATION } else { frame::KERNEL_GENERATION }
 }
 
 /// The place of a RIP in a jump cache.

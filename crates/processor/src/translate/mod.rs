@@ -24,7 +24,7 @@ use std::time::Instant;
 
 use host::signal::{self, Landing};
 use iced_x86::InstructionInfoFactory;
-use x86::{CpuState, FpuArea, Gva, PAGE_SIZE, cr0, cr4, dr7, registers::xcr0, rflags};
+use x86::{CpuState, Gva, PAGE_SIZE, cr0, cr4, dr7, registers::xcr0, rflags};
 
 use self::asm::Asm;
 use self::block::Features;
@@ -89,7 +89,6 @@ pub struct Translator {
     features: Features,
     /// Whether the guest's SIMD state is put into host registers when code is entered.
     simd: bool,
-    cpl: u8,
     options: Options,
     counters: Counters,
     /// How often the interpreter ran which instruction, when RINGZERO_PROFILE is in the environment.
@@ -112,6 +111,7 @@ impl Translator {
         let stubs = Stubs::emit(&mut cache).ok_or_else(|| io::Error::other("the code cache is too small"))?;
         let range = cache.range();
         let landing = Arc::new(Landing::new(range));
+        landing.set_place(stubs.fault());
         Ok(Translator {
             poll: cache.poll(),
             cache,
@@ -126,7 +126,6 @@ impl Translator {
             decoder: DecodeCache::new(),
             features: Features::default(),
             simd: false,
-            cpl: 0,
             options,
             counters: Counters::default(),
             profile: std::env::var_os("RINGZERO_PROFILE").map(|_| HashMap::new()),
@@ -178,9 +177,8 @@ impl Translator {
                 self.decoder.drop_page(write.ppn);
             }
         }
-        let cpl = core.vcpu.cpu.cpl();
-        if cpl != self.cpl {
-            self.cpl = cpl;
+        // A change of privilege that the interpreter or a delivery made: the new code starts without SIMD state.
+        if self.simd && (core.vcpu.cpu.cpl() == 3) != Mode(core.vcpu.hot.mode as u8).is_user() {
             self.simd = false;
         }
         if core.vcpu.cpu.cr0 & cr0::TS != 0 {
@@ -325,11 +323,9 @@ impl Translator {
         loop {
             let vcpu = &mut *core.vcpu;
             vcpu.hot.flags = vcpu.cpu.rflags;
-            self.landing.set_place(self.stubs.fault(self.simd));
+            vcpu.hot.mode = self.mode(&vcpu.cpu).0.into();
             self.stubs.enter(vcpu, target, self.simd);
-            if self.simd {
-                scrub(&mut vcpu.cpu.fpu);
-            }
+            self.simd = Mode(vcpu.hot.mode as u8).is_simd();
             match self.left(core) {
                 Next::Dispatch => return None,
                 Next::Enter(again) => target = again,
@@ -491,17 +487,13 @@ fn features(cpu: &CpuState) -> Features {
         avx: sse && cpu.cr4 & cr4::OSXSAVE != 0 && cpu.xcr0 & all == all,
         user: false,
         tsc_disabled: cpu.cr4 & cr4::TSD != 0,
+        fsgsbase: cpu.cr4 & cr4::FSGSBASE != 0,
+        syscall: cpu.efer & x86::efer::SCE != 0,
     }
 }
 
 fn set_flags(cpu: &mut CpuState, flags: u64) {
     cpu.rflags = cpu.rflags & !rflags::ARITHMETIC | flags & rflags::ARITHMETIC;
-}
-
-/// Makes the saved state what [`CpuState::fpu`] promises: all components present, no addresses of the host.
-fn scrub(fpu: &mut FpuArea) {
-    fpu.bytes[FpuArea::XSTATE_BV] = 7;
-    fpu.bytes[6..24].fill(0);
 }
 
 impl Engine for Translator {

@@ -1,9 +1,10 @@
 //! Host code for the system instructions that kernels use all the time.
 
-use x86::{rflags, seg};
+use x86::{Segment, rflags, seg};
 
 use super::asm::{Alu, Mem, RAX, RCX, RDX, T0, T1, cc};
 use super::block::{Insn, System};
+use super::enter::home;
 use super::frame;
 use super::lower::{Flags, Lowering, Mode, Site};
 
@@ -22,6 +23,17 @@ impl Lowering<'_> {
                 self.c.asm.load32(RCX, Mem::vcpu(frame::TSC_AUX));
             }
             System::SetAccess(set) => self.set_access(insn, set),
+            System::ReadControl { to, control } => self.read_field(to, frame::control(control)),
+            System::ReadBase { to, segment } => self.read_field(to, frame::segment_base(segment.into())),
+            System::ReadSelector { to, segment } => {
+                let host = home(to).unwrap_or(T0);
+                // movzx r32, word
+                self.c.asm.op_mem_raw(false, &[0x0f, 0xb7], host.0, Mem::vcpu(frame::selector(segment.into())));
+                self.store_home(to, host);
+            }
+            System::WriteBase { from, segment } => self.write_base(insn, from, segment),
+            System::Syscall => self.syscall(insn),
+            System::Sysret => self.sysret(insn),
         }
         Some(())
     }
@@ -109,5 +121,111 @@ impl Lowering<'_> {
         asm.mov(RDX, RAX);
         asm.shr(RDX, 32);
         asm.mov32(RAX, RAX);
+    }
+
+    fn read_field(&mut self, to: u8, field: i32) {
+        let host = home(to).unwrap_or(T0);
+        self.c.asm.load(host, Mem::vcpu(field));
+        self.store_home(to, host);
+    }
+
+    /// WRFSBASE, WRGSBASE. Not canonical: the interpreter raises #GP.
+    fn write_base(&mut self, insn: &Insn, from: u8, segment: u8) {
+        self.before_clobber(insn.live_in());
+        let from = self.register(from, T1);
+        let asm = &mut *self.c.asm;
+        asm.mov(T0, from);
+        asm.shl(T0, 16);
+        asm.sar(T0, 16);
+        asm.alu(Alu::Cmp, T0, from);
+        self.leave_if(cc::NZ, Site::Interpret { rip: insn.iced.ip() }, Flags::Slot);
+        self.c.asm.store(Mem::vcpu(frame::segment_base(segment.into())), from);
+    }
+
+    /// Stores flat CS and SS of a privilege level. The CS selector is in T0, that of SS is next to it: above for the kernel,
+    /// below for user code. Clobbers T0 and T1.
+    fn store_flat_segments(&mut self, dpl: u8) {
+        let (code, stack) = (Segment::flat_code64(0, dpl), Segment::flat_data(0, dpl));
+        // The second half of a segment register: limit, selector, attributes.
+        let half = |segment: Segment| u64::from(segment.limit) | u64::from(segment.attributes) << 48;
+        let next = if dpl == 0 { 8_u64 << 32 } else { (8_u64 << 32).wrapping_neg() };
+        let asm = &mut *self.c.asm;
+        asm.shl(T0, 32);
+        for (index, segment, add) in [(seg::CS, code, 0), (seg::SS, stack, next)] {
+            asm.store_imm(Mem::vcpu(frame::segment_base(index)), 0);
+            asm.mov_imm(T1, half(segment).wrapping_add(add));
+            asm.alu(Alu::Add, T1, T0);
+            asm.store(Mem::vcpu(frame::segment_base(index) + 8), T1);
+        }
+    }
+
+    /// SYSCALL in 64-bit mode, Intel SDM (2024-12) Vol. 2B "SYSCALL". The kernel's code begins without SIMD state in
+    /// registers.
+    fn syscall(&mut self, insn: &Insn) {
+        self.slot_flags();
+        // RFLAGS.AC that SFMASK leaves set would make the kernel's code one of another mode.
+        self.c.asm.test_byte_mem(Mem::vcpu(frame::SFMASK + 2), (rflags::AC >> 16) as u8);
+        self.leave_if(cc::Z, Site::Interpret { rip: insn.iced.ip() }, Flags::Slot);
+        if self.c.mode.is_simd() {
+            self.c.asm.call_address(self.c.stubs.save_simd());
+        }
+        let asm = &mut *self.c.asm;
+        asm.load32(T0, Mem::vcpu(frame::FLAGS));
+        asm.alu_imm32(Alu::And, T0, rflags::ARITHMETIC as i32);
+        asm.load32(T1, Mem::vcpu(frame::RFLAGS));
+        asm.alu_imm32(Alu::And, T1, !(rflags::ARITHMETIC | rflags::RF) as i32);
+        asm.alu(Alu::Or, T0, T1);
+        asm.store(Mem::vcpu(frame::gpr(11)), T0);
+        asm.mov_imm(RCX, insn.iced.next_ip());
+        asm.load(T1, Mem::vcpu(frame::SFMASK));
+        // not r11
+        asm.bytes(&[0x49, 0xf7, 0xd3]);
+        asm.alu(Alu::And, T0, T1);
+        asm.alu_imm32(Alu::Or, T0, rflags::FIXED as i32);
+        asm.store(Mem::vcpu(frame::RFLAGS), T0);
+        asm.store(Mem::vcpu(frame::FLAGS), T0);
+        asm.load32(T0, Mem::vcpu(frame::STAR + 4));
+        asm.alu_imm32(Alu::And, T0, 0xfffc);
+        self.store_flat_segments(0);
+        self.c.asm.store_imm32(Mem::vcpu(frame::MODE), 0);
+        self.c.asm.load(T0, Mem::vcpu(frame::LSTAR));
+        self.in_t1 = None;
+        self.lookup_dynamic(Mode(0));
+    }
+
+    /// SYSRET to 64-bit code, with ordinary flags and a canonical target; anything else is the interpreter's.
+    fn sysret(&mut self, insn: &Insn) {
+        let interpret = Site::Interpret { rip: insn.iced.ip() };
+        self.slot_flags();
+        if self.c.mode.0 != 0 {
+            return self.leave_always(interpret);
+        }
+        let asm = &mut *self.c.asm;
+        asm.mov(T0, RCX);
+        asm.sar(T0, 47);
+        // test r10, r10: only addresses of the lower half
+        asm.bytes(&[0x4d, 0x85, 0xd2]);
+        self.leave_if(cc::NZ, interpret, Flags::Slot);
+        let asm = &mut *self.c.asm;
+        asm.load(T1, Mem::vcpu(frame::gpr(11)));
+        // test r11, imm32
+        asm.bytes(&[0x49, 0xf7, 0xc3]);
+        asm.dword(!(rflags::ARITHMETIC | rflags::IF | rflags::FIXED | rflags::ID) as u32);
+        self.leave_if(cc::NZ, interpret, Flags::Slot);
+        self.c.asm.cmp_byte_mem(Mem::vcpu(frame::WANTS_WINDOW), 0);
+        self.leave_if(cc::NZ, interpret, Flags::Slot);
+        let asm = &mut *self.c.asm;
+        asm.alu_imm32(Alu::Or, T1, rflags::FIXED as i32);
+        asm.store(Mem::vcpu(frame::RFLAGS), T1);
+        asm.store(Mem::vcpu(frame::FLAGS), T1);
+        asm.load(T0, Mem::vcpu(frame::STAR));
+        asm.shr(T0, 48);
+        asm.alu_imm32(Alu::Add, T0, 16);
+        asm.alu_imm32(Alu::Or, T0, 3);
+        self.store_flat_segments(3);
+        self.c.asm.store_imm32(Mem::vcpu(frame::MODE), Mode::USER.into());
+        self.c.asm.mov(T0, RCX);
+        self.in_t1 = None;
+        self.lookup_dynamic(Mode(Mode::USER));
     }
 }
