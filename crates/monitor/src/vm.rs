@@ -448,6 +448,8 @@ fn counters_of_processor(processor: &Processor) -> Vec<(String, u64)> {
             ("tlb.fills", vcpu.tlb.fills),
             ("tlb.flushes", vcpu.tlb.flushes),
             ("processor.interpreted", vcpu.interpreted),
+            // Zero unless [`Options::count_instructions`] asked for it.
+            ("processor.translated", vcpu.translated()),
         ]
         .map(|(name, value)| (name.to_string(), value)),
     );

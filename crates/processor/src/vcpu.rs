@@ -143,6 +143,12 @@ impl Vcpu {
         }
     }
 
+    /// Instructions that translated code ran, where it was told to count them.
+    #[must_use]
+    pub fn translated(&self) -> u64 {
+        self.hot.instructions
+    }
+
     /// The TLB bank for explicit accesses of the running code.
     #[inline]
     #[must_use]
