@@ -74,8 +74,7 @@ QEMU_DEFECTS = {
         "lstar-non-canonical",
         "wrgsbase-non-canonical",  # any address is taken
         "compat-limit",
-        "compat-null",
-        "descriptor-accessed",  # no segment limits, no accessed bit
+        "compat-null",  # no segment limits
         "compat-syscall",  # whatever the vendor
     },
     "debug": {

@@ -512,7 +512,7 @@ static void test_descriptors(void)
     asm volatile("movl %0, %%es; lldt %w1" ::"r"(KERNEL_DS), "r"(0));
     /* The accessed bit is set by a load. */
     gdt[9] = 0x00cf92000000ffff;
-    asm volatile("movl %0, %%es" ::"r"(0x48));
+    asm volatile("movl %0, %%es" ::"r"(0x48) : "memory");
     check("descriptor-accessed", gdt[9], 0x00cf93000000ffff);
     asm volatile("movl %0, %%es" ::"r"(KERNEL_DS));
 }

@@ -21,7 +21,7 @@ static bool on_tick(struct frame *frame) /* gets it out of an endless loop that 
 {
     (void)frame;
     out8(0x20, 0x20);
-    return ++ticks % 4 != 0;
+    return !recover_rsp || ++ticks % 4 != 0;
 }
 
 static bool wild; /* jump as well, and map anything */

@@ -234,7 +234,9 @@ fn save(core: &mut Core<'_>, i: &Instruction, kind: Save, wide: bool) -> Result<
     let (present, layout) = if kind == Save::Compacted {
         (wanted & used, COMPACTED | wanted)
     } else {
+        // The header is read, changed and written: its faults are those of a write.
         let mut old = [0; 8];
+        core.probe(base.add(HEADER), old.len(), true).map_err(|fault| operand::stack_fault(i, fault))?;
         read(core, i, base, HEADER, &mut old)?;
         (u64::from_le_bytes(old) & !wanted | wanted & used, 0)
     };
