@@ -8,6 +8,7 @@ mod error;
 pub mod guest;
 pub mod pmap;
 pub mod pool;
+pub mod shadow;
 pub mod tlb;
 pub mod trace;
 pub mod walk;

@@ -10,6 +10,7 @@
 use x86::{Gva, PAGE_MASK, PAGE_SHIFT, PAGE_SIZE};
 
 use crate::bytes::{self, PageRef};
+use crate::shadow::Shadow;
 
 /// Entries of a bank; a power of two. 1024 entries reach 4 MiB, and are 32 KiB to probe and empty.
 pub const ENTRIES: usize = 1024;
@@ -58,15 +59,24 @@ pub struct TlbBank {
 #[repr(C, align(64))]
 pub struct SoftTlb {
     pub banks: [TlbBank; 3],
-    /// Whether a bank holds entries that are not global, or any at all, since it was last emptied.
-    has_local: [bool; 3],
-    has_any: [bool; 3],
+    /// For each bank a bit for every [`GROUP`] entries that were filled since they were last emptied.
+    pub dirty: [u64; 3],
+    /// The generation of each bank's entries in the shadow.
+    pub generations: [u64; 3],
+    /// Whether the kernel's bank holds entries that are not global.
+    has_local: bool,
+    pub shadow: Shadow,
     /// Regions of 2 MiB and of 1 GiB, by the low bits of their numbers, of which pieces of large pages are held.
     large: u64,
     huge: u64,
     pub fills: u64,
     pub flushes: u64,
 }
+
+/// Entries that one dirty bit stands for.
+pub const GROUP: usize = ENTRIES / 64;
+
+const BANKS: [Bank; 3] = [Bank::Kernel, Bank::User, Bank::KernelAc];
 
 const LARGE_SHIFT: u32 = 21;
 const LARGE_SIZE: u64 = 1 << LARGE_SHIFT;
@@ -88,10 +98,14 @@ impl SoftTlb {
     #[must_use]
     pub fn new() -> SoftTlb {
         let bank = || TlbBank { entries: [TlbEntry::EMPTY; ENTRIES] };
+        let mut shadow = Shadow::new();
+        let (kernel, space) = (shadow.new_generation(), shadow.new_generation());
         SoftTlb {
             banks: [bank(), bank(), bank()],
-            has_local: [false; 3],
-            has_any: [false; 3],
+            dirty: [0; 3],
+            generations: [kernel, space, space],
+            has_local: false,
+            shadow,
             large: 0,
             huge: 0,
             fills: 0,
@@ -102,15 +116,22 @@ impl SoftTlb {
     /// Remembers that `address` leads to `page`.
     pub fn fill(&mut self, bank: Bank, address: Gva, page: PageRef<'_>, writable: bool, global: bool) {
         self.fills += 1;
-        self.has_any[bank as usize] = true;
-        self.has_local[bank as usize] |= !global;
         let tag = address.page().0;
-        self.banks[bank as usize].entries[index(address)] = TlbEntry {
+        let entry = TlbEntry {
             read: tag,
             write: if writable { tag } else { EMPTY },
             page: page.host_address(),
             flags: if global { GLOBAL } else { 0 },
         };
+        let place = index(address);
+        self.dirty[bank as usize] |= 1 << (place / GROUP);
+        self.banks[bank as usize].entries[place] = entry;
+        if bank == Bank::Kernel && !global {
+            // The kernel's generation outlives loads of CR3, and such an entry must not.
+            self.has_local = true;
+        } else {
+            self.shadow.fill(bank, self.generations[bank as usize], &entry);
+        }
     }
 
     /// Remembers that the guest maps `address` by a page of 2 MiB or 1 GiB, of which we hold pieces of 4 KiB.
@@ -198,51 +219,100 @@ impl SoftTlb {
         self.probe(bank, address, 1, write).is_some()
     }
 
-    fn empty(&mut self, bank: usize, keep: u64) {
-        for entry in &mut self.banks[bank].entries {
-            if entry.flags & keep == 0 {
-                *entry = TlbEntry::EMPTY;
+    fn empty(&mut self, bank: Bank, keep: u64) {
+        let mut dirty = std::mem::take(&mut self.dirty[bank as usize]);
+        while dirty != 0 {
+            let first = dirty.trailing_zeros() as usize * GROUP;
+            for entry in &mut self.banks[bank as usize].entries[first..first + GROUP] {
+                if entry.flags & keep == 0 {
+                    *entry = TlbEntry::EMPTY;
+                } else {
+                    self.dirty[bank as usize] |= 1 << (first / GROUP);
+                }
             }
+            dirty &= dirty - 1;
         }
-        self.has_local[bank] = false;
-        self.has_any[bank] &= keep != 0;
     }
 
-    /// Drops all that is not global: what a load of CR3 does.
-    pub fn flush_local(&mut self) {
+    /// Empties the TLB of what is not global; the shadow keeps it, under its generation.
+    fn empty_local(&mut self) {
         self.flushes += 1;
-        for bank in 0..3 {
-            if self.has_local[bank] {
-                self.empty(bank, GLOBAL);
-            }
+        self.empty(Bank::User, 0);
+        self.empty(Bank::KernelAc, 0);
+        if std::mem::take(&mut self.has_local) {
+            self.empty(Bank::Kernel, GLOBAL);
         }
     }
 
+    fn set_space(&mut self, generation: u64) {
+        if generation < self.generations[Bank::Kernel as usize] {
+            // Generations may have begun anew: then the kernel's must be among the new ones.
+            self.renew_kernel();
+        }
+        self.generations[Bank::User as usize] = generation;
+        self.generations[Bank::KernelAc as usize] = generation;
+    }
+
+    fn renew_kernel(&mut self) {
+        self.generations[Bank::Kernel as usize] = self.shadow.new_generation();
+    }
+
+    /// Drops all that is not global, of all address spaces: what a load of CR3 does without PCIDs.
+    pub fn flush_local(&mut self) {
+        self.empty_local();
+        self.shadow.forget_all_pcids();
+        let fresh = self.shadow.new_generation();
+        self.set_space(fresh);
+    }
+
+    /// Goes to another address space by its PCID; `keep` its translations, or drop them.
+    pub fn switch_space(&mut self, pcid: u16, keep: bool) {
+        self.empty_local();
+        let generation = self.shadow.generation_of(pcid, keep);
+        self.set_space(generation);
+    }
+
+    /// Forgets a PCID that is not the current one: INVPCID.
+    pub fn forget_pcid(&mut self, pcid: u16) {
+        self.shadow.forget_pcid(pcid);
+    }
+
+    /// Forgets all address spaces, and global translations, too.
     pub fn flush_all(&mut self) {
         self.flushes += 1;
-        for bank in 0..3 {
-            if self.has_any[bank] {
-                self.empty(bank, 0);
-            }
+        for bank in BANKS {
+            self.empty(bank, 0);
         }
+        self.forget_shadow();
         (self.large, self.huge) = (0, 0);
+    }
+
+    fn forget_shadow(&mut self) {
+        self.shadow.forget_all_pcids();
+        self.renew_kernel();
+        let fresh = self.shadow.new_generation();
+        self.set_space(fresh);
     }
 
     /// Drops what is known of one page: what INVLPG does. All pieces of a large page go together, since the guest names it by
     /// one of its addresses (Intel SDM Vol. 3A 5.10.4.1).
     pub fn flush_page(&mut self, address: Gva) {
         if self.huge & region_bit(address, HUGE_SHIFT) != 0 {
+            self.forget_shadow();
             self.drop_region(address, HUGE_SHIFT, 0..ENTRIES);
         } else if self.large & region_bit(address, LARGE_SHIFT) != 0 {
+            self.forget_shadow();
             // The pages of 2 MiB are neighbours in a bank.
             let first = index(address) & !(LARGE_PAGES - 1);
             self.drop_region(address, LARGE_SHIFT, first..first + LARGE_PAGES);
         }
-        for bank in &mut self.banks {
-            let entry = &mut bank.entries[index(address)];
-            if entry.read == address.page().0 {
+        let page = address.page().0;
+        for bank in BANKS {
+            let entry = &mut self.banks[bank as usize].entries[index(address)];
+            if entry.read == page {
                 *entry = TlbEntry::EMPTY;
             }
+            self.shadow.drop_page(bank, self.generations[bank as usize], page);
         }
     }
 
@@ -265,6 +335,7 @@ impl SoftTlb {
                 }
             }
         }
+        self.forget_shadow();
     }
 }
 

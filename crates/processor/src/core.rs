@@ -272,6 +272,7 @@ impl Core<'_> {
         self.vcpu.mappings += 1;
         if self.vcpu.code_regions.may_contain(address) {
             self.vcpu.stale.all_mappings = true;
+            self.vcpu.flush_space();
         }
     }
 }

@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use host::map::Placed;
 use memory::SoftTlb;
 use memory::tlb::Bank;
-use x86::{CpuState, Gva, rflags};
+use x86::{CpuState, Gva, cr4, rflags};
 
 use crate::cpuid::CpuidModel;
 use crate::translate::frame::{Hot, JumpCaches};
@@ -165,14 +165,41 @@ impl Vcpu {
     /// After a load of CR3: drops translations of pages that are not global.
     pub fn flush_local(&mut self) {
         self.tlb.flush_local();
+        self.space_changed();
+    }
+
+    /// After a load of CR3 with PCIDs: the new space's translations are as they were, if they may be kept.
+    pub fn switch_space(&mut self, pcid: u16, keep: bool) {
+        self.tlb.switch_space(pcid, keep);
+        self.space_changed();
+    }
+
+    /// The current PCID; `None` without CR4.PCIDE.
+    #[must_use]
+    pub fn pcid(&self) -> Option<u16> {
+        (self.cpu.cr4 & cr4::PCIDE != 0).then_some((self.cpu.cr3 & 0xfff) as u16)
+    }
+
+    /// Drops the translations of the current address space.
+    pub fn flush_space(&mut self) {
+        match self.pcid() {
+            Some(pcid) => self.switch_space(pcid, false),
+            None => self.flush_local(),
+        }
+    }
+
+    fn space_changed(&mut self) {
         self.mappings += 1;
         self.stale.local_mappings = true;
+        let generation = self.tlb.generations[Bank::User as usize];
+        let rounds = self.tlb.shadow.rounds;
+        self.jumps.set_space(generation, rounds);
     }
 
     /// After a change of paging mode or a global invalidation.
     pub fn flush_all(&mut self) {
         self.tlb.flush_all();
-        self.mappings += 1;
+        self.space_changed();
         self.stale.all_mappings = true;
     }
 }

@@ -131,11 +131,13 @@ pub fn set_cr3(core: &mut Core<'_>, value: u64) -> Result<(), GuestFault> {
         return Err(GuestFault::GP0);
     }
     let new = value & !CR3_NO_FLUSH;
-    let keeps = value & CR3_NO_FLUSH != 0 && new == cpu.cr3;
+    let keeps = value & CR3_NO_FLUSH != 0;
+    let is_same = new == cpu.cr3;
     cpu.cr3 = new;
-    // Our TLB is not tagged: another PCID's translations must go even when the new one's might stay.
-    if !keeps {
-        core.vcpu.flush_local();
+    match core.vcpu.pcid() {
+        Some(_) if keeps && is_same => {}
+        Some(pcid) => core.vcpu.switch_space(pcid, keeps),
+        None => core.vcpu.flush_local(),
     }
     Ok(())
 }

@@ -28,12 +28,13 @@ pub fn invpcid(core: &mut Core<'_>, instruction: &Instruction) -> Outcome {
     if kind > 3 || (kind < 2 && !has_pcids && pcid != 0) || pcid >> 12 != 0 {
         return Err(GuestFault::GP0);
     }
-    // What is known of other PCIDs went when CR3 was loaded: our TLB is not tagged.
     let current = !has_pcids || core.vcpu.cpu.cr3 & 0xfff == pcid;
     match kind {
         0 if !address.is_canonical() => return Err(GuestFault::GP0),
         0 if current => core.flush_page(address),
-        1 if current => core.vcpu.flush_local(),
+        1 if current => core.vcpu.flush_space(),
+        // Of another space all goes, even where only one page has to.
+        0 | 1 => core.vcpu.tlb.forget_pcid(pcid as u16),
         2 => core.vcpu.flush_all(),
         3 => core.vcpu.flush_local(),
         _ => {}

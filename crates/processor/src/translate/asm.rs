@@ -331,6 +331,11 @@ impl Asm {
         self.relative(target);
     }
 
+    pub fn jmp_address(&mut self, target: u64) {
+        self.byte(0xe9);
+        self.relative(target);
+    }
+
     /// A 32-bit displacement to an absolute address, relative to the end of these four bytes.
     pub fn relative(&mut self, target: u64) {
         let relative = target.wrapping_sub(self.address() + 4) as i64;

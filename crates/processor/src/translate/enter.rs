@@ -6,11 +6,13 @@
 
 use std::mem;
 
+use memory::tlb::Bank;
 use x86::FpuArea;
 
 use super::asm::{Asm, Mem, R12, R13, R14, R15, RAX, RBP, RBX, RDI, RDX, RSI, Reg, T0, T1, cc};
 use super::frame;
 use super::lower::Mode;
+use super::refill::refill;
 use crate::code_cache::CodeCache;
 use crate::vcpu::Vcpu;
 
@@ -38,6 +40,8 @@ pub struct Stubs {
     /// What the fault stub's calls leave as their return address.
     fault_sites: [u64; 2],
     save_simd: u64,
+    /// By bank, whether for stores, and whether SIMD state is in registers.
+    refill: [[[u64; 2]; 2]; 3],
 }
 
 impl Stubs {
@@ -55,6 +59,12 @@ impl Stubs {
     #[must_use]
     pub fn save_simd(&self) -> u64 {
         self.save_simd
+    }
+
+    /// A subroutine that fills the TLB from the shadow for the address in T0, or leaves.
+    #[must_use]
+    pub fn refill(&self, bank: Bank, write: bool, simd: bool) -> u64 {
+        self.refill[bank as usize][usize::from(write)][usize::from(simd)]
     }
 
     /// Whether a return address says that code left through the fault stub.
@@ -98,6 +108,14 @@ impl Stubs {
         save_simd(&mut asm);
         asm.finish();
         stubs.save_simd = cache.add(&asm.code)?;
+        for bank in [Bank::Kernel, Bank::User, Bank::KernelAc] {
+            for (write, simd) in [(false, false), (false, true), (true, false), (true, true)] {
+                asm.restart(cache.next_address());
+                refill(&mut asm, bank, write, stubs.leave(false, simd));
+                asm.finish();
+                stubs.refill[bank as usize][usize::from(write)][usize::from(simd)] = cache.add(&asm.code)?;
+            }
+        }
         cache.keep_from_here();
         Some(stubs)
     }

@@ -6,6 +6,7 @@ use memory::tlb::{Bank, TlbBank, TlbEntry};
 use memory::SoftTlb;
 use x86::{CpuState, Segment};
 
+use super::lower::Mode;
 use crate::vcpu::Vcpu;
 
 /// Pointers to checked stack or structure pages that a block keeps at a time; see `groups`.
@@ -15,14 +16,8 @@ pub const GROUPS: usize = 8;
 #[derive(Debug, Default)]
 #[repr(C, align(64))]
 pub struct Hot {
-    /// Guest arithmetic flags while they are not in the host's RFLAGS, as PUSHFQ stores them.
-    pub flags: u64,
-    /// The two scratch registers at the last leave.
-    pub scratch: [u64; 2],
-    /// Where a value survives a probe that needs both scratch registers.
-    pub spill: u64,
-    /// Host addresses of what a base register of the guest points at.
-    pub groups: [u64; GROUPS],
+    /// The tables of the shadow, by bank.
+    pub shadow: [u64; 3],
     /// Guest and host addresses of a string instruction in progress.
     pub string: [u64; 3],
     /// The host's stack while translated code runs.
@@ -37,6 +32,15 @@ pub struct Hot {
     /// The mode of the code that runs, where code changed it by itself (SYSCALL, SYSRET).
     pub mode: u32,
     pub is_placed: bool,
+    // The last fields are nearest to the base register.
+    /// The two scratch registers at the last leave.
+    pub scratch: [u64; 2],
+    /// Where a value survives a probe that needs both scratch registers.
+    pub spill: u64,
+    /// Guest arithmetic flags while they are not in the host's RFLAGS, as PUSHFQ stores them.
+    pub flags: u64,
+    /// Host addresses of what a base register of the guest points at.
+    pub groups: [u64; GROUPS],
 }
 
 pub const BIAS: usize = size_of::<Hot>();
@@ -44,8 +48,8 @@ pub const BIAS: usize = size_of::<Hot>();
 /// Slots of a jump cache; a power of two.
 pub const JUMP_ENTRIES: usize = 2048;
 
-/// Guest RIP (mixed with its generation, so that a flush is one addition) -> where its block is entered with the flags
-/// in memory.
+/// Guest RIP -> where its block is entered with the flags in memory. Tags of user code are mixed with the generation of
+/// their address space, so that a load of CR3 empties nothing.
 #[derive(Clone, Copy, Debug)]
 #[repr(C)]
 pub struct JumpEntry {
@@ -57,9 +61,10 @@ pub struct JumpEntry {
 #[derive(Debug)]
 #[repr(C)]
 pub struct JumpCaches {
-    /// Changes when code addresses of user pages may lead elsewhere; bits 63:48 count, the rest is zero.
+    /// The generation of the current address space, in bits 63:48.
     pub user_generation: u64,
-    pub kernel_generation: u64,
+    /// How often the generations had gone round.
+    rounds: u64,
     pub caches: [[JumpEntry; JUMP_ENTRIES]; 8],
 }
 
@@ -72,26 +77,36 @@ fn impossible(place: usize) -> JumpEntry {
 impl JumpCaches {
     pub fn new() -> JumpCaches {
         let empty = std::array::from_fn(impossible);
-        JumpCaches { user_generation: 1 << 48, kernel_generation: 1 << 48, caches: [empty; 8] }
+        JumpCaches { user_generation: 1 << 48, rounds: 0, caches: [empty; 8] }
     }
 
-    /// Forgets one block, if it is there. Of blocks at the same RIP in other address spaces the generation tells them apart.
-    pub fn forget_block(&mut self, rip: u64, mode: usize, is_user: bool, place: usize) {
-        let generation = if is_user { self.user_generation } else { self.kernel_generation };
+    /// What the tag of a RIP in a cache is now.
+    #[must_use]
+    pub fn tag(&self, rip: u64, is_user: bool) -> u64 {
+        if is_user { rip ^ self.user_generation } else { rip }
+    }
+
+    /// Goes to another address space, or to another generation of the same.
+    pub fn set_space(&mut self, generation: u64, rounds: u64) {
+        self.user_generation = generation << 48;
+        if rounds != self.rounds {
+            self.rounds = rounds;
+            self.clear(true);
+        }
+    }
+
+    /// Forgets one block in all address spaces.
+    pub fn forget_block(&mut self, rip: u64, mode: usize, place: usize) {
         let entry = &mut self.caches[mode][place];
-        if entry.tag == rip ^ generation {
+        if (entry.tag ^ rip) << 16 == 0 {
             *entry = impossible(place);
         }
     }
 
-    /// Starts a new generation of entries for user or for kernel code: the old ones match no more.
-    pub fn forget(&mut self, user: bool) {
-        let generation = if user { &mut self.user_generation } else { &mut self.kernel_generation };
-        *generation = generation.wrapping_add(1 << 48);
-        if *generation == 0 {
-            // The count went round: tags of long ago would match again.
-            *generation = 1 << 48;
-            for cache in &mut self.caches {
+    /// Forgets all user code, or all kernel code.
+    pub fn clear(&mut self, user: bool) {
+        for (mode, cache) in self.caches.iter_mut().enumerate() {
+            if (mode as u8 & Mode::USER != 0) == user {
                 for (place, entry) in cache.iter_mut().enumerate() {
                     *entry = impossible(place);
                 }
@@ -127,7 +142,6 @@ pub const TSC_AUX: i32 = disp(CPU + offset_of!(CpuState, tsc_aux));
 pub const TSC_OFFSET: i32 = disp(CPU + offset_of!(CpuState, tsc_offset));
 pub const WANTS_WINDOW: i32 = disp(offset_of!(Vcpu, wants_interrupt_window));
 pub const USER_GENERATION: i32 = disp(offset_of!(Vcpu, jumps) + offset_of!(JumpCaches, user_generation));
-pub const KERNEL_GENERATION: i32 = disp(offset_of!(Vcpu, jumps) + offset_of!(JumpCaches, kernel_generation));
 pub const TLB_READ: i32 = offset_of!(TlbEntry, read) as i32;
 pub const TLB_WRITE: i32 = offset_of!(TlbEntry, write) as i32;
 pub const TLB_PAGE: i32 = offset_of!(TlbEntry, page) as i32;
@@ -167,6 +181,24 @@ pub fn segment_base(segment: usize) -> i32 {
 #[must_use]
 pub fn tlb(bank: Bank) -> i32 {
     disp(offset_of!(Vcpu, tlb) + offset_of!(SoftTlb, banks) + bank as usize * size_of::<TlbBank>())
+}
+
+/// The word of dirty bits of a bank.
+#[must_use]
+pub fn dirty(bank: Bank) -> i32 {
+    disp(offset_of!(Vcpu, tlb) + offset_of!(SoftTlb, dirty) + 8 * bank as usize)
+}
+
+/// The generation of a bank in the shadow.
+#[must_use]
+pub fn generation(bank: Bank) -> i32 {
+    disp(offset_of!(Vcpu, tlb) + offset_of!(SoftTlb, generations) + 8 * bank as usize)
+}
+
+/// Where the host address of a bank's shadow table is.
+#[must_use]
+pub fn shadow(bank: Bank) -> i32 {
+    disp(offset_of!(Hot, shadow) + 8 * bank as usize)
 }
 
 #[must_use]

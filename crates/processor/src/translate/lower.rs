@@ -248,6 +248,8 @@ impl Lowering<'_> {
     fn site(&mut self, site: Site) {
         let index = self.c.sites.len() as u32;
         self.c.sites.push(site);
+        // test eax, imm32: a number that may be run over, behind a call that comes back.
+        self.c.asm.byte(0xa9);
         self.c.asm.dword(index);
     }
 
@@ -315,10 +317,11 @@ impl Lowering<'_> {
     pub(super) fn lookup_in_mode(&mut self, target: u64, mode: Mode) {
         let entry = frame::jump_cache(mode.0.into()) + jump_index(target) as i32 * 16;
         let label = self.c.asm.label();
-        let generation = generation(mode);
         let asm = &mut *self.c.asm;
         asm.mov_imm(T0, target);
-        asm.alu_load(Alu::Xor, T0, Mem::vcpu(generation));
+        if mode.is_user() {
+            asm.alu_load(Alu::Xor, T0, Mem::vcpu(frame::USER_GENERATION));
+        }
         asm.alu_load(Alu::Cmp, T0, Mem::vcpu(entry));
         asm.jcc(cc::NZ, label);
         asm.jmp_mem(Mem::vcpu(entry + 8));
@@ -334,11 +337,21 @@ impl Lowering<'_> {
     pub(super) fn lookup_dynamic(&mut self, mode: Mode) {
         let cache = frame::jump_cache(mode.0.into());
         let label = self.c.asm.label();
-        let generation = generation(mode);
+        if mode.is_user() {
+            // Only addresses of the lower half have tags that the generation cannot confuse.
+            let asm = &mut *self.c.asm;
+            asm.mov(T1, T0);
+            asm.shr(T1, 47);
+            let strange = asm.label();
+            asm.jcc(cc::NZ, strange);
+            self.cold.push(Cold::Leave { label: strange, site: Site::Lookup, flags: Flags::Slot });
+        }
         let asm = &mut *self.c.asm;
         asm.mov32(T1, T0);
         asm.alu_imm32(Alu::And, T1, ((frame::JUMP_ENTRIES - 1) << 2) as i32);
-        asm.alu_load(Alu::Xor, T0, Mem::vcpu(generation));
+        if mode.is_user() {
+            asm.alu_load(Alu::Xor, T0, Mem::vcpu(frame::USER_GENERATION));
+        }
         asm.alu_load(Alu::Cmp, T0, Mem::indexed(super::asm::BASE, T1, 2, cache));
         asm.jcc(cc::NZ, label);
         asm.jmp_mem(Mem::indexed(super::asm::BASE, T1, 2, cache + 8));
@@ -363,11 +376,17 @@ impl Lowering<'_> {
                 Cold::Probe { label, site, tag } => {
                     self.c.asm.bind(label);
                     self.c.asm.alu_load(Alu::Xor, T0, Mem::indexed(super::asm::BASE, T1, 0, tag));
-                    self.leave_with(site, Flags::Slot);
+                    let Site::Probe { retry, write, .. } = site else { continue };
+                    let refill = self.c.stubs.refill(self.c.mode.bank(), write, self.c.mode.is_simd());
+                    self.c.asm.call_address(refill);
+                    self.site(site);
+                    self.c.asm.jmp_address(retry);
                 }
                 Cold::LookupMiss { label, mode } => {
                     self.c.asm.bind(label);
-                    self.c.asm.alu_load(Alu::Xor, T0, Mem::vcpu(generation(mode)));
+                    if mode.is_user() {
+                        self.c.asm.alu_load(Alu::Xor, T0, Mem::vcpu(frame::USER_GENERATION));
+                    }
                     let stub = self.c.stubs.leave(false, mode.is_simd());
                     self.c.asm.call_address(stub);
                     self.site(Site::Lookup);
@@ -824,10 +843,6 @@ impl Lowering<'_> {
         }
         Some(())
     }
-}
-
-fn generation(mode: Mode) -> i32 {
-    if mode.is_user() { frame::USER_GENERATION } else { frame::KERNEL_GENERATION }
 }
 
 /// The place of a RIP in a jump cache.

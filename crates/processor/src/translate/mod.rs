@@ -14,6 +14,7 @@ pub mod frame;
 mod groups;
 mod links;
 mod lower;
+mod refill;
 mod string;
 mod system;
 
@@ -24,6 +25,7 @@ use std::time::Instant;
 
 use host::signal::{self, Landing};
 use iced_x86::InstructionInfoFactory;
+use memory::tlb::Bank;
 use x86::{CpuState, Gva, PAGE_SIZE, cr0, cr4, dr7, registers::xcr0, rflags};
 
 use self::asm::Asm;
@@ -89,6 +91,8 @@ pub struct Translator {
     features: Features,
     /// Whether the guest's SIMD state is put into host registers when code is entered.
     simd: bool,
+    /// How often the generations of address spaces had gone round.
+    rounds: u64,
     options: Options,
     counters: Counters,
     /// How often the interpreter ran which instruction, when RINGZERO_PROFILE is in the environment.
@@ -126,6 +130,7 @@ impl Translator {
             decoder: DecodeCache::new(),
             features: Features::default(),
             simd: false,
+            rounds: 0,
             options,
             counters: Counters::default(),
             profile: std::env::var_os("RINGZERO_PROFILE").map(|_| HashMap::new()),
@@ -154,10 +159,13 @@ impl Translator {
         let stale = std::mem::take(&mut core.vcpu.stale);
         if stale.local_mappings || stale.all_mappings {
             self.counters.user_forgets += 1;
-            core.vcpu.jumps.forget(true);
+            let rounds = core.vcpu.tlb.shadow.rounds;
+            if rounds != self.rounds {
+                self.rounds = rounds;
+                self.fetches.forget_user();
+            }
         }
         if stale.all_mappings || (stale.local_mappings && self.fetches.has_local_kernel_code) {
-            self.fetches.has_local_kernel_code = false;
             core.vcpu.code_regions.clear();
             self.counters.kernel_forgets += 1;
             self.forget_kernel_jumps(core);
@@ -171,7 +179,7 @@ impl Translator {
             let jumps = &mut core.vcpu.jumps;
             for write in core.memory.code.take() {
                 self.blocks.drop_page(write.ppn, |Key { rip, mode, .. }| {
-                    jumps.forget_block(rip, mode.0.into(), mode.is_user(), jump_index(rip));
+                    jumps.forget_block(rip, mode.0.into(), jump_index(rip));
                 });
                 self.links.undo_page(write.ppn, &mut self.cache);
                 self.decoder.drop_page(write.ppn);
@@ -199,12 +207,13 @@ impl Translator {
     }
 
     fn forget_kernel_jumps(&mut self, core: &mut Core<'_>) {
-        core.vcpu.jumps.forget(false);
+        self.fetches.forget_kernel();
+        core.vcpu.jumps.clear(false);
         self.links.undo_all(&mut self.cache);
     }
 
     fn forget_all_jumps(&mut self, core: &mut Core<'_>) {
-        core.vcpu.jumps.forget(true);
+        core.vcpu.jumps.clear(true);
         self.forget_kernel_jumps(core);
     }
 
@@ -250,8 +259,7 @@ impl Translator {
             return (host, slot);
         }
         let jumps = &mut core.vcpu.jumps;
-        let generation = if key.mode.is_user() { jumps.user_generation } else { jumps.kernel_generation };
-        jumps.caches[usize::from(key.mode.0)][jump_index(key.rip)] = JumpEntry { tag: key.rip ^ generation, host: slot };
+        jumps.caches[usize::from(key.mode.0)][jump_index(key.rip)] = JumpEntry { tag: jumps.tag(key.rip, key.mode.is_user()), host: slot };
         (host, slot)
     }
 
@@ -341,7 +349,8 @@ impl Translator {
             return self.fault(core);
         }
         set_flags(&mut core.vcpu.cpu, core.vcpu.hot.flags);
-        let index = self.cache.read_u32(site) as usize;
+        // Behind the opcode of an instruction that carries it.
+        let index = self.cache.read_u32(site + 1) as usize;
         match self.sites[index] {
             Site::Probe { rip, retry, size, write, grouped, block } => {
                 self.counters.exits_probe += 1;
@@ -508,6 +517,9 @@ impl Engine for Translator {
             Err(error) => return Exit::Unsupported(format!("the host refuses signal handlers: {error}")),
         };
         self.poll.disarm();
+        for bank in [Bank::Kernel, Bank::User, Bank::KernelAc] {
+            core.vcpu.hot.shadow[bank as usize] = core.vcpu.tlb.shadow.table_address(bank);
+        }
         loop {
             if core.vcpu.attention.is_raised() {
                 return Exit::Attention;

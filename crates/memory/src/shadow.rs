@@ -1,0 +1,108 @@
+//! The shadow behind the soft TLB: Gva -> host page for many more pages than the TLB holds, of several address spaces.
+//!
+//! A direct-mapped table for each bank. The tag of an entry is the page's address with the generation of its address space
+//! in the low twelve bits, so that a load of CR3 empties nothing: it changes the generation that is looked for. With PCIDs
+//! an address space has the same generation when the guest comes back to it, and finds its entries again. Translated
+//! code looks here by itself when the TLB misses; see `processor::translate::refill`.
+
+use crate::tlb::{Bank, EMPTY, TlbEntry};
+
+/// Entries of a bank; a power of two. They reach 64 MiB; the memory is only used as they are.
+pub const ENTRIES: usize = 16384;
+
+/// Generations are 1 to 4095: the low bits of a tag.
+const LAST_GENERATION: u64 = 4095;
+
+/// Words of an entry: page address and generation, the TLB's tag for stores, host page, flags.
+pub type Entry = [u64; 4];
+
+#[derive(Debug)]
+pub struct Shadow {
+    tables: [Box<[Entry]>; 3],
+    last_generation: u64,
+    /// The generation of each PCID, 0 when nothing of it is remembered.
+    by_pcid: Box<[u16]>,
+    /// Whether any PCID is remembered.
+    has_pcids: bool,
+    /// How often the generations went round, so that all entries of all spaces were dropped.
+    pub rounds: u64,
+}
+
+fn index(page: u64) -> usize {
+    (page >> x86::PAGE_SHIFT) as usize & (ENTRIES - 1)
+}
+
+impl Shadow {
+    #[must_use]
+    pub fn new() -> Shadow {
+        let table = || vec![[0; 4]; ENTRIES].into_boxed_slice();
+        Shadow {
+            tables: [table(), table(), table()],
+            last_generation: 0,
+            by_pcid: vec![0; 4096].into_boxed_slice(),
+            has_pcids: false,
+            rounds: 0,
+        }
+    }
+
+    /// A generation that no entry has.
+    pub fn new_generation(&mut self) -> u64 {
+        if self.last_generation == LAST_GENERATION {
+            for table in &mut self.tables {
+                table.fill([0; 4]);
+            }
+            self.by_pcid.fill(0);
+            self.last_generation = 0;
+            self.rounds += 1;
+        }
+        self.last_generation += 1;
+        self.last_generation
+    }
+
+    /// The generation of a PCID: a new one unless `keep` and something of it is remembered.
+    pub fn generation_of(&mut self, pcid: u16, keep: bool) -> u64 {
+        let known = u64::from(self.by_pcid[usize::from(pcid)]);
+        if keep && known != 0 {
+            return known;
+        }
+        let fresh = self.new_generation();
+        self.by_pcid[usize::from(pcid)] = fresh as u16;
+        self.has_pcids = true;
+        fresh
+    }
+
+    pub fn forget_pcid(&mut self, pcid: u16) {
+        self.by_pcid[usize::from(pcid)] = 0;
+    }
+
+    pub fn forget_all_pcids(&mut self) {
+        if std::mem::take(&mut self.has_pcids) {
+            self.by_pcid.fill(0);
+        }
+    }
+
+    pub fn fill(&mut self, bank: Bank, generation: u64, entry: &TlbEntry) {
+        let place = &mut self.tables[bank as usize][index(entry.read)];
+        *place = [entry.read | generation, entry.write, entry.page, entry.flags];
+    }
+
+    /// Drops one page of one address space.
+    pub fn drop_page(&mut self, bank: Bank, generation: u64, page: u64) {
+        let place = &mut self.tables[bank as usize][index(page)];
+        if place[0] == page | generation {
+            *place = [0, EMPTY, 0, 0];
+        }
+    }
+
+    /// The host address of a bank's table, for translated code.
+    #[must_use]
+    pub fn table_address(&self, bank: Bank) -> u64 {
+        self.tables[bank as usize].as_ptr() as u64
+    }
+}
+
+impl Default for Shadow {
+    fn default() -> Self {
+        Self::new()
+    }
+}
