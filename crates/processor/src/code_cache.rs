@@ -116,6 +116,12 @@ impl CodeCache {
         self.write(at, &(target.wrapping_sub(at + 4) as u32).to_le_bytes());
     }
 
+    /// Overwrites the code at `at` by a jump to `target`.
+    pub fn write_jump(&mut self, at: u64, target: u64) {
+        self.write(at, &[0xe9]);
+        self.set_displacement(at + 1, target);
+    }
+
     /// Where the jump whose displacement is at `at` leads.
     #[must_use]
     pub fn displacement_target(&self, at: u64) -> u64 {

@@ -254,6 +254,10 @@ impl Asm {
         self.op_reg(true, &[(operation as u8) << 3 | 3], to.0, from);
     }
 
+    pub fn alu32(&mut self, operation: Alu, to: Reg, from: Reg) {
+        self.op_reg(false, &[(operation as u8) << 3 | 3], to.0, from);
+    }
+
     pub fn cmp_byte_mem(&mut self, mem: Mem, value: u8) {
         self.op_mem(false, &[0x80], 7, mem);
         self.byte(value);

@@ -46,7 +46,11 @@ pub struct Hot {
 pub const BIAS: usize = size_of::<Hot>();
 
 /// Slots of a jump cache; a power of two.
-pub const JUMP_ENTRIES: usize = 2048;
+pub const JUMP_ENTRIES: usize = 4096;
+
+/// How far a RIP is shifted onto itself for its place in a jump cache: return addresses lie at the same offsets of
+/// different pages often enough.
+pub const JUMP_FOLD: u8 = 11;
 
 /// Guest RIP -> where its block is entered with the flags in memory. Tags of user code are mixed with the generation of
 /// their address space, so that a load of CR3 empties nothing.

@@ -348,6 +348,8 @@ impl Lowering<'_> {
         }
         let asm = &mut *self.c.asm;
         asm.mov32(T1, T0);
+        asm.shr(T1, frame::JUMP_FOLD);
+        asm.alu32(Alu::Xor, T1, T0);
         asm.alu_imm32(Alu::And, T1, ((frame::JUMP_ENTRIES - 1) << 2) as i32);
         if mode.is_user() {
             asm.alu_load(Alu::Xor, T0, Mem::vcpu(frame::USER_GENERATION));
@@ -848,7 +850,8 @@ impl Lowering<'_> {
 /// The place of a RIP in a jump cache.
 #[must_use]
 pub fn jump_index(rip: u64) -> usize {
-    (rip >> 2) as usize & (frame::JUMP_ENTRIES - 1)
+    let rip = rip as u32;
+    ((rip >> frame::JUMP_FOLD ^ rip) >> 2) as usize & (frame::JUMP_ENTRIES - 1)
 }
 
 /// The register numbers in the fields of an instruction that hold general registers.

@@ -450,12 +450,19 @@ impl Translator {
         if block.group_misses != PATIENCE {
             return;
         }
-        let key = block.key;
-        let is_current = self.blocks.find(&key).is_some_and(|current| current.key == key && current.second.is_none());
-        if is_current && self.fetches.find(core, key.rip, key.mode) == Some(key.gpa) {
-            self.blocks.forget(&key);
-            self.translate(core, key, false);
-            self.forget_all_jumps(core);
+        let (key, old, is_single) = (block.key, (block.entry_host, block.entry_slot), block.second.is_none());
+        let is_current = self.blocks.find(&key).is_some_and(|current| current.entry_host == old.0);
+        if !is_current || !is_single || self.fetches.find(core, key.rip, key.mode) != Some(key.gpa) {
+            return;
+        }
+        let clears = self.counters.cache_clears;
+        self.blocks.forget(&key);
+        let Some(new) = self.translate(core, key, false) else { return };
+        if self.counters.cache_clears == clears {
+            // Links and jump caches lead to the old block: it passes on. Its entries are the same one, or the code between
+            // them is longer than a jump.
+            self.cache.write_jump(old.0, new.0);
+            self.cache.write_jump(old.1, new.1);
         }
     }
 
