@@ -254,8 +254,9 @@ impl Asm {
         self.op_reg(true, &[(operation as u8) << 3 | 3], to.0, from);
     }
 
-    pub fn alu32(&mut self, operation: Alu, to: Reg, from: Reg) {
-        self.op_reg(false, &[(operation as u8) << 3 | 3], to.0, from);
+    pub fn multiply32(&mut self, to: Reg, from: Reg, by: u32) {
+        self.op_reg(false, &[0x69], to.0, from);
+        self.dword(by);
     }
 
     pub fn cmp_byte_mem(&mut self, mem: Mem, value: u8) {

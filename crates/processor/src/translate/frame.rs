@@ -48,9 +48,9 @@ pub const BIAS: usize = size_of::<Hot>();
 /// Slots of a jump cache; a power of two.
 pub const JUMP_ENTRIES: usize = 4096;
 
-/// How far a RIP is shifted onto itself for its place in a jump cache: return addresses lie at the same offsets of
-/// different pages often enough.
-pub const JUMP_FOLD: u8 = 11;
+/// The place of a RIP in a jump cache is in bits 31:20 of its low half times this: return addresses lie at the same offsets
+/// of different pages often enough to want a real hash.
+pub const JUMP_MULTIPLIER: u32 = 0x9e37_79b1;
 
 /// Guest RIP -> where its block is entered with the flags in memory. Tags of user code are mixed with the generation of
 /// their address space, so that a load of CR3 empties nothing.
@@ -72,10 +72,10 @@ pub struct JumpCaches {
     pub caches: [[JumpEntry; JUMP_ENTRIES]; 8],
 }
 
-/// What no lookup matches. A lookup only compares tags whose low bits name the entry's own place, so the tag of another
-/// place is impossible, whatever address a guest jumps to.
+/// What no lookup matches. A lookup only compares tags whose low half names the entry's own place (that of 0 is 0, and that
+/// of 1 is far from it) or its neighbour's, so the tag of another place is impossible, whatever address a guest jumps to.
 fn impossible(place: usize) -> JumpEntry {
-    JumpEntry { tag: if place == 0 { 4 } else { 0 }, host: 0 }
+    JumpEntry { tag: u64::from(place < 2), host: 0 }
 }
 
 impl JumpCaches {
@@ -86,7 +86,7 @@ impl JumpCaches {
 
     /// What the tag of a RIP in a cache is now.
     #[must_use]
-    pub fn tag(&self, rip: u64, is_user: bool) -> u64 {
+    fn tag(&self, rip: u64, is_user: bool) -> u64 {
         if is_user { rip ^ self.user_generation } else { rip }
     }
 
@@ -101,10 +101,22 @@ impl JumpCaches {
 
     /// Forgets one block in all address spaces.
     pub fn forget_block(&mut self, rip: u64, mode: usize, place: usize) {
-        let entry = &mut self.caches[mode][place];
-        if (entry.tag ^ rip) << 16 == 0 {
-            *entry = impossible(place);
+        for place in [place, place ^ 1] {
+            let entry = &mut self.caches[mode][place];
+            if (entry.tag ^ rip) << 16 == 0 {
+                *entry = impossible(place);
+            }
         }
+    }
+
+    /// Remembers a block; what was at its place moves to the neighbour.
+    pub fn remember(&mut self, rip: u64, mode: Mode, place: usize, host: u64) {
+        let tag = self.tag(rip, mode.is_user());
+        let cache = &mut self.caches[usize::from(mode.0)];
+        if cache[place].host != 0 && cache[place].tag != tag {
+            cache[place ^ 1] = cache[place];
+        }
+        cache[place] = JumpEntry { tag, host };
     }
 
     /// Forgets all user code, or all kernel code.
@@ -206,7 +218,7 @@ pub fn shadow(bank: Bank) -> i32 {
 }
 
 #[must_use]
-pub fn jump_cache(mode: usize) -> i32 {
+pub fn jump_entry(mode: usize, place: usize) -> i32 {
     let caches = offset_of!(Vcpu, jumps) + offset_of!(JumpCaches, caches);
-    disp(caches + mode * size_of::<[JumpEntry; JUMP_ENTRIES]>())
+    disp(caches + (mode * JUMP_ENTRIES + place) * size_of::<JumpEntry>())
 }

@@ -92,7 +92,7 @@ enum Cold {
     Leave { label: Label, site: Site, flags: Flags },
     /// The TLB probe left address XOR tag in the scratch register.
     Probe { label: Label, site: Site, tag: i32 },
-    LookupMiss { label: Label, mode: Mode },
+    LookupMiss { label: Label, mode: Mode, first: Option<usize> },
     /// A conditional jump to another page.
     Lookup { label: Label, target: u64, flags: Flags },
 }
@@ -315,7 +315,8 @@ impl Lowering<'_> {
 
     /// Goes to a constant RIP whose code is of another mode.
     pub(super) fn lookup_in_mode(&mut self, target: u64, mode: Mode) {
-        let entry = frame::jump_cache(mode.0.into()) + jump_index(target) as i32 * 16;
+        let place = jump_index(target);
+        let entry = frame::jump_entry(mode.0.into(), place);
         let label = self.c.asm.label();
         let asm = &mut *self.c.asm;
         asm.mov_imm(T0, target);
@@ -325,7 +326,7 @@ impl Lowering<'_> {
         asm.alu_load(Alu::Cmp, T0, Mem::vcpu(entry));
         asm.jcc(cc::NZ, label);
         asm.jmp_mem(Mem::vcpu(entry + 8));
-        self.cold.push(Cold::LookupMiss { label, mode });
+        self.cold.push(Cold::LookupMiss { label, mode, first: Some(place) });
     }
 
     /// Goes to the RIP in T0; flags must be in their slot.
@@ -335,7 +336,7 @@ impl Lowering<'_> {
 
     /// Goes to the RIP in T0, whose code is of the given mode.
     pub(super) fn lookup_dynamic(&mut self, mode: Mode) {
-        let cache = frame::jump_cache(mode.0.into());
+        let cache = frame::jump_entry(mode.0.into(), 0);
         let label = self.c.asm.label();
         if mode.is_user() {
             // Only addresses of the lower half have tags that the generation cannot confuse.
@@ -347,18 +348,39 @@ impl Lowering<'_> {
             self.cold.push(Cold::Leave { label: strange, site: Site::Lookup, flags: Flags::Slot });
         }
         let asm = &mut *self.c.asm;
-        asm.mov32(T1, T0);
-        asm.shr(T1, frame::JUMP_FOLD);
-        asm.alu32(Alu::Xor, T1, T0);
-        asm.alu_imm32(Alu::And, T1, ((frame::JUMP_ENTRIES - 1) << 2) as i32);
+        asm.multiply32(T1, T0, frame::JUMP_MULTIPLIER);
+        asm.shr(T1, 16);
+        asm.alu_imm32(Alu::And, T1, ((frame::JUMP_ENTRIES - 1) << 4) as i32);
         if mode.is_user() {
             asm.alu_load(Alu::Xor, T0, Mem::vcpu(frame::USER_GENERATION));
         }
-        asm.alu_load(Alu::Cmp, T0, Mem::indexed(super::asm::BASE, T1, 2, cache));
+        asm.alu_load(Alu::Cmp, T0, Mem::indexed(super::asm::BASE, T1, 0, cache));
         asm.jcc(cc::NZ, label);
-        asm.jmp_mem(Mem::indexed(super::asm::BASE, T1, 2, cache + 8));
-        self.cold.push(Cold::LookupMiss { label, mode });
+        asm.jmp_mem(Mem::indexed(super::asm::BASE, T1, 0, cache + 8));
+        self.cold.push(Cold::LookupMiss { label, mode, first: None });
         self.in_t1 = None;
+    }
+
+    /// The other place where a jump may be remembered. `first` is the place just looked at, unless its offset is in T1.
+    fn second_way(&mut self, mode: Mode, first: Option<usize>) {
+        let asm = &mut *self.c.asm;
+        let miss = asm.label();
+        let (tag, host) = match first {
+            Some(place) => {
+                let entry = frame::jump_entry(mode.0.into(), place ^ 1);
+                (Mem::vcpu(entry), Mem::vcpu(entry + 8))
+            }
+            None => {
+                // An entry has 16 bytes.
+                asm.alu_imm32(Alu::Xor, T1, 16);
+                let cache = frame::jump_entry(mode.0.into(), 0);
+                (Mem::indexed(super::asm::BASE, T1, 0, cache), Mem::indexed(super::asm::BASE, T1, 0, cache + 8))
+            }
+        };
+        asm.alu_load(Alu::Cmp, T0, tag);
+        asm.jcc(cc::NZ, miss);
+        asm.jmp_mem(host);
+        asm.bind(miss);
     }
 
     fn emit_cold(&mut self) {
@@ -367,7 +389,7 @@ impl Lowering<'_> {
         while index < self.cold.len() {
             let cold = std::mem::replace(
                 &mut self.cold[index],
-                Cold::LookupMiss { label: Label::default(), mode: Mode(0) },
+                Cold::LookupMiss { label: Label::default(), mode: Mode(0), first: None },
             );
             index += 1;
             match cold {
@@ -384,8 +406,9 @@ impl Lowering<'_> {
                     self.site(site);
                     self.c.asm.jmp_address(retry);
                 }
-                Cold::LookupMiss { label, mode } => {
+                Cold::LookupMiss { label, mode, first } => {
                     self.c.asm.bind(label);
+                    self.second_way(mode, first);
                     if mode.is_user() {
                         self.c.asm.alu_load(Alu::Xor, T0, Mem::vcpu(frame::USER_GENERATION));
                     }
@@ -850,8 +873,7 @@ impl Lowering<'_> {
 /// The place of a RIP in a jump cache.
 #[must_use]
 pub fn jump_index(rip: u64) -> usize {
-    let rip = rip as u32;
-    ((rip >> frame::JUMP_FOLD ^ rip) >> 2) as usize & (frame::JUMP_ENTRIES - 1)
+    ((rip as u32).wrapping_mul(frame::JUMP_MULTIPLIER) >> 20) as usize & (frame::JUMP_ENTRIES - 1)
 }
 
 /// The register numbers in the fields of an instruction that hold general registers.

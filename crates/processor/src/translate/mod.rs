@@ -33,7 +33,6 @@ use self::block::Features;
 use self::blocks::{Blocks, Key};
 use self::enter::Stubs;
 use self::fetch::FetchCache;
-use self::frame::JumpEntry;
 use self::groups::Groups;
 use self::links::Links;
 use self::lower::{Flags, Mode, Site, jump_index, lower};
@@ -46,6 +45,8 @@ use crate::interpret::{self, DecodeCache};
 const CODE_CACHE: usize = 64 << 20;
 /// Room that one block can need at most.
 const BLOCK_ROOM: usize = 64 << 10;
+/// Kernels use SIMD in short stretches; with its state in registers every leave costs more.
+const KERNEL_SIMD_LEAVES: u32 = 16;
 /// After so many failed checks of a group, a block is translated again without groups.
 const PATIENCE: u32 = 16;
 
@@ -91,6 +92,8 @@ pub struct Translator {
     features: Features,
     /// Whether the guest's SIMD state is put into host registers when code is entered.
     simd: bool,
+    /// After so many more leaves, kernel code is taken not to use SIMD any more.
+    kernel_simd: u32,
     /// How often the generations of address spaces had gone round.
     rounds: u64,
     options: Options,
@@ -130,6 +133,7 @@ impl Translator {
             decoder: DecodeCache::new(),
             features: Features::default(),
             simd: false,
+            kernel_simd: 0,
             rounds: 0,
             options,
             counters: Counters::default(),
@@ -186,7 +190,12 @@ impl Translator {
             }
         }
         // A change of privilege that the interpreter or a delivery made: the new code starts without SIMD state.
-        if self.simd && (core.vcpu.cpu.cpl() == 3) != Mode(core.vcpu.hot.mode as u8).is_user() {
+        let in_kernel = core.vcpu.cpu.cpl() != 3;
+        if self.simd && in_kernel {
+            self.kernel_simd = self.kernel_simd.saturating_sub(1);
+            self.simd = self.kernel_simd > 0;
+        }
+        if self.simd && in_kernel == Mode(core.vcpu.hot.mode as u8).is_user() {
             self.simd = false;
         }
         if core.vcpu.cpu.cr0 & cr0::TS != 0 {
@@ -258,8 +267,7 @@ impl Translator {
             // What is not remembered is not jumped to from translated code.
             return (host, slot);
         }
-        let jumps = &mut core.vcpu.jumps;
-        jumps.caches[usize::from(key.mode.0)][jump_index(key.rip)] = JumpEntry { tag: jumps.tag(key.rip, key.mode.is_user()), host: slot };
+        core.vcpu.jumps.remember(key.rip, key.mode, jump_index(key.rip), slot);
         (host, slot)
     }
 
@@ -407,6 +415,7 @@ impl Translator {
                     return Next::Step;
                 }
                 self.simd = true;
+                self.kernel_simd = KERNEL_SIMD_LEAVES;
                 Next::Dispatch
             }
         }
