@@ -270,8 +270,10 @@ impl Core<'_> {
     pub fn flush_page(&mut self, address: Gva) {
         self.vcpu.tlb.flush_page(address);
         self.vcpu.mappings += 1;
-        if self.vcpu.code_regions.may_contain(address) {
+        if self.vcpu.kernel_code.may_contain(address) {
             self.vcpu.stale.all_mappings = true;
+        }
+        if self.vcpu.user_code.may_contain(address) {
             self.vcpu.flush_space();
         }
     }

@@ -50,36 +50,63 @@ pub struct Stale {
     pub mode: bool,
 }
 
-/// Which 2 MiB regions of virtual addresses translated code was looked up in: a filter that may say yes too often. It
-/// spares most INVLPGs, which are about data, the loss of all that is known of code.
+/// Which pages translated code was looked up in, for code of one privilege: a filter that may say yes too often. It spares
+/// most INVLPGs, which are about data, the loss of all that is known of code.
 #[derive(Debug)]
-pub struct CodeRegions {
+pub struct CodePages {
     bits: [u64; 64],
-    /// Code ran from a page larger than a region.
+    /// Code ran from a page of 2 MiB, whose regions are in `bits`, too; or from a larger one.
+    has_large: bool,
     has_giant: bool,
+    count: u32,
 }
 
-impl CodeRegions {
-    fn place(address: Gva) -> (usize, u64) {
-        let hash = (address.0 >> 21).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 52;
+const LARGE_SHIFT: u32 = 21;
+
+impl CodePages {
+    const fn new() -> CodePages {
+        CodePages { bits: [0; 64], has_large: false, has_giant: false, count: 0 }
+    }
+
+    fn place(number: u64) -> (usize, u64) {
+        let hash = number.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 52;
         ((hash >> 6) as usize, 1 << (hash & 63))
     }
 
+    /// The number of a large page is told from that of a small one by a bit that no address has.
+    fn large(address: Gva) -> u64 {
+        address.0 >> LARGE_SHIFT | 1 << 63
+    }
+
+    fn has(&self, number: u64) -> bool {
+        let (word, bit) = Self::place(number);
+        self.bits[word] & bit != 0
+    }
+
     pub fn insert(&mut self, address: Gva, page_size: u64) {
-        let (word, bit) = Self::place(address);
+        let number = if page_size > x86::PAGE_SIZE { Self::large(address) } else { address.0 >> x86::PAGE_SHIFT };
+        let (word, bit) = Self::place(number);
+        self.count += u32::from(self.bits[word] & bit == 0);
         self.bits[word] |= bit;
-        self.has_giant |= page_size > 2 << 20;
+        self.has_large |= page_size > x86::PAGE_SIZE;
+        self.has_giant |= page_size > 1 << LARGE_SHIFT;
     }
 
     #[must_use]
     pub fn may_contain(&self, address: Gva) -> bool {
-        let (word, bit) = Self::place(address);
-        self.has_giant || self.bits[word] & bit != 0
+        self.has_giant
+            || self.has(address.0 >> x86::PAGE_SHIFT)
+            || (self.has_large && self.has(Self::large(address)))
+    }
+
+    /// Whether so many pages are noted that yes says little.
+    #[must_use]
+    pub fn is_crowded(&self) -> bool {
+        self.count > 1024
     }
 
     pub fn clear(&mut self) {
-        self.bits = [0; 64];
-        self.has_giant = false;
+        *self = CodePages::new();
     }
 }
 
@@ -108,7 +135,8 @@ pub struct Vcpu {
     pub memory_epoch: u64,
     /// What CPUID tells this guest.
     pub cpuid: Arc<CpuidModel>,
-    pub code_regions: CodeRegions,
+    pub kernel_code: CodePages,
+    pub user_code: CodePages,
     pub(crate) jumps: JumpCaches,
     pub tlb: SoftTlb,
 }
@@ -137,7 +165,8 @@ impl Vcpu {
             hits: 0,
             memory_epoch: 0,
             cpuid: CpuidModel::shared(),
-            code_regions: CodeRegions { bits: [0; 64], has_giant: false },
+            kernel_code: CodePages::new(),
+            user_code: CodePages::new(),
             jumps: JumpCaches::new(),
             tlb: SoftTlb::new(),
         }

@@ -57,7 +57,8 @@ impl FetchCache {
             return None;
         }
         let translation = core.translate(address, Access::fetch(user)).ok()?;
-        core.vcpu.code_regions.insert(address, translation.page_size);
+        let pages = if user { &mut core.vcpu.user_code } else { &mut core.vcpu.kernel_code };
+        pages.insert(address, translation.page_size);
         self.has_local_kernel_code |= !user && !translation.global;
         *entry = Entry { page, generation: now, gpa: translation.gpa.0 & !PAGE_MASK };
         Some(translation.gpa)

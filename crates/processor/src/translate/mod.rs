@@ -160,6 +160,10 @@ impl Translator {
 
     /// Takes note of what went stale since translated code last ran.
     fn refresh(&mut self, core: &mut Core<'_>) {
+        if core.vcpu.user_code.is_crowded() {
+            core.vcpu.flush_local();
+            core.vcpu.user_code.clear();
+        }
         let stale = std::mem::take(&mut core.vcpu.stale);
         if stale.local_mappings || stale.all_mappings {
             self.counters.user_forgets += 1;
@@ -170,7 +174,7 @@ impl Translator {
             }
         }
         if stale.all_mappings || (stale.local_mappings && self.fetches.has_local_kernel_code) {
-            core.vcpu.code_regions.clear();
+            core.vcpu.kernel_code.clear();
             self.counters.kernel_forgets += 1;
             self.forget_kernel_jumps(core);
         }

@@ -1,7 +1,7 @@
 //! The second look after a TLB miss, in host code: from the shadow into the TLB without leaving translated code.
 
 use memory::shadow;
-use memory::tlb::{Bank, EMPTY, ENTRIES, GROUP};
+use memory::tlb::{Bank, ENTRIES, GROUP};
 
 use super::asm::{Alu, Asm, Mem, RAX, RCX, T0, T1, cc};
 use super::frame;
@@ -27,16 +27,16 @@ pub fn refill(asm: &mut Asm, bank: Bank, write: bool, leave: u64) {
     asm.alu_load(Alu::Or, RAX, at(frame::generation(bank)));
     asm.alu_load(Alu::Cmp, RAX, word(0));
     asm.jcc(cc::NZ, miss);
+    asm.alu_imm(Alu::And, RAX, -4096);
     if write {
-        asm.alu_mem_imm(Alu::Cmp, word(1), EMPTY as i32);
-        asm.jcc(cc::Z, miss);
+        asm.alu_load(Alu::Cmp, RAX, word(1));
+        asm.jcc(cc::NZ, miss);
     }
     // r11 = the TLB's entry
     asm.mov(T1, T0);
     asm.shr(T1, 7);
     asm.alu_imm32(Alu::And, T1, ((ENTRIES - 1) << 5) as i32);
     asm.lea(T1, Mem::indexed(super::asm::BASE, T1, 0, frame::tlb(bank) + MOVED));
-    asm.alu_imm(Alu::And, RAX, -4096);
     // It is there already: the access failed because it crosses a page.
     asm.alu_load(Alu::Cmp, RAX, Mem::base(T1, if write { frame::TLB_WRITE } else { frame::TLB_READ }));
     asm.jcc(cc::Z, miss);
