@@ -5,7 +5,7 @@
 //! an address space has the same generation when the guest comes back to it, and finds its entries again. Translated
 //! code looks here by itself when the TLB misses; see `processor::translate::refill`.
 
-use crate::tlb::{Bank, EMPTY, TlbEntry};
+use crate::tlb::{Bank, TlbEntry};
 
 /// Entries of a bank; a power of two. They reach 64 MiB; the memory is only used as they are.
 pub const ENTRIES: usize = 16384;
@@ -90,7 +90,7 @@ impl Shadow {
     pub fn drop_page(&mut self, bank: Bank, generation: u64, page: u64) {
         let place = &mut self.tables[bank as usize][index(page)];
         if place[0] == page | generation {
-            *place = [0, EMPTY, 0, 0];
+            *place = [0; 4];
         }
     }
 

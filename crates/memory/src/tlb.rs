@@ -15,8 +15,12 @@ use crate::shadow::Shadow;
 /// Entries of a bank; a power of two. 1024 entries reach 4 MiB, and are 32 KiB to probe and empty.
 pub const ENTRIES: usize = 1024;
 
-/// A tag that no page-aligned address equals.
-pub const EMPTY: u64 = 1;
+/// What stands for a tag in an entry that allows no such access: a page whose entry is another one. Translated code hits
+/// whenever address and tag differ in the offset at most, so no constant would do for all entries.
+#[inline]
+fn never(page: u64) -> u64 {
+    page ^ PAGE_SIZE
+}
 
 /// What the last word of an entry says of its page.
 pub const GLOBAL: u64 = 1;
@@ -34,7 +38,10 @@ pub struct TlbEntry {
 }
 
 impl TlbEntry {
-    const EMPTY: TlbEntry = TlbEntry { read: EMPTY, write: EMPTY, page: 0, flags: 0 };
+    fn empty(place: usize) -> TlbEntry {
+        let tag = never((place as u64) << PAGE_SHIFT);
+        TlbEntry { read: tag, write: tag, page: 0, flags: 0 }
+    }
 }
 
 /// Which rights a bank holds translations for.
@@ -97,7 +104,7 @@ pub fn index(address: Gva) -> usize {
 impl SoftTlb {
     #[must_use]
     pub fn new() -> SoftTlb {
-        let bank = || TlbBank { entries: [TlbEntry::EMPTY; ENTRIES] };
+        let bank = || TlbBank { entries: std::array::from_fn(TlbEntry::empty) };
         let mut shadow = Shadow::new();
         let (kernel, space) = (shadow.new_generation(), shadow.new_generation());
         SoftTlb {
@@ -119,7 +126,7 @@ impl SoftTlb {
         let tag = address.page().0;
         let entry = TlbEntry {
             read: tag,
-            write: if writable { tag } else { EMPTY },
+            write: if writable { tag } else { never(tag) },
             page: page.host_address(),
             flags: if global { GLOBAL } else { 0 },
         };
@@ -223,9 +230,10 @@ impl SoftTlb {
         let mut dirty = std::mem::take(&mut self.dirty[bank as usize]);
         while dirty != 0 {
             let first = dirty.trailing_zeros() as usize * GROUP;
-            for entry in &mut self.banks[bank as usize].entries[first..first + GROUP] {
+            let group = first..first + GROUP;
+            for (entry, place) in self.banks[bank as usize].entries[group.clone()].iter_mut().zip(group) {
                 if entry.flags & keep == 0 {
-                    *entry = TlbEntry::EMPTY;
+                    *entry = TlbEntry::empty(place);
                 } else {
                     self.dirty[bank as usize] |= 1 << (first / GROUP);
                 }
@@ -310,7 +318,7 @@ impl SoftTlb {
         for bank in BANKS {
             let entry = &mut self.banks[bank as usize].entries[index(address)];
             if entry.read == page {
-                *entry = TlbEntry::EMPTY;
+                *entry = TlbEntry::empty(index(address));
             }
             self.shadow.drop_page(bank, self.generations[bank as usize], page);
         }
@@ -318,9 +326,9 @@ impl SoftTlb {
 
     fn drop_region(&mut self, address: Gva, shift: u32, indices: std::ops::Range<usize>) {
         for bank in &mut self.banks {
-            for entry in &mut bank.entries[indices.clone()] {
-                if entry.read != EMPTY && entry.read >> shift == address.0 >> shift {
-                    *entry = TlbEntry::EMPTY;
+            for (entry, place) in bank.entries[indices.clone()].iter_mut().zip(indices.clone()) {
+                if entry.read >> shift == address.0 >> shift {
+                    *entry = TlbEntry::empty(place);
                 }
             }
         }
@@ -330,8 +338,8 @@ impl SoftTlb {
     pub fn protect(&mut self, page: PageRef<'_>) {
         for bank in &mut self.banks {
             for entry in &mut bank.entries {
-                if entry.write != EMPTY && entry.page == page.host_address() {
-                    entry.write = EMPTY;
+                if entry.page == page.host_address() {
+                    entry.write = never(entry.read);
                 }
             }
         }
