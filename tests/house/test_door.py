@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from house import setup, tests
-from house.shell import Failed
+from house.shell import Failed, watch
 
 DEV = Path(__file__).resolve().parents[2] / "tools/dev"
 
@@ -100,3 +100,14 @@ def test_make_run_without_a_terminal_demonstrates_the_guest_and_ends_with_0() ->
     assert done.returncode == 0, done.stderr
     assert "-cloud-amd64" in done.stdout
     assert done.stdout.rstrip().endswith("--- done")
+
+
+def test_a_suite_that_hangs_is_stopped_with_all_that_it_started(capfd: pytest.CaptureFixture[str]) -> None:
+    status, lines = watch(["sh", "-c", "echo here; sleep 300 & wait"], limit=1)
+    assert status == 124
+    assert lines == ["here"]
+
+
+def test_the_status_and_lines_of_a_suite_are_kept(capfd: pytest.CaptureFixture[str]) -> None:
+    assert watch(["sh", "-c", "echo out; echo error >&2; exit 3"], limit=60) == (3, ["out", "error"])
+    assert capfd.readouterr().out == "out\nerror\n"

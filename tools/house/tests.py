@@ -10,6 +10,10 @@ from house.shell import ROOT, VENV, Failed, say, watch
 Suite = Callable[[], tuple[int, list[str]]]
 """A suite returns its exit status and its closing lines."""
 
+# Seconds, building included: CI has an hour on two cores and should take a third of it.
+CARGO_LIMIT = 1500.0
+PYTEST_LIMIT = 1200.0
+
 
 def check_suite() -> tuple[int, list[str]]:
     """Run all checks."""
@@ -20,8 +24,9 @@ def check_suite() -> tuple[int, list[str]]:
 def cargo_suite() -> tuple[int, list[str]]:
     """Run cargo's tests, in the dev profile that Cargo.toml optimizes."""
     # The binding is a Python extension module: it links only inside Python, and pytest is its test.
-    status, lines, _ = watch(
-        ["cargo", "test", "--workspace", "--exclude", "ringzero-binding", "--locked", "--no-fail-fast"]
+    status, lines = watch(
+        ["cargo", "test", "--workspace", "--exclude", "ringzero-binding", "--locked", "--no-fail-fast"],
+        limit=CARGO_LIMIT,
     )
     closing = [
         line for line in lines if line.startswith("test result:") and " 0 passed; 0 failed" not in line
@@ -35,7 +40,7 @@ def pytest_suite(folder: str) -> Suite:
     def run() -> tuple[int, list[str]]:
         if not any((ROOT / "tests" / folder).rglob("test_*.py")):
             return 0, ["no tests here yet"]
-        status, lines, _ = watch([VENV / "bin/python", "-m", "pytest", f"tests/{folder}"])
+        status, lines = watch([VENV / "bin/python", "-m", "pytest", f"tests/{folder}"], limit=PYTEST_LIMIT)
         return status, [line for line in lines if re.match(r"=+ .* in [\d.]+s", line)][-1:]
 
     return run
@@ -67,7 +72,13 @@ def test(only: Sequence[str] = ()) -> int:
         status, closing = run()
         if status != 0:
             failed.append(name)
-        verdict = "passed" if status == 0 else f"FAILED with status {status}"
+        verdict = (
+            "passed"
+            if status == 0
+            else "STOPPED: too long"
+            if status == 124
+            else f"FAILED with status {status}"
+        )
         summary.append(f"{name}: {verdict} after {time.monotonic() - began:.0f} s")
         summary += [f"    {line}" for line in closing]
     say("summary")
@@ -90,7 +101,7 @@ def fuzz(minutes: float, seed: int | None, engines: Sequence[str]) -> int:
             f"random instructions: {engine} against the bare processor, {share:g} minutes, first seed {first}"
         )
         words = ["--engine", engine, "--minutes", f"{share:g}", "--seed", str(first)]
-        status, _, _ = watch(
+        status, _ = watch(
             [
                 "cargo",
                 "run",
