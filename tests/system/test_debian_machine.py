@@ -2,13 +2,18 @@
 
 import hashlib
 import os
+import shutil
 import subprocess
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
 from ringzero import ConsoleTimeout, Machine
+from ringzero.devices import PortRange
+
+from .conftest import ENGINE
 
 pytestmark = pytest.mark.needs_debian
 
@@ -159,3 +164,48 @@ def test_pvpanic_is_known_to_the_guest(debian: Machine) -> None:
             return
         time.sleep(0.5)
     pytest.fail("the agent did not load pvpanic-mmio")
+
+
+class Dice:
+    """A device of somebody's own."""
+
+    name = "dice"
+    ports = (PortRange(0x5000, 1),)
+
+    def __init__(self) -> None:
+        self.written: list[int] = []
+
+    def read(self, port: int, size: int) -> int:
+        return 4
+
+    def write(self, port: int, size: int, value: int) -> None:
+        self.written.append(value)
+
+
+# iopl(3), then roll the dice and put the next number on it; no C library, so that it runs on busybox alone.
+PLAYER = """
+static long call(long n, long a) {
+    long r; __asm__ volatile("syscall" : "=a"(r) : "a"(n), "D"(a) : "rcx", "r11", "memory"); return r;
+}
+void _start(void) {
+    unsigned char seen;
+    call(172, 3);
+    __asm__ volatile("inb %w1, %0" : "=a"(seen) : "d"(0x5000));
+    __asm__ volatile("outb %0, %w1" : : "a"((unsigned char)(seen + 1)), "d"(0x5000));
+    for (;;) call(231, seen);
+}
+"""
+
+
+@pytest.mark.skipif(shutil.which("gcc") is None, reason="no gcc to build a program for the guest with")
+def test_a_device_written_in_python(tmp_path: Path) -> None:
+    (tmp_path / "player.c").write_text(PLAYER)
+    build = ["gcc", "-nostdlib", "-static", "-O1", "-fno-stack-protector", "-o", "player", "player.c"]
+    subprocess.run(build, cwd=tmp_path, check=True)
+    dice = Dice()
+    with Machine("debian", engine=ENGINE, devices=[dice], shell=False) as machine:
+        install = ["sh", "-c", "cat > /root/player && chmod +x /root/player"]
+        machine.run(install, input=(tmp_path / "player").read_bytes(), check=True)
+        assert machine.run(["/root/player"]).returncode == 4
+        assert dice.written == [5]
+        assert machine.power_off() == "poweroff"
