@@ -80,6 +80,12 @@ impl Map {
         if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
     }
 
+    /// Lets go of the memory that this map of a file holds resident; the file keeps the content. Only for shared maps.
+    pub fn let_go(&self) {
+        // SAFETY: advice on a range that we own; a shared map reads the same bytes again afterwards.
+        unsafe { libc::madvise(self.base.as_ptr().cast(), self.size, libc::MADV_DONTNEED) };
+    }
+
     /// Asks the kernel to back the map with huge pages where it can: fewer host TLB misses.
     pub fn advise_huge(&self) {
         // SAFETY: advice on a range that we own; a refusal changes nothing.

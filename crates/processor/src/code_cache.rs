@@ -19,6 +19,8 @@ pub struct CodeCache {
     next: usize,
     /// Where code starts after [`CodeCache::clear`]: behind the poll page and the stubs.
     first: usize,
+    /// What was free at the last [`CodeCache::rest`].
+    rested: usize,
 }
 
 /// The first page of a code cache.
@@ -41,23 +43,21 @@ impl Poll {
 
 const ALIGNMENT: usize = 16;
 
+/// So much new code makes letting go of it worth a system call.
+const REST: usize = 256 << 10;
+
 impl CodeCache {
     pub fn new(size: usize) -> io::Result<CodeCache> {
         let file = memfd(c"ringzero-code", size as u64)?;
         let writable = Map::shared(&file, size, Protection::ReadWrite)?;
         let executable = Arc::new(Map::shared(&file, size, Protection::ReadExecute)?);
         executable.protect(0, PAGE, Protection::Read)?;
-        Ok(CodeCache { writable, executable, next: PAGE, first: PAGE })
+        Ok(CodeCache { writable, executable, next: PAGE, first: PAGE, rested: PAGE })
     }
 
     #[must_use]
     pub fn poll(&self) -> Poll {
         Poll { map: Arc::clone(&self.executable) }
-    }
-
-    #[must_use]
-    pub fn poll_address(&self) -> u64 {
-        self.executable.base().as_ptr() as u64
     }
 
     /// The range of host addresses that hold code.
@@ -122,6 +122,14 @@ impl CodeCache {
         self.set_displacement(at + 1, target);
     }
 
+    /// Tells that nothing is written for a while: what was is resident once instead of twice.
+    pub fn rest(&mut self) {
+        if self.next - self.rested > REST {
+            self.rested = self.next;
+            self.writable.let_go();
+        }
+    }
+
     /// Where the jump whose displacement is at `at` leads.
     #[must_use]
     pub fn displacement_target(&self, at: u64) -> u64 {
@@ -136,5 +144,6 @@ impl CodeCache {
     /// Forgets all code but what is kept.
     pub fn clear(&mut self) {
         self.next = self.first;
+        self.rested = self.first;
     }
 }

@@ -22,7 +22,8 @@ pub struct Block {
     pub second: Option<Ppn>,
     pub entry_host: u64,
     pub entry_slot: u64,
-    host: std::ops::Range<u64>,
+    start: u64,
+    size: u32,
     map: Box<[MapEntry]>,
     /// How often a check of several accesses at once failed where a single one might not have.
     pub group_misses: u32,
@@ -85,6 +86,11 @@ impl Blocks {
         self.all.get_mut(index as usize)
     }
 
+    /// The RIP of an instruction, given relative to its block.
+    pub fn rip(&self, block: u32, guest: u16) -> u64 {
+        self.all[block as usize].key.rip.wrapping_add(guest.into())
+    }
+
     /// Adds a block. Blocks come in the order of their host addresses.
     pub fn add(
         &mut self,
@@ -97,7 +103,8 @@ impl Blocks {
         let index = self.next_index();
         let (entry_host, entry_slot) = entries;
         let map = map.into_boxed_slice();
-        self.all.push(Block { key, second, entry_host, entry_slot, host, map, group_misses: 0 });
+        let (start, size) = (host.start, (host.end - host.start) as u32);
+        self.all.push(Block { key, second, entry_host, entry_slot, start, size, map, group_misses: 0 });
         self.by_key.insert(key, index);
         self.by_page.entry(key.gpa.ppn().0).or_default().push(index);
         if let Some(page) = second {
@@ -132,12 +139,9 @@ impl Blocks {
 
     /// The guest instruction that the host code at `address` belongs to.
     pub fn origin(&self, address: u64) -> Option<Origin> {
-        let after = self.all.partition_point(|block| block.host.start <= address);
+        let after = self.all.partition_point(|block| block.start <= address);
         let block = self.all.get(after.checked_sub(1)?)?;
-        if !block.host.contains(&address) {
-            return None;
-        }
-        let offset = (address - block.host.start) as u32;
+        let offset = u32::try_from(address - block.start).ok().filter(|offset| *offset < block.size)?;
         let after = block.map.partition_point(|entry| entry.host <= offset);
         let entry = block.map.get(after.checked_sub(1)?)?;
         Some(Origin { rip: block.key.rip + u64::from(entry.guest), flags: entry.flags })

@@ -47,22 +47,25 @@ impl Mode {
     }
 }
 
-/// Why translated code left. The word behind the leaving call is an index into the list of sites.
+/// Why translated code left. The word behind the leaving call is an index into the list of sites, of which there is one
+/// for every access to memory: so they are small. RIPs are relative to the block's, addresses to the code cache's start.
 #[derive(Clone, Copy, Debug)]
 pub enum Site {
     /// A TLB probe failed; the address is in the first scratch register.
-    Probe { rip: u64, retry: u64, size: u16, write: bool, grouped: bool, block: u32 },
-    /// The interpreter shall run the instruction at `rip`.
-    Interpret { rip: u64 },
-    /// A direct jump whose target is not linked yet: `at` is the address of its displacement.
-    Link { rip: u64, at: u64, flags_in_host: bool, block: u32 },
+    Probe { block: u32, retry: u32, guest: u16, size: u16, write: bool, grouped: bool },
+    /// The interpreter shall run the instruction.
+    Interpret { block: u32, guest: u16 },
+    /// A direct jump whose target is not linked yet: `at` is where its displacement is.
+    Link { block: u32, at: u32, target: i32, flags_in_host: bool },
     /// The jump cache does not know the RIP in the first scratch register.
     Lookup,
-    /// Interrupts were enabled while one waits: the instruction at `rip` runs in the shadow, then the window is open.
-    Window { rip: u64 },
-    /// An instruction at `rip` needs SIMD state in registers.
-    Simd { rip: u64 },
+    /// Interrupts were enabled while one waits: the instruction runs in the shadow, then the window is open.
+    Window { block: u32, guest: u16 },
+    /// An instruction needs SIMD state in registers.
+    Simd { block: u32, guest: u16 },
 }
+
+const _: () = assert!(size_of::<Site>() <= 16);
 
 /// Where the guest's flags are.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -101,7 +104,8 @@ pub struct Context<'a> {
     pub asm: &'a mut Asm,
     pub stubs: &'a Stubs,
     pub sites: &'a mut Vec<Site>,
-    pub poll: u64,
+    /// The start of the code cache, which is the poll page.
+    pub base: u64,
     pub mode: Mode,
     pub block: u32,
     /// First guest address of the block, and whether jumps inside its page may be linked.
@@ -119,6 +123,8 @@ pub(super) struct Lowering<'a> {
     pub(super) in_t1: Option<usize>,
     cold: Vec<Cold>,
     map: Vec<MapEntry>,
+    /// The instruction at work, relative to the block.
+    current: u16,
     unsupported: bool,
 }
 
@@ -132,6 +138,7 @@ pub fn lower(context: Context<'_>, source: &Source, groups: Groups) -> Lowered {
         in_t1: None,
         cold: Vec::new(),
         map: Vec::new(),
+        current: 0,
         unsupported: false,
     };
     let (entry_host, entry_slot) = l.entries(&source.insns);
@@ -140,22 +147,24 @@ pub fn lower(context: Context<'_>, source: &Source, groups: Groups) -> Lowered {
     }
     let mut ended = false;
     for (index, insn) in source.insns.iter().enumerate() {
-        let guest = (insn.iced.ip() - l.c.rip) as u16;
-        l.map.push(MapEntry { host: l.c.asm.position() as u32, guest, flags: l.flags });
+        l.current = l.guest(insn.iced.ip());
         if insn.kind == Kind::Interpret {
-            l.leave(Site::Interpret { rip: insn.iced.ip() });
+            let site = l.interpret(insn);
+            l.leave(site);
             ended = true;
             break;
         }
         if insn.is_simd && !l.c.mode.is_simd() {
-            l.leave(Site::Simd { rip: insn.iced.ip() });
+            let (block, guest) = (l.c.block, l.guest(insn.iced.ip()));
+            l.leave(Site::Simd { block, guest });
             ended = true;
             break;
         }
         l.unsupported = false;
         l.instruction(index, insn);
         if l.unsupported {
-            l.leave(Site::Interpret { rip: insn.iced.ip() });
+            let site = l.interpret(insn);
+            l.leave(site);
             ended = true;
             break;
         }
@@ -263,17 +272,36 @@ impl Lowering<'_> {
         self.site(site);
     }
 
+    /// A RIP relative to the block: blocks are shorter than a page.
+    pub(super) fn guest(&self, rip: u64) -> u16 {
+        rip.wrapping_sub(self.c.rip) as u16
+    }
+
+    pub(super) fn interpret(&self, insn: &Insn) -> Site {
+        Site::Interpret { block: self.c.block, guest: self.guest(insn.iced.ip()) }
+    }
+
+    /// Notes that the host may fault at the next byte of code, on behalf of the instruction at work.
+    fn may_fault(&mut self) {
+        let host = self.c.asm.position() as u32;
+        self.map.push(MapEntry { host, guest: self.current, flags: self.flags });
+    }
+
     /// Reads the poll page, which faults when somebody wants the VCPU. Comes before anything of the instruction.
     fn poll(&mut self) {
+        self.may_fault();
         // mov r10d, [rip + poll]
         self.c.asm.bytes(&[0x44, 0x8b, 0x15]);
-        self.c.asm.relative(self.c.poll);
+        self.c.asm.relative(self.c.base);
     }
 
     /// Links inside a page last as long as the page's code. Links of kernel code to other pages are undone when kernel
     /// mappings change, which is rare; user mappings change with every switch of address spaces.
     fn is_linkable(&self, target: u64) -> bool {
-        self.c.may_link && (target >> 12 == self.c.rip >> 12 || !self.c.mode.is_user())
+        let distance = target.wrapping_sub(self.c.rip) as i64;
+        self.c.may_link
+            && i32::try_from(distance).is_ok()
+            && (target >> 12 == self.c.rip >> 12 || !self.c.mode.is_user())
     }
 
     /// Goes to a constant RIP, from wherever the flags are.
@@ -292,9 +320,11 @@ impl Lowering<'_> {
 
     /// Makes the jump that was just emitted one that can be linked to the block at `target`.
     fn link(&mut self, label: Label, target: u64) {
-        let at = self.c.asm.address() - 4;
+        let at = (self.c.asm.address() - 4 - self.c.base) as u32;
         let flags_in_host = self.flags == Flags::Host;
-        let site = Site::Link { rip: target, at, flags_in_host, block: self.c.block };
+        // Direct jumps reach two GiB from their end, and the block begins before that.
+        let target = target.wrapping_sub(self.c.rip) as i32;
+        let site = Site::Link { block: self.c.block, at, target, flags_in_host };
         self.cold.push(Cold::Leave { label, site, flags: self.flags });
     }
 
@@ -404,7 +434,7 @@ impl Lowering<'_> {
                     let refill = self.c.stubs.refill(self.c.mode.bank(), write, self.c.mode.is_simd());
                     self.c.asm.call_address(refill);
                     self.site(site);
-                    self.c.asm.jmp_address(retry);
+                    self.c.asm.jmp_address(self.c.base + u64::from(retry));
                 }
                 Cold::LookupMiss { label, mode, first } => {
                     self.c.asm.bind(label);
@@ -443,7 +473,9 @@ impl Lowering<'_> {
         asm.jcc(cc::A, label);
         asm.load(T1, Mem::indexed(super::asm::BASE, T1, 0, bank + frame::TLB_PAGE));
         self.in_t1 = None;
-        let site = Site::Probe { rip: insn.iced.ip(), retry, size, write, grouped, block: self.c.block };
+        let (block, guest) = (self.c.block, self.guest(insn.iced.ip()));
+        let retry = (retry - self.c.base) as u32;
+        let site = Site::Probe { block, retry, guest, size, write, grouped };
         self.cold.push(Cold::Probe { label, site, tag });
     }
 
@@ -801,9 +833,9 @@ impl Lowering<'_> {
         if self.flags == Flags::Slot && (insn.flags_read != 0 || keeps_some) {
             self.restore_flags();
         }
-        // A fault of the host in the copied instruction finds the flags where they are now.
-        let guest = (insn.iced.ip() - self.c.rip) as u16;
-        self.map.push(MapEntry { host: self.c.asm.position() as u32, guest, flags: self.flags });
+        if can_fault(insn) {
+            self.may_fault();
+        }
         fields.emit(self.c.asm, mem);
         if insn.flags_changed != 0 {
             self.flags = Flags::Host;
@@ -918,6 +950,12 @@ fn substitute(fields: &mut Fields, slots: u8, rm_is_register: bool, moved: &[Opt
     if slots & slot::VVVV != 0 {
         fields.vvvv = host(fields.vvvv);
     }
+}
+
+/// Whether the host may refuse the copied instruction: a division, an unaligned operand, a SIMD exception.
+fn can_fault(insn: &Insn) -> bool {
+    use iced_x86::Mnemonic as M;
+    insn.is_simd || matches!(insn.iced.mnemonic(), M::Div | M::Idiv | M::Cmpxchg16b)
 }
 
 /// Whether the first operand is overwritten whole without being read: its old value need not be loaded.

@@ -309,7 +309,7 @@ impl Translator {
             asm: &mut self.asm,
             stubs: &self.stubs,
             sites: &mut self.sites,
-            poll: self.cache.poll_address(),
+            base: self.cache.range().start,
             mode: key.mode,
             block: self.blocks.next_index(),
             rip: key.rip,
@@ -364,25 +364,27 @@ impl Translator {
         // Behind the opcode of an instruction that carries it.
         let index = self.cache.read_u32(site + 1) as usize;
         match self.sites[index] {
-            Site::Probe { rip, retry, size, write, grouped, block } => {
+            Site::Probe { block, retry, guest, size, write, grouped } => {
                 self.counters.exits_probe += 1;
-                core.vcpu.cpu.rip = rip;
+                core.vcpu.cpu.rip = self.blocks.rip(block, guest);
                 let address = Gva(core.vcpu.hot.scratch[0]);
                 if self.fill(core, address, size, write) {
                     self.counters.probe_filled += 1;
-                    return Next::Enter(retry);
+                    return Next::Enter(self.cache.range().start + u64::from(retry));
                 }
                 if grouped {
                     self.group_missed(core, block);
                 }
                 Next::Step
             }
-            Site::Interpret { rip } => {
+            Site::Interpret { block, guest } => {
+                let rip = self.blocks.rip(block, guest);
                 self.counters.exits_interpret += 1;
                 core.vcpu.cpu.rip = rip;
                 Next::Step
             }
-            Site::Link { rip, at, flags_in_host, block } => {
+            Site::Link { block, at, target, flags_in_host } => {
+                let rip = self.blocks.rip(block, 0).wrapping_add_signed(target.into());
                 self.counters.exits_link += 1;
                 core.vcpu.cpu.rip = rip;
                 if self.options.single || core.vcpu.attention.is_raised() {
@@ -391,6 +393,7 @@ impl Translator {
                 let clears = self.counters.cache_clears;
                 let Some((host, slot)) = self.find(core) else { return Next::Step };
                 if self.counters.cache_clears == clears && !core.memory.code.is_pending() {
+                    let at = self.cache.range().start + u64::from(at);
                     self.link(core, block, at, if flags_in_host { host } else { slot });
                 }
                 Next::Enter(slot)
@@ -406,12 +409,14 @@ impl Translator {
                     None => Next::Step,
                 }
             }
-            Site::Window { rip } => {
+            Site::Window { block, guest } => {
+                let rip = self.blocks.rip(block, guest);
                 core.vcpu.cpu.rip = rip;
                 core.vcpu.cpu.interrupt_shadow = true;
                 Next::Dispatch
             }
-            Site::Simd { rip } => {
+            Site::Simd { block, guest } => {
+                let rip = self.blocks.rip(block, guest);
                 self.counters.exits_simd += 1;
                 core.vcpu.cpu.rip = rip;
                 let cpu = &core.vcpu.cpu;

@@ -10,8 +10,7 @@ use super::lower::{Flags, Lowering, Site};
 
 impl Lowering<'_> {
     pub(super) fn repeat(&mut self, insn: &Insn, string: StringOp) -> Option<()> {
-        let rip = insn.iced.ip();
-        let interpret = Site::Interpret { rip };
+        let interpret = self.interpret(insn);
         self.before_clobber(insn.live_in());
         self.c.asm.test_byte_mem(Mem::vcpu(frame::RFLAGS + 1), (rflags::DF >> 8) as u8);
         self.leave_if(cc::NZ, interpret, Flags::Slot);

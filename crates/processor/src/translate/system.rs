@@ -57,7 +57,8 @@ impl Lowering<'_> {
         self.slot_flags();
         self.c.asm.alu_mem_imm(Alu::Or, Mem::vcpu(frame::RFLAGS), rflags::IF as i32);
         self.c.asm.cmp_byte_mem(Mem::vcpu(frame::WANTS_WINDOW), 0);
-        self.leave_if(cc::NZ, Site::Window { rip: insn.iced.next_ip() }, Flags::Slot);
+        let (block, guest) = (self.c.block, self.guest(insn.iced.next_ip()));
+        self.leave_if(cc::NZ, Site::Window { block, guest }, Flags::Slot);
     }
 
     fn push_flags(&mut self, index: usize, insn: &Insn) -> Option<()> {
@@ -74,7 +75,6 @@ impl Lowering<'_> {
 
     /// POPF that changes nothing but arithmetic flags and IF; anything else goes to the interpreter.
     fn pop_flags(&mut self, index: usize, insn: &Insn) -> Option<()> {
-        let rip = insn.iced.ip();
         self.slot_flags();
         let mem = self.stack(index, insn)?;
         let asm = &mut *self.c.asm;
@@ -85,14 +85,16 @@ impl Lowering<'_> {
         // test r11, imm32
         asm.bytes(&[0x49, 0xf7, 0xc3]);
         asm.dword(!(rflags::ARITHMETIC | rflags::IF) as u32);
-        self.leave_if(cc::NZ, Site::Interpret { rip }, Flags::Slot);
+        let interpret = self.interpret(insn);
+        self.leave_if(cc::NZ, interpret, Flags::Slot);
         let skip = self.c.asm.label();
         // test r10d, imm32
         self.c.asm.bytes(&[0x41, 0xf7, 0xc2]);
         self.c.asm.dword(rflags::IF as u32);
         self.c.asm.jcc(cc::Z, skip);
         self.c.asm.cmp_byte_mem(Mem::vcpu(frame::WANTS_WINDOW), 0);
-        self.leave_if(cc::NZ, Site::Interpret { rip }, Flags::Slot);
+        let interpret = self.interpret(insn);
+        self.leave_if(cc::NZ, interpret, Flags::Slot);
         self.c.asm.bind(skip);
         self.c.asm.store(Mem::vcpu(frame::RFLAGS), T0);
         self.c.asm.store(Mem::vcpu(frame::FLAGS), T0);
@@ -138,7 +140,8 @@ impl Lowering<'_> {
         asm.shl(T0, 16);
         asm.sar(T0, 16);
         asm.alu(Alu::Cmp, T0, from);
-        self.leave_if(cc::NZ, Site::Interpret { rip: insn.iced.ip() }, Flags::Slot);
+        let interpret = self.interpret(insn);
+        self.leave_if(cc::NZ, interpret, Flags::Slot);
         self.c.asm.store(Mem::vcpu(frame::segment_base(segment.into())), from);
     }
 
@@ -165,7 +168,8 @@ impl Lowering<'_> {
         self.slot_flags();
         // RFLAGS.AC that SFMASK leaves set would make the kernel's code one of another mode.
         self.c.asm.test_byte_mem(Mem::vcpu(frame::SFMASK + 2), (rflags::AC >> 16) as u8);
-        self.leave_if(cc::Z, Site::Interpret { rip: insn.iced.ip() }, Flags::Slot);
+        let interpret = self.interpret(insn);
+        self.leave_if(cc::Z, interpret, Flags::Slot);
         if self.c.mode.is_simd() {
             self.c.asm.call_address(self.c.stubs.save_simd());
         }
@@ -195,7 +199,7 @@ impl Lowering<'_> {
 
     /// SYSRET to 64-bit code, with ordinary flags and a canonical target; anything else is the interpreter's.
     fn sysret(&mut self, insn: &Insn) {
-        let interpret = Site::Interpret { rip: insn.iced.ip() };
+        let interpret = self.interpret(insn);
         self.slot_flags();
         if self.c.mode.0 != 0 {
             return self.leave_always(interpret);
