@@ -1,0 +1,107 @@
+"""Pages move to other machine pages under a running guest, and it never notices."""
+
+import time
+
+import pytest
+
+from ringzero import _core
+from ringzero._core import Vm
+
+MIB = 1 << 20
+CODE, RESULT, STACK, TABLES, DATA = 0x1000, 0x3000, 0x8000, 0x10000, 0x100000
+WORDS = 0x8000
+ROUNDS = 40
+PAGES = WORDS * 8 // 4096
+MULTIPLIER = 0x9E3779B97F4A7C15
+MASK = (1 << 64) - 1
+
+# Each round goes over 256 KiB: sum = (sum + word) * multiplier; word ^= sum. So one byte of an old copy of a page spoils the
+# rest. The multiplication is called, so that the stack page matters too. Then it powers off.
+PROGRAM = bytes.fromhex(
+    "31c0"  # xor eax, eax
+    "49b8 157c4a7fb979379e"  # mov r8, MULTIPLIER
+    f"41b9 {ROUNDS.to_bytes(4, 'little').hex()}"  # mov r9d, ROUNDS
+    f"be {DATA.to_bytes(4, 'little').hex()}"  # round: mov esi, DATA
+    f"b9 {WORDS.to_bytes(4, 'little').hex()}"  # mov ecx, WORDS
+    "480306"  # word: add rax, [rsi]
+    "e81d000000"  # call multiply
+    "483106"  # xor [rsi], rax
+    "4883c608"  # add rsi, 8
+    "ffc9"  # dec ecx
+    "75ed"  # jnz word
+    "41ffc9"  # dec r9d
+    "75de"  # jnz round
+    "48890425 00300000"  # mov [RESULT], rax
+    "66ba0406 66b80034 66ef f4"  # power off; hlt
+    "490fafc0 c3"  # multiply: imul rax, r8; ret
+)
+
+
+def expected(words: list[int]) -> int:
+    """What the guest computes."""
+    total = 0
+    for _ in range(ROUNDS):
+        for index, word in enumerate(words):
+            total = (total + word) * MULTIPLIER & MASK
+            words[index] = word ^ total
+    return total
+
+
+@pytest.fixture(scope="module")
+def answer() -> int:
+    return expected([n * n for n in range(WORDS)])
+
+
+def prepare(engine: str) -> Vm:
+    """Return a machine in 64-bit mode, its first 16 MiB mapped by small pages."""
+    vm = Vm(16 * MIB, engine=engine)
+    vm.write_memory(CODE, PROGRAM)
+    vm.write_memory(DATA, b"".join((n * n).to_bytes(8, "little") for n in range(WORDS)))
+    entries = [TABLES + 0x1003, TABLES + 0x2003, *(TABLES + 0x3003 + (n << 12) for n in range(8))]
+    for address, entry in zip(
+        [TABLES, TABLES + 0x1000, *(TABLES + 0x2000 + 8 * n for n in range(8))], entries, strict=True
+    ):
+        vm.write_memory(address, entry.to_bytes(8, "little"))
+    vm.write_memory(TABLES + 0x3000, b"".join((n << 12 | 3).to_bytes(8, "little") for n in range(4096)))
+    registers = {"rip": CODE, "rsp": STACK, "idtr_limit": 0, "cs": 8, "cr3": TABLES, "cr4": 0x620}
+    for name in ("cs", "ss", "ds", "es", "fs", "gs"):
+        registers[f"{name}_base"] = 0
+        registers[f"{name}_limit"] = 0xFFFFFFFF
+        registers[f"{name}_attributes"] = 0xA09B if name == "cs" else 0xC093
+    vm.set_registers(registers | {"efer": 0x500, "cr0": 0x80000033})
+    return vm
+
+
+@pytest.mark.parametrize("engine", _core.engines())
+def test_all_pages_move_while_a_guest_computes(engine: str, answer: int) -> None:
+    vm = prepare(engine)
+    vm.start()
+    pages = [CODE, STACK - 0x1000, *(TABLES + (n << 12) for n in range(11))]
+    pages += [DATA + (n << 12) for n in range(PAGES)]
+    moved, deadline = 0, time.monotonic() + 60
+    while vm.wait(0) is None:
+        assert time.monotonic() < deadline
+        vm.remap_page(pages[moved % len(pages)])
+        moved += 1
+    assert vm.wait() == "poweroff"
+    assert int.from_bytes(vm.read_memory(RESULT, 8), "little") == answer
+    assert moved > 50, "the guest was too fast to be disturbed"
+
+
+@pytest.mark.parametrize("engine", _core.engines())
+def test_a_machine_stands_still_again_and_again(engine: str, answer: int) -> None:
+    vm = prepare(engine)
+    vm.start()
+    pauses = 0
+    while vm.wait(0.002) is None:
+        vm.pause()
+        registers = vm.registers()
+        assert registers["rip"] - CODE in range(len(PROGRAM))
+        assert registers["r8"] in (0, MULTIPLIER)
+        word = vm.read_memory(DATA, 8)
+        assert vm.read_memory(DATA, 8) == word
+        vm.resume()
+        pauses += 1
+    assert vm.wait() == "poweroff"
+    assert int.from_bytes(vm.read_memory(RESULT, 8), "little") == answer
+    assert pauses > 2
