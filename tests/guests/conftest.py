@@ -34,11 +34,7 @@ class Outcome:
 
     def differing_pages(self, other: "Outcome") -> list[int]:
         """Return the addresses of pages that are not the same."""
-        return [
-            n << 12
-            for n, (a, b) in enumerate(zip(self.pages, other.pages, strict=True))
-            if a != b
-        ]
+        return [n << 12 for n, (a, b) in enumerate(zip(self.pages, other.pages, strict=True)) if a != b]
 
 
 @pytest.fixture(scope="session")

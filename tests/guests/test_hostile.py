@@ -24,7 +24,7 @@ def no_panic(capfd: pytest.CaptureFixture[str]) -> Any:
 
 @pytest.mark.parametrize("seed", range(1, 7))
 def test_random_bytes_as_kernel_code(seed: int, engine: str, run: Run) -> None:
-    end = run("hostile_random", engine, f"seed={seed}", patience=8)
+    end = run("hostile_random", engine, f"seed={seed}", patience=3)
     assert end.reason in CLEAN
     assert end.lines[0] == f"random bytes, seed {seed}, 2000 rounds"
 
