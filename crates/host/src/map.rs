@@ -100,6 +100,19 @@ impl Drop for Map {
     }
 }
 
+/// Makes the heap return free memory at its end to the system at once. Without it, the C library raises that threshold
+/// by itself to tens of MiB, and keeps as much in each thread's arena for ever.
+pub fn keep_heap_small() {
+    // SAFETY: mallopt may be called at any time.
+    unsafe { libc::mallopt(libc::M_TRIM_THRESHOLD, 256 << 10) };
+}
+
+/// Gives memory that the heap holds free back to the system.
+pub fn trim_heap() {
+    // SAFETY: malloc_trim may be called at any time.
+    unsafe { libc::malloc_trim(0) };
+}
+
 /// Makes an anonymous file of `size` bytes that lives in memory. Pages cost nothing until they are written.
 pub fn memfd(name: &std::ffi::CStr, size: u64) -> io::Result<File> {
     // SAFETY: plain system call on a valid C string.

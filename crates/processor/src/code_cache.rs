@@ -5,11 +5,12 @@
 //! executable mapping, and stay valid until the cache is dropped. The first page holds no code: it is the poll page, which
 //! translated code reads at every loop and which a [`Poll`] makes unreadable to stop it.
 
+use std::fs::File;
 use std::io;
 use std::ptr;
 use std::sync::Arc;
 
-use host::map::{Map, PAGE, Protection, memfd};
+use host::map::{Map, PAGE, Protection, memfd, punch_hole};
 
 #[derive(Debug)]
 pub struct CodeCache {
@@ -19,8 +20,7 @@ pub struct CodeCache {
     next: usize,
     /// Where code starts after [`CodeCache::clear`]: behind the poll page and the stubs.
     first: usize,
-    /// What was free at the last [`CodeCache::rest`].
-    rested: usize,
+    file: File,
 }
 
 /// The first page of a code cache.
@@ -43,16 +43,13 @@ impl Poll {
 
 const ALIGNMENT: usize = 16;
 
-/// So much new code makes letting go of it worth a system call.
-const REST: usize = 256 << 10;
-
 impl CodeCache {
     pub fn new(size: usize) -> io::Result<CodeCache> {
         let file = memfd(c"ringzero-code", size as u64)?;
         let writable = Map::shared(&file, size, Protection::ReadWrite)?;
         let executable = Arc::new(Map::shared(&file, size, Protection::ReadExecute)?);
         executable.protect(0, PAGE, Protection::Read)?;
-        Ok(CodeCache { writable, executable, next: PAGE, first: PAGE, rested: PAGE })
+        Ok(CodeCache { writable, executable, next: PAGE, first: PAGE, file })
     }
 
     #[must_use]
@@ -106,9 +103,9 @@ impl CodeCache {
     #[must_use]
     pub fn read_u32(&self, address: u64) -> u32 {
         let offset = (address - self.range().start) as usize;
-        assert!(offset + 4 <= self.writable.size(), "read outside the code cache");
-        // SAFETY: inside the map, as just checked.
-        unsafe { ptr::read_unaligned(self.writable.base().as_ptr().add(offset).cast()) }
+        assert!(offset >= PAGE && offset + 4 <= self.executable.size(), "read outside the code cache");
+        // SAFETY: inside the executable map behind the poll page, as just checked; that map is readable.
+        unsafe { ptr::read_unaligned(self.executable.base().as_ptr().add(offset).cast()) }
     }
 
     /// Makes the jump whose 32-bit displacement is at `at` lead to `target`.
@@ -124,10 +121,7 @@ impl CodeCache {
 
     /// Tells that nothing is written for a while: what was is resident once instead of twice.
     pub fn rest(&mut self) {
-        if self.next - self.rested > REST {
-            self.rested = self.next;
-            self.writable.let_go();
-        }
+        self.writable.let_go();
     }
 
     /// Where the jump whose displacement is at `at` leads.
@@ -141,9 +135,13 @@ impl CodeCache {
         self.first = self.next;
     }
 
-    /// Forgets all code but what is kept.
+    /// Forgets all code but what is kept, and gives its memory back.
     pub fn clear(&mut self) {
+        let kept = self.first.next_multiple_of(PAGE);
+        if self.next > kept {
+            // A refusal only means that the memory stays in use.
+            let _ = punch_hole(&self.file, kept as u64, (self.next - kept) as u64);
+        }
         self.next = self.first;
-        self.rested = self.first;
     }
 }

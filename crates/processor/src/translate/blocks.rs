@@ -137,6 +137,13 @@ impl Blocks {
         self.by_page.clear();
     }
 
+    /// Gives back the memory of blocks that were cleared.
+    pub fn shrink(&mut self) {
+        self.all.shrink_to_fit();
+        self.by_key.shrink_to_fit();
+        self.by_page.shrink_to_fit();
+    }
+
     /// The guest instruction that the host code at `address` belongs to.
     pub fn origin(&self, address: u64) -> Option<Origin> {
         let after = self.all.partition_point(|block| block.start <= address);

@@ -12,6 +12,7 @@ mod enter;
 mod fetch;
 pub mod frame;
 mod groups;
+mod idle;
 mod links;
 mod lower;
 mod refill;
@@ -94,6 +95,7 @@ pub struct Translator {
     simd: bool,
     /// After so many more leaves, kernel code is taken not to use SIMD any more.
     kernel_simd: u32,
+    idle: idle::Idle,
     /// How often the generations of address spaces had gone round.
     rounds: u64,
     options: Options,
@@ -134,6 +136,7 @@ impl Translator {
             features: Features::default(),
             simd: false,
             kernel_simd: 0,
+            idle: idle::Idle::new(),
             rounds: 0,
             options,
             counters: Counters::default(),
@@ -554,6 +557,9 @@ impl Engine for Translator {
             }
             self.refresh(core);
             if let Some(exit) = self.advance(core) {
+                if exit == Exit::Halt {
+                    self.idle(core);
+                }
                 return exit;
             }
         }

@@ -1,0 +1,58 @@
+//! What the translator does for the host when the guest has nothing to do: it gives memory back.
+//!
+//! Most of what a boot translates never runs again. When a guest has been quiet for a while, its translations are dropped
+//! once; those that it needs come back within milliseconds. A guest that needs them all is left alone, because the
+//! amount that makes dropping worth while doubles each time.
+
+use std::time::{Duration, Instant};
+
+use super::Translator;
+use crate::core::Core;
+
+/// Code that was written since the last look does not count as quiet when it is more than this.
+const STIR: usize = 64 << 10;
+/// How long a guest must have been quiet.
+const QUIET: Duration = Duration::from_millis(1500);
+/// How much code makes the first drop worth while.
+const WORTH: usize = 4 << 20;
+
+#[derive(Debug)]
+pub struct Idle {
+    since: Instant,
+    used: usize,
+    worth: usize,
+    has_rested: bool,
+}
+
+impl Idle {
+    pub fn new() -> Idle {
+        host::map::keep_heap_small();
+        Idle { since: Instant::now(), used: 0, worth: WORTH, has_rested: false }
+    }
+}
+
+impl Translator {
+    /// Called at every halt.
+    pub(super) fn idle(&mut self, core: &mut Core<'_>) {
+        let used = self.cache.used();
+        if used.abs_diff(self.idle.used) > STIR {
+            self.idle.used = used;
+            self.idle.since = Instant::now();
+            self.idle.has_rested = false;
+            return;
+        }
+        if self.idle.has_rested || self.idle.since.elapsed() < QUIET {
+            return;
+        }
+        self.idle.has_rested = true;
+        if used > self.idle.worth {
+            self.idle.worth = 2 * used;
+            self.clear(core);
+            self.sites.shrink_to_fit();
+            self.blocks.shrink();
+            self.idle.used = self.cache.used();
+        }
+        self.cache.rest();
+        host::map::trim_heap();
+    }
+}
