@@ -91,10 +91,25 @@ fn ensure_stack() -> io::Result<()> {
         };
         // The map stays with the thread: it is unmapped when the thread ends, after its last signal.
         cell.set(Some(map));
+        block_others();
         // SAFETY: the stack is mapped for as long as the thread lives.
         let result = unsafe { libc::sigaltstack(&raw const stack, ptr::null_mut()) };
         if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
     })
+}
+
+/// Keeps asynchronous signals from this thread: a handler of somebody else's that does not ask for the alternate stack
+/// would write below the stack pointer of translated code, which is no stack.
+fn block_others() {
+    // SAFETY: the set is initialized by sigfillset; only this thread's mask changes.
+    unsafe {
+        let mut set = MaybeUninit::<libc::sigset_t>::zeroed().assume_init();
+        libc::sigfillset(&raw mut set);
+        for signal in SIGNALS {
+            libc::sigdelset(&raw mut set, signal);
+        }
+        libc::pthread_sigmask(libc::SIG_BLOCK, &raw const set, ptr::null_mut());
+    }
 }
 
 fn install() -> io::Result<()> {

@@ -12,8 +12,7 @@ use x86::{CpuState, Gva, cr4, rflags};
 use crate::cpuid::CpuidModel;
 use crate::translate::frame::{Hot, JumpCaches};
 
-/// Room below a VCPU for the few words that translated code pushes; a signal that came without an alternate stack
-/// would find a usable stack there, too.
+/// A guard below a VCPU: translated code pushes a few words, into `Hot::stack`, and nothing may ever reach this.
 const STACK_BELOW: usize = 64 << 10;
 
 /// A request that a VCPU leave its engine soon. Raised by any thread; the run loop lowers it.

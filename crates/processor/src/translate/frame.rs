@@ -16,6 +16,8 @@ pub const GROUPS: usize = 8;
 #[derive(Debug, Default)]
 #[repr(C, align(64))]
 pub struct Hot {
+    /// Fills the structure up to a multiple of its alignment, so that nothing is added behind `stack`.
+    reserved: [u64; 4],
     /// The tables of the shadow, by bank.
     pub shadow: [u64; 3],
     /// Guest and host addresses of a string instruction in progress.
@@ -41,7 +43,12 @@ pub struct Hot {
     pub flags: u64,
     /// Host addresses of what a base register of the guest points at.
     pub groups: [u64; GROUPS],
+    /// The base register is the host's RSP: this is where calls and PUSHFQ in translated code write, three words at most.
+    stack: [u64; 4],
 }
+
+// The stack must be the last field, without padding behind it.
+const _: () = assert!(offset_of!(Hot, stack) + 32 == BIAS);
 
 pub const BIAS: usize = size_of::<Hot>();
 
