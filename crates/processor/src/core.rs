@@ -3,7 +3,7 @@
 
 use memory::tlb::Bank;
 use memory::{Access, GuestMemory, Paging, Translation, walk};
-use x86::{GuestFault, Gpa, Gva, PAGE_SIZE, vector};
+use x86::{Gpa, GuestFault, Gva, PAGE_SIZE, vector};
 
 use crate::engine::Outside;
 use crate::vcpu::Vcpu;

@@ -2,8 +2,8 @@
 //! guest code into host code block by block. Both work on the same [`Core`], so every rare instruction is written once.
 
 mod access;
-pub mod core;
 pub mod code_cache;
+pub mod core;
 pub mod cpuid;
 pub mod debug;
 pub mod deliver;

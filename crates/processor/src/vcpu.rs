@@ -93,9 +93,7 @@ impl CodePages {
 
     #[must_use]
     pub fn may_contain(&self, address: Gva) -> bool {
-        self.has_giant
-            || self.has(address.0 >> x86::PAGE_SHIFT)
-            || (self.has_large && self.has(Self::large(address)))
+        self.has_giant || self.has(address.0 >> x86::PAGE_SHIFT) || (self.has_large && self.has(Self::large(address)))
     }
 
     /// Whether so many pages are noted that yes says little.

@@ -48,4 +48,3 @@ pub fn engine(name: &str) -> Result<Box<dyn Engine>, String> {
         _ => Err(format!("no engine called {name}; there are interpret and translate")),
     }
 }
-

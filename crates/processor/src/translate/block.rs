@@ -49,12 +49,24 @@ pub enum System {
     /// STAC and CLAC: code after them is of another mode.
     SetAccess(bool),
     /// To a general register from CR0, CR2, CR3 or CR4.
-    ReadControl { to: u8, control: u8 },
+    ReadControl {
+        to: u8,
+        control: u8,
+    },
     /// To a general register from a segment selector, zero-extended.
-    ReadSelector { to: u8, segment: u8 },
+    ReadSelector {
+        to: u8,
+        segment: u8,
+    },
     /// RDFSBASE and its kin, 64 bits wide.
-    ReadBase { to: u8, segment: u8 },
-    WriteBase { from: u8, segment: u8 },
+    ReadBase {
+        to: u8,
+        segment: u8,
+    },
+    WriteBase {
+        from: u8,
+        segment: u8,
+    },
     Syscall,
     Sysret,
 }

@@ -157,8 +157,10 @@ impl Fields {
                 fields.rex_w = byte & 8 != 0;
                 (r, x, b) = (byte >> 2 & 1, byte >> 1 & 1, byte & 1);
                 byte = next()?;
-                if matches!(byte, 0x40..=0x4f | 0x66 | 0x67 | 0xf0 | 0xf2 | 0xf3 | 0x26 | 0x2e | 0x36 | 0x3e | 0x64 | 0x65)
-                {
+                if matches!(
+                    byte,
+                    0x40..=0x4f | 0x66 | 0x67 | 0xf0 | 0xf2 | 0xf3 | 0x26 | 0x2e | 0x36 | 0x3e | 0x64 | 0x65
+                ) {
                     return None;
                 }
             }

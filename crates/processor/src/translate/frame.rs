@@ -2,8 +2,8 @@
 
 use std::mem::offset_of;
 
-use memory::tlb::{Bank, TlbBank, TlbEntry};
 use memory::SoftTlb;
+use memory::tlb::{Bank, TlbBank, TlbEntry};
 use x86::{CpuState, Segment};
 
 use super::lower::Mode;
@@ -83,6 +83,12 @@ pub struct JumpCaches {
 /// of 1 is far from it) or its neighbour's, so the tag of another place is impossible, whatever address a guest jumps to.
 fn impossible(place: usize) -> JumpEntry {
     JumpEntry { tag: u64::from(place < 2), host: 0 }
+}
+
+impl Default for JumpCaches {
+    fn default() -> Self {
+        Self::new()
+    }
 }
 
 impl JumpCaches {
@@ -182,12 +188,14 @@ pub fn gpr(guest: usize) -> i32 {
 /// A control register, of those that are plain fields.
 #[must_use]
 pub fn control(number: u8) -> i32 {
-    disp(CPU + match number {
-        0 => offset_of!(CpuState, cr0),
-        2 => offset_of!(CpuState, cr2),
-        3 => offset_of!(CpuState, cr3),
-        _ => offset_of!(CpuState, cr4),
-    })
+    disp(
+        CPU + match number {
+            0 => offset_of!(CpuState, cr0),
+            2 => offset_of!(CpuState, cr2),
+            3 => offset_of!(CpuState, cr3),
+            _ => offset_of!(CpuState, cr4),
+        },
+    )
 }
 
 /// Where the selector of a segment register is; the attributes follow it.

@@ -92,12 +92,28 @@ pub struct Lowered {
 /// Code that runs seldom, emitted behind the block.
 #[derive(Debug)]
 enum Cold {
-    Leave { label: Label, site: Site, flags: Flags },
+    Leave {
+        label: Label,
+        site: Site,
+        flags: Flags,
+    },
     /// The TLB probe left address XOR tag in the scratch register.
-    Probe { label: Label, site: Site, tag: i32 },
-    LookupMiss { label: Label, mode: Mode, first: Option<usize> },
+    Probe {
+        label: Label,
+        site: Site,
+        tag: i32,
+    },
+    LookupMiss {
+        label: Label,
+        mode: Mode,
+        first: Option<usize>,
+    },
     /// A conditional jump to another page.
-    Lookup { label: Label, target: u64, flags: Flags },
+    Lookup {
+        label: Label,
+        target: u64,
+        flags: Flags,
+    },
 }
 
 pub struct Context<'a> {
@@ -924,10 +940,11 @@ fn named(fields: &Fields, slots: u8, rm_is_register: bool) -> impl Iterator<Item
 fn homeless(fields: &Fields, slots: u8, rm_is_register: bool) -> [Option<u8>; 3] {
     let mut found = [None; 3];
     for guest in named(fields, slots, rm_is_register) {
-        if home(guest).is_none() && !found.contains(&Some(guest)) {
-            if let Some(place) = found.iter_mut().find(|place| place.is_none()) {
-                *place = Some(guest);
-            }
+        if home(guest).is_none()
+            && !found.contains(&Some(guest))
+            && let Some(place) = found.iter_mut().find(|place| place.is_none())
+        {
+            *place = Some(guest);
         }
     }
     found
