@@ -7,14 +7,18 @@
 mod asm;
 mod block;
 mod blocks;
+mod copy;
 mod encode;
 mod enter;
+mod exits;
 mod fetch;
+mod flow;
 pub mod frame;
 mod groups;
 mod idle;
 mod links;
 mod lower;
+mod memory;
 mod refill;
 mod string;
 mod system;
@@ -24,19 +28,20 @@ use std::io;
 use std::sync::Arc;
 use std::time::Instant;
 
+use ::memory::tlb::Bank;
 use host::signal::{self, Landing};
 use iced_x86::InstructionInfoFactory;
-use memory::tlb::Bank;
 use x86::{CpuState, Gva, PAGE_SIZE, cr0, cr4, dr7, registers::xcr0, rflags};
 
 use self::asm::Asm;
 use self::block::Features;
 use self::blocks::{Blocks, Key};
 use self::enter::Stubs;
+use self::exits::jump_index;
 use self::fetch::FetchCache;
 use self::groups::Groups;
 use self::links::Links;
-use self::lower::{Flags, Mode, Site, jump_index, lower};
+use self::lower::{Flags, Mode, Site, lower};
 use crate::code_cache::{CodeCache, Poll};
 use crate::core::Core;
 use crate::engine::{Engine, Exit};
@@ -149,7 +154,7 @@ impl Translator {
             let rip = Gva(core.vcpu.cpu.rip);
             let mut bytes = [0; 15];
             for (index, byte) in bytes.iter_mut().enumerate() {
-                if let Ok(value) = core.read_as(rip.add(index as u64), 1, memory::Access::system(false)) {
+                if let Ok(value) = core.read_as(rip.add(index as u64), 1, ::memory::Access::system(false)) {
                     *byte = value as u8;
                 }
             }

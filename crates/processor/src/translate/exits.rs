@@ -1,0 +1,245 @@
+//! How translated code goes from block to block and out: links, jump caches, polls, and the code that runs seldom.
+
+use super::asm::{Alu, BASE, Label, Mem, T0, T1, cc};
+use super::block::Insn;
+use super::frame;
+use super::lower::{Flags, Lowering, MapEntry, Mode, Site};
+
+/// Code that runs seldom, emitted behind the block.
+#[derive(Debug)]
+pub(super) enum Cold {
+    Leave {
+        label: Label,
+        site: Site,
+        flags: Flags,
+    },
+    /// The TLB probe left address XOR tag in the scratch register.
+    Probe {
+        label: Label,
+        site: Site,
+        tag: i32,
+    },
+    LookupMiss {
+        label: Label,
+        mode: Mode,
+        first: Option<usize>,
+    },
+    /// A conditional jump to another page.
+    Lookup {
+        label: Label,
+        target: u64,
+        flags: Flags,
+    },
+}
+
+impl Lowering<'_> {
+    pub(super) fn site(&mut self, site: Site) {
+        let index = self.c.sites.len() as u32;
+        self.c.sites.push(site);
+        // test eax, imm32: a number that may be run over, behind a call that comes back.
+        self.c.asm.byte(0xa9);
+        self.c.asm.dword(index);
+    }
+
+    pub(super) fn leave(&mut self, site: Site) {
+        self.leave_with(site, self.flags);
+    }
+
+    pub(super) fn leave_with(&mut self, site: Site, flags: Flags) {
+        let stub = self.c.stubs.leave(flags == Flags::Host, self.c.mode.is_simd());
+        self.c.asm.call_address(stub);
+        self.site(site);
+    }
+
+    /// A RIP relative to the block: blocks are shorter than a page.
+    pub(super) fn guest(&self, rip: u64) -> u16 {
+        rip.wrapping_sub(self.c.rip) as u16
+    }
+
+    pub(super) fn interpret(&self, insn: &Insn) -> Site {
+        Site::Interpret { block: self.c.block, guest: self.guest(insn.iced.ip()) }
+    }
+
+    /// Notes that the host may fault at the next byte of code, on behalf of the instruction at work.
+    pub(super) fn may_fault(&mut self) {
+        let host = self.c.asm.position() as u32;
+        self.map.push(MapEntry { host, guest: self.current, flags: self.flags });
+    }
+
+    /// Reads the poll page, which faults when somebody wants the VCPU. Comes before anything of the instruction.
+    pub(super) fn poll(&mut self) {
+        self.may_fault();
+        // mov r10d, [rip + poll]
+        self.c.asm.bytes(&[0x44, 0x8b, 0x15]);
+        self.c.asm.relative(self.c.base);
+    }
+
+    /// Links inside a page last as long as the page's code. Links of kernel code to other pages are undone when kernel
+    /// mappings change, which is rare; user mappings change with every switch of address spaces.
+    pub(super) fn is_linkable(&self, target: u64) -> bool {
+        let distance = target.wrapping_sub(self.c.rip) as i64;
+        self.c.may_link
+            && i32::try_from(distance).is_ok()
+            && (target >> 12 == self.c.rip >> 12 || !self.c.mode.is_user())
+    }
+
+    /// Goes to a constant RIP, from wherever the flags are.
+    pub(super) fn jump_to(&mut self, target: u64) {
+        if self.is_linkable(target) {
+            let label = self.c.asm.label();
+            self.c.asm.jmp(label);
+            self.link(label, target);
+        } else {
+            if self.flags == Flags::Host {
+                self.save_flags();
+            }
+            self.lookup_constant(target);
+        }
+    }
+
+    /// Makes the jump that was just emitted one that can be linked to the block at `target`.
+    pub(super) fn link(&mut self, label: Label, target: u64) {
+        let at = (self.c.asm.address() - 4 - self.c.base) as u32;
+        let flags_in_host = self.flags == Flags::Host;
+        // Direct jumps reach two GiB from their end, and the block begins before that.
+        let target = target.wrapping_sub(self.c.rip) as i32;
+        let site = Site::Link { block: self.c.block, at, target, flags_in_host };
+        self.cold.push(Cold::Leave { label, site, flags: self.flags });
+    }
+
+    pub(super) fn leave_always(&mut self, site: Site) {
+        self.leave(site);
+    }
+
+    /// A jump that is seldom taken, on a condition, out to a site.
+    pub(super) fn leave_if(&mut self, condition: u8, site: Site, flags: Flags) {
+        let label = self.c.asm.label();
+        self.c.asm.jcc(condition, label);
+        self.cold.push(Cold::Leave { label, site, flags });
+    }
+
+    pub(super) fn lookup_constant(&mut self, target: u64) {
+        self.lookup_in_mode(target, self.c.mode);
+    }
+
+    /// Goes to a constant RIP whose code is of another mode.
+    pub(super) fn lookup_in_mode(&mut self, target: u64, mode: Mode) {
+        let place = jump_index(target);
+        let entry = frame::jump_entry(mode.0.into(), place);
+        let label = self.c.asm.label();
+        let asm = &mut *self.c.asm;
+        asm.mov_imm(T0, target);
+        if mode.is_user() {
+            asm.alu_load(Alu::Xor, T0, Mem::vcpu(frame::USER_GENERATION));
+        }
+        asm.alu_load(Alu::Cmp, T0, Mem::vcpu(entry));
+        asm.jcc(cc::NZ, label);
+        asm.jmp_mem(Mem::vcpu(entry + 8));
+        self.cold.push(Cold::LookupMiss { label, mode, first: Some(place) });
+    }
+
+    /// Goes to the RIP in T0; flags must be in their slot.
+    pub(super) fn lookup(&mut self) {
+        self.lookup_dynamic(self.c.mode);
+    }
+
+    /// Goes to the RIP in T0, whose code is of the given mode.
+    pub(super) fn lookup_dynamic(&mut self, mode: Mode) {
+        let cache = frame::jump_entry(mode.0.into(), 0);
+        let label = self.c.asm.label();
+        if mode.is_user() {
+            // Only addresses of the lower half have tags that the generation cannot confuse.
+            let asm = &mut *self.c.asm;
+            asm.mov(T1, T0);
+            asm.shr(T1, 47);
+            let strange = asm.label();
+            asm.jcc(cc::NZ, strange);
+            self.cold.push(Cold::Leave { label: strange, site: Site::Lookup, flags: Flags::Slot });
+        }
+        let asm = &mut *self.c.asm;
+        asm.multiply32(T1, T0, frame::JUMP_MULTIPLIER);
+        asm.shr(T1, 16);
+        asm.alu_imm32(Alu::And, T1, ((frame::JUMP_ENTRIES - 1) << 4) as i32);
+        if mode.is_user() {
+            asm.alu_load(Alu::Xor, T0, Mem::vcpu(frame::USER_GENERATION));
+        }
+        asm.alu_load(Alu::Cmp, T0, Mem::indexed(BASE, T1, 0, cache));
+        asm.jcc(cc::NZ, label);
+        asm.jmp_mem(Mem::indexed(BASE, T1, 0, cache + 8));
+        self.cold.push(Cold::LookupMiss { label, mode, first: None });
+        self.in_t1 = None;
+    }
+
+    /// The other place where a jump may be remembered. `first` is the place just looked at, unless its offset is in T1.
+    pub(super) fn second_way(&mut self, mode: Mode, first: Option<usize>) {
+        let asm = &mut *self.c.asm;
+        let miss = asm.label();
+        let (tag, host) = match first {
+            Some(place) => {
+                let entry = frame::jump_entry(mode.0.into(), place ^ 1);
+                (Mem::vcpu(entry), Mem::vcpu(entry + 8))
+            }
+            None => {
+                // An entry has 16 bytes.
+                asm.alu_imm32(Alu::Xor, T1, 16);
+                let cache = frame::jump_entry(mode.0.into(), 0);
+                (Mem::indexed(BASE, T1, 0, cache), Mem::indexed(BASE, T1, 0, cache + 8))
+            }
+        };
+        asm.alu_load(Alu::Cmp, T0, tag);
+        asm.jcc(cc::NZ, miss);
+        asm.jmp_mem(host);
+        asm.bind(miss);
+    }
+
+    pub(super) fn emit_cold(&mut self) {
+        let mut index = 0;
+        // A cold piece may add further ones.
+        while index < self.cold.len() {
+            let cold = std::mem::replace(
+                &mut self.cold[index],
+                Cold::LookupMiss { label: Label::default(), mode: Mode(0), first: None },
+            );
+            index += 1;
+            match cold {
+                Cold::Leave { label, site, flags } => {
+                    self.c.asm.bind(label);
+                    self.leave_with(site, flags);
+                }
+                Cold::Probe { label, site, tag } => {
+                    self.c.asm.bind(label);
+                    self.c.asm.alu_load(Alu::Xor, T0, Mem::indexed(BASE, T1, 0, tag));
+                    let Site::Probe { retry, write, .. } = site else { continue };
+                    let refill = self.c.stubs.refill(self.c.mode.bank(), write, self.c.mode.is_simd());
+                    self.c.asm.call_address(refill);
+                    self.site(site);
+                    self.c.asm.jmp_address(self.c.base + u64::from(retry));
+                }
+                Cold::LookupMiss { label, mode, first } => {
+                    self.c.asm.bind(label);
+                    self.second_way(mode, first);
+                    if mode.is_user() {
+                        self.c.asm.alu_load(Alu::Xor, T0, Mem::vcpu(frame::USER_GENERATION));
+                    }
+                    let stub = self.c.stubs.leave(false, mode.is_simd());
+                    self.c.asm.call_address(stub);
+                    self.site(Site::Lookup);
+                }
+                Cold::Lookup { label, target, flags } => {
+                    self.c.asm.bind(label);
+                    self.flags = flags;
+                    if flags == Flags::Host {
+                        self.save_flags();
+                    }
+                    self.lookup_constant(target);
+                }
+            }
+        }
+    }
+}
+
+/// The place of a RIP in a jump cache.
+#[must_use]
+pub fn jump_index(rip: u64) -> usize {
+    ((rip as u32).wrapping_mul(frame::JUMP_MULTIPLIER) >> 20) as usize & (frame::JUMP_ENTRIES - 1)
+}
