@@ -118,16 +118,18 @@ def environment_ready() -> None:
     """Make .venv with what pyproject.toml asks for, when it or the interpreter has changed."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     packages = [*project["dependencies"], *project["optional-dependencies"]["dev"]]
-    # The interpreter's own path is part of it: a venv of another Python is another venv.
-    mark = digest_of_text([sys.executable, sys.version, *packages])
+    # The interpreter's own path is part of it: a venv of another Python is another venv. Run by .venv's own Python, it is
+    # that of the Python behind it.
+    python = str(getattr(sys, "_base_executable", sys.executable))
+    mark = digest_of_text([python, sys.version, *packages])
     if is_stamped("packages", mark) and (VENV / "bin/python").exists():
         return
     say(f"virtual environment in {VENV.relative_to(ROOT)}/, Python {sys.version.split()[0]}")
-    if stamp("python").exists() and stamp("python").read_text() != sys.executable:
+    if stamp("python").exists() and stamp("python").read_text() != python:
         shutil.rmtree(VENV)
-    call([sys.executable, "-m", "venv", VENV])
+    call([python, "-m", "venv", VENV])
     stamp("python").parent.mkdir(exist_ok=True)
-    stamp("python").write_text(sys.executable)
+    stamp("python").write_text(python)
     call([VENV / "bin/python", "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *packages])
     set_stamp("packages", mark)
 
