@@ -26,7 +26,12 @@ pub struct Landing {
     end: AtomicU64,
     place: AtomicU64,
     fault_rip: AtomicU64,
+    /// Faults since the owner last asked for the RIP: the code at `place` must not fault, and a loop of faults would never
+    /// end.
+    unanswered: AtomicU64,
 }
+
+const MOST_UNANSWERED: u64 = 3;
 
 impl Landing {
     #[must_use]
@@ -42,6 +47,7 @@ impl Landing {
     /// Where the last fault was.
     #[must_use]
     pub fn fault_rip(&self) -> u64 {
+        self.unanswered.store(0, Ordering::Relaxed);
         self.fault_rip.load(Ordering::Relaxed)
     }
 }
@@ -144,7 +150,8 @@ extern "C" fn handler(signal: i32, _info: *mut libc::siginfo_t, context: *mut li
         let (landing, registers) = unsafe { (&*landing, &mut (*context.cast::<libc::ucontext_t>()).uc_mcontext.gregs) };
         let rip = registers[libc::REG_RIP as usize] as u64;
         let code = landing.start.load(Ordering::Relaxed)..landing.end.load(Ordering::Relaxed);
-        if code.contains(&rip) {
+        let unanswered = landing.unanswered.fetch_add(1, Ordering::Relaxed);
+        if code.contains(&rip) && unanswered < MOST_UNANSWERED {
             landing.fault_rip.store(rip, Ordering::Relaxed);
             registers[libc::REG_RIP as usize] = landing.place.load(Ordering::Relaxed) as i64;
             return;

@@ -506,6 +506,11 @@ impl Translator {
             self.counters.exits_poll += 1;
             return Next::Dispatch;
         }
+        // A kick that was answered before it armed the page would make every poll fault; one that comes now is seen below.
+        self.poll.disarm();
+        if core.vcpu.attention.is_raised() {
+            return Next::Dispatch;
+        }
         self.counters.exits_fault += 1;
         Next::Step
     }
