@@ -118,8 +118,8 @@ def environment_ready() -> None:
     """Make .venv with what pyproject.toml asks for, when it or the interpreter has changed."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     packages = [*project["dependencies"], *project["optional-dependencies"]["dev"]]
-    # The interpreter's own path is part of it: a venv of another Python is another venv. For .venv's own Python it is the
-    # path of the Python behind it.
+    # The interpreter's own path is part of it: a venv of another Python is another venv. For .venv's own Python it is
+    # the path of the Python behind it.
     python = str(getattr(sys, "_base_executable", sys.executable))
     mark = digest_of_text([python, sys.version, *packages])
     if is_stamped("packages", mark) and (VENV / "bin/python").exists():
