@@ -142,6 +142,9 @@ impl Vcpu {
     /// Makes a VCPU at a place where translated code can run on it.
     pub fn place(cpu: CpuState) -> io::Result<Placed<Vcpu>> {
         let mut vcpu = Placed::from_value(STACK_BELOW, 0, Vcpu::new(cpu))?;
+        for bank in [Bank::Kernel, Bank::User, Bank::KernelAc] {
+            vcpu.hot.shadow[bank as usize] = vcpu.tlb.shadow.table_address(bank);
+        }
         vcpu.hot.is_placed = true;
         vcpu.hot.host_mxcsr = 0x1f80;
         Ok(vcpu)

@@ -28,7 +28,6 @@ use std::io;
 use std::sync::Arc;
 use std::time::Instant;
 
-use ::memory::tlb::Bank;
 use host::signal::{self, Landing};
 use iced_x86::InstructionInfoFactory;
 use x86::{CpuState, Gva, PAGE_SIZE, cr0, cr4, dr7, registers::xcr0, rflags};
@@ -555,9 +554,6 @@ impl Engine for Translator {
             Err(error) => return Exit::Unsupported(format!("the host refuses signal handlers: {error}")),
         };
         self.poll.disarm();
-        for bank in [Bank::Kernel, Bank::User, Bank::KernelAc] {
-            core.vcpu.hot.shadow[bank as usize] = core.vcpu.tlb.shadow.table_address(bank);
-        }
         loop {
             if core.vcpu.attention.is_raised() {
                 return Exit::Attention;
