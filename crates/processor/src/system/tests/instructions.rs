@@ -335,6 +335,9 @@ fn invpcid_checks_its_descriptor() {
     let mut machine = Machine::new();
     const INVPCID: &[u8] = &[0x66, 0x0f, 0x38, 0x82, 0x08];
     machine.vcpu.cpu.gpr[gpr::RAX] = DATA;
+    // Translated code came from one page, and only that page's invalidation concerns it.
+    const CODE_PAGE: u64 = 0x5000;
+    machine.vcpu.kernel_code.insert(Gva(CODE_PAGE), 4096);
     let mut with = |kind, pcid, address| {
         machine.vcpu.cpu.gpr[gpr::RCX] = kind;
         machine.put(DATA, pcid);
@@ -344,11 +347,12 @@ fn invpcid_checks_its_descriptor() {
         (ran, machine.vcpu.stale.local_mappings, machine.vcpu.stale.all_mappings)
     };
     let refused = (Ran::Fault(GP0), false, false);
-    assert_eq!(with(0, 0, 0x1000), (Ran::Next, false, true));
+    assert_eq!(with(0, 0, CODE_PAGE), (Ran::Next, false, true));
+    assert_eq!(with(0, 0, CODE_PAGE + 0x1000), (Ran::Next, false, false));
     assert_eq!(with(0, 0, 1 << 47), refused);
     assert_eq!(with(0, 1, 0), refused, "PCIDs are off");
     assert_eq!(with(1, 0, 1 << 47), (Ran::Next, true, false));
-    assert_eq!(with(2, 0, 0), (Ran::Next, false, true));
+    assert_eq!(with(2, 0, 0), (Ran::Next, true, true));
     assert_eq!(with(3, 0x1000, 0), refused);
     assert_eq!(with(4, 0, 0), refused);
 }
