@@ -13,7 +13,7 @@ app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
 # What each feature is to us. Names as /proc/cpuinfo has them (arch/x86/include/asm/cpufeatures.h, Linux 6.1).
 FEATURES = {
-    "fsgsbase": ("FSGSBASE", "the processor block is reached through GS without a system call"),
+    "fsgsbase": ("FSGSBASE", "offered to guests: user space sets its own FS and GS bases"),
     "sse4_2": ("SSE4.2", "the least that guests are offered"),
     "popcnt": ("POPCNT", "offered to guests"),
     "bmi1": ("BMI1", "offered to guests"),

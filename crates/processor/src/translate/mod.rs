@@ -120,6 +120,9 @@ enum Next {
 
 impl Translator {
     pub fn new(options: Options) -> io::Result<Translator> {
+        if !std::is_x86_feature_detected!("avx") || !std::is_x86_feature_detected!("xsave") {
+            return Err(io::Error::other("this processor has no AVX, so use --engine interpret"));
+        }
         let mut cache = CodeCache::new(CODE_CACHE)?;
         let stubs = Stubs::emit(&mut cache).ok_or_else(|| io::Error::other("the code cache is too small"))?;
         let range = cache.range();
