@@ -451,6 +451,8 @@ fn counters_of_processor(processor: &Processor) -> Vec<(String, u64)> {
             // Zero unless [`Options::count_instructions`] asked for it.
             ("processor.translated", vcpu.translated()),
         ]
+        .into_iter()
+        .chain(vcpu.tlb_counters())
         .map(|(name, value)| (name.to_string(), value)),
     );
     list

@@ -178,6 +178,18 @@ impl Vcpu {
         self.hot.instructions
     }
 
+    /// What the TLB and the shadow did for translated code, by dotted name. Probes are counted where instructions are.
+    #[must_use]
+    pub fn tlb_counters(&self) -> [(&'static str, u64); 4] {
+        let hot = &self.hot;
+        [
+            ("tlb.probes", hot.accesses),
+            ("tlb.misses", hot.tlb_misses),
+            ("shadow.hits", hot.shadow_hits),
+            ("shadow.misses", hot.tlb_misses - hot.shadow_hits),
+        ]
+    }
+
     /// The TLB bank for explicit accesses of the running code.
     #[inline]
     #[must_use]

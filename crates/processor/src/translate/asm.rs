@@ -294,6 +294,11 @@ impl Asm {
         self.byte(0x50 | reg.0 & 7);
     }
 
+    /// Adds one to a word in memory.
+    pub fn increment(&mut self, mem: Mem) {
+        self.op_mem(true, &[0xff], 0, mem);
+    }
+
     pub fn pop(&mut self, reg: Reg) {
         self.rex(false, 0, 0, reg.0);
         self.byte(0x58 | reg.0 & 7);

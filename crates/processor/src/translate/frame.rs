@@ -17,7 +17,11 @@ pub const GROUPS: usize = 8;
 #[repr(C, align(64))]
 pub struct Hot {
     /// Fills the structure up to a multiple of its alignment, so that nothing is added behind `stack`.
-    reserved: [u64; 4],
+    reserved: u64,
+    /// Failed probes of the TLB, those that the shadow mended, and, where instructions are counted, accesses to memory.
+    pub tlb_misses: u64,
+    pub shadow_hits: u64,
+    pub accesses: u64,
     /// The tables of the shadow, by bank.
     pub shadow: [u64; 3],
     /// Guest and host addresses of a string instruction in progress.
@@ -162,6 +166,9 @@ pub const STRING: i32 = disp(offset_of!(Hot, string));
 pub const HOST_STACK: i32 = disp(offset_of!(Hot, host_stack));
 pub const SITE: i32 = disp(offset_of!(Hot, site));
 pub const FAULT_FLAGS: i32 = disp(offset_of!(Hot, fault_flags));
+pub const TLB_MISSES: i32 = disp(offset_of!(Hot, tlb_misses));
+pub const SHADOW_HITS: i32 = disp(offset_of!(Hot, shadow_hits));
+pub const ACCESSES: i32 = disp(offset_of!(Hot, accesses));
 pub const INSTRUCTIONS: i32 = disp(offset_of!(Hot, instructions));
 pub const HOST_MXCSR: i32 = disp(offset_of!(Hot, host_mxcsr));
 pub const RFLAGS: i32 = disp(CPU + offset_of!(CpuState, rflags));

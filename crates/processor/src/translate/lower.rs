@@ -99,7 +99,8 @@ pub struct Context<'a> {
     /// First guest address of the block, and whether jumps inside its page may be linked.
     pub rip: u64,
     pub may_link: bool,
-    pub count: Option<i32>,
+    /// Whether instructions and accesses are counted.
+    pub count: bool,
 }
 
 pub(super) struct Lowering<'a> {
@@ -130,8 +131,8 @@ pub fn lower(context: Context<'_>, source: &Source, groups: Groups) -> Lowered {
         unsupported: false,
     };
     let (entry_host, entry_slot) = l.entries(&source.insns);
-    if let Some(counter) = l.c.count {
-        l.count(counter, source.insns.len());
+    if l.c.count {
+        l.count(&source.insns);
     }
     let mut ended = false;
     for (index, insn) in source.insns.iter().enumerate() {
@@ -235,11 +236,16 @@ impl Lowering<'_> {
         }
     }
 
-    pub(super) fn count(&mut self, counter: i32, instructions: usize) {
+    /// Adds what the block holds to the counters, without flags.
+    pub(super) fn count(&mut self, insns: &[Insn]) {
+        let accesses =
+            insns.iter().map(|insn| u32::from(insn.operand.is_some()) + u32::from(insn.stack.is_some())).sum();
         let asm = &mut *self.c.asm;
-        asm.load(T0, Mem::vcpu(counter));
-        asm.lea(T0, Mem::base(T0, instructions as i32));
-        asm.store(Mem::vcpu(counter), T0);
+        for (counter, number) in [(frame::INSTRUCTIONS, insns.len() as u32), (frame::ACCESSES, accesses)] {
+            asm.load(T0, Mem::vcpu(counter));
+            asm.lea(T0, Mem::base(T0, number as i32));
+            asm.store(Mem::vcpu(counter), T0);
+        }
     }
 
     pub(super) fn instruction(&mut self, index: usize, insn: &Insn) {

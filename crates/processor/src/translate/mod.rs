@@ -324,7 +324,7 @@ impl Translator {
             block: self.blocks.next_index(),
             rip: key.rip,
             may_link: second.is_none() && !self.options.single,
-            count: self.options.count_instructions.then_some(frame::INSTRUCTIONS),
+            count: self.options.count_instructions,
         };
         let lowered = lower(context, &source, found);
         let address = self.cache.add(&self.asm.code)?;

@@ -16,6 +16,7 @@ pub fn refill(asm: &mut Asm, bank: Bank, write: bool, leave: u64) {
     let miss = asm.label();
     asm.push(RAX);
     asm.push(RCX);
+    asm.increment(at(frame::TLB_MISSES));
     // rcx = the shadow's entry; rax = the tag that it should have
     asm.mov(RAX, T0);
     asm.shr(RAX, 12);
@@ -45,6 +46,7 @@ pub fn refill(asm: &mut Asm, bank: Bank, write: bool, leave: u64) {
         asm.load(RAX, word(index));
         asm.store(Mem::base(T1, field), RAX);
     }
+    asm.increment(at(frame::SHADOW_HITS));
     // A bit for each group of entries.
     asm.mov(RAX, T0);
     asm.shr(RAX, 12 + GROUP.trailing_zeros() as u8);
