@@ -119,7 +119,10 @@ fn run(options: &Options) -> Result<bool, String> {
     let runs: u64 = campaigns.iter().map(|campaign| campaign.runs).sum();
     let traps: u64 = campaigns.iter().map(|campaign| campaign.traps).sum();
     let seeds = seed - options.seed;
-    println!("{seeds} seeds, {runs} runs of which {traps} ended in a trap, {bad} disagreements");
+    let unsteady: u64 = campaigns.iter().map(|campaign| campaign.unsteady).sum();
+    println!(
+        "{seeds} seeds, {runs} runs of which {traps} ended in a trap, {bad} disagreements, {unsteady} that did not come again"
+    );
     Ok(bad == 0)
 }
 

@@ -49,6 +49,8 @@ pub struct Campaign {
     guest: Guest,
     /// How many sequences ended in a trap, to see that most do not.
     pub traps: u64,
+    /// Seeds whose disagreement did not come again.
+    pub unsteady: u64,
     pub runs: u64,
     /// Arithmetic flags at a trap do not count.
     pub lenient: bool,
@@ -148,7 +150,7 @@ impl Campaign {
         let constants = constants();
         let arena = Arena::new(&constants)?;
         let guest = Guest::new(&arena, &constants, ring)?;
-        Ok(Campaign { engine, kinds, ring, arena, guest, traps: 0, runs: 0, lenient: false })
+        Ok(Campaign { engine, kinds, ring, arena, guest, traps: 0, runs: 0, unsteady: 0, lenient: false })
     }
 
     fn state(&self, random: &mut Random, sequence: &Sequence) -> State {
@@ -190,6 +192,13 @@ impl Campaign {
     pub fn check(&mut self, seed: u64) -> Result<(), Disagreement> {
         let (sequence, states) = self.case(seed);
         let Err(first) = self.compare(&sequence, &states) else { return Ok(()) };
+        // Whether a state component counts as in its initial configuration depends on the host kernel, too: a context
+        // switch at the right moment makes it so (Intel SDM (2024-12) Vol. 1 13.6 "Processor Tracking of XSAVE-Managed
+        // State"). An error of an engine comes every time.
+        if (0..3).any(|_| self.compare(&sequence, &states).is_ok()) {
+            self.unsteady += 1;
+            return Ok(());
+        }
         let (sequence, report) = self.shrink(sequence, &states, first);
         let report = format!("{}{report}", self.listing(&sequence));
         Err(Disagreement { seed, report })
