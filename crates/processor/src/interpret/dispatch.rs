@@ -1,6 +1,6 @@
 //! Which function runs an instruction: looked up once, when it is decoded.
 
-use iced_x86::{Code, Mnemonic, OpKind};
+use iced_x86::{Code, Instruction, Mnemonic, OpKind};
 use x86::GuestFault;
 use x86::rflags::{CF, OF};
 
@@ -106,9 +106,9 @@ macro_rules! condition {
 }
 
 /// The condition of Jcc, SETcc and CMOVcc, as encoded.
-fn condition_code(op: &Op) -> u8 {
+pub fn condition_code(instruction: &Instruction) -> u8 {
     use iced_x86::ConditionCode as C;
-    match op.instruction.condition_code() {
+    match instruction.condition_code() {
         C::o => 0,
         C::no => 1,
         C::b => 2,
@@ -163,7 +163,7 @@ fn integer(op: &Op) -> Option<Run> {
         Mnemonic::Call => return call(op),
         Mnemonic::Ret => wide!(op.size, branch::ret),
         _ if op.instruction.is_jcc_short_or_near() => {
-            condition!(condition_code(op), |CC| branch::jcc::<CC> as Run)
+            condition!(condition_code(&op.instruction), |CC| branch::jcc::<CC> as Run)
         }
         _ => return stack_and_strings(op).or_else(|| arithmetic_rest(op)).or_else(|| transfer_rest(op)),
     })
@@ -425,7 +425,7 @@ fn count_size(code: Code) -> u8 {
 
 /// SETcc and CMOVcc.
 fn conditional(op: &Op) -> Option<Run> {
-    let code = condition_code(op);
+    let code = condition_code(&op.instruction);
     Some(match op.mnemonic() {
         Mnemonic::Seta
         | Mnemonic::Setae

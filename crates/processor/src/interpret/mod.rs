@@ -27,6 +27,7 @@ mod tests;
 use iced_x86::{Instruction, Mnemonic};
 use x86::{GuestFault, dr6, rflags};
 
+pub(crate) use self::dispatch::condition_code;
 pub use self::fetch::DecodeCache;
 pub use self::op::Op;
 use crate::core::Core;

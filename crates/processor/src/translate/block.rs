@@ -7,6 +7,7 @@ use iced_x86::{
 };
 
 use super::encode::Fields;
+use crate::interpret::condition_code;
 
 /// How the translator treats an instruction.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -392,7 +393,7 @@ fn kind_of(iced: &Instruction, is_simd: bool, features: Features) -> Option<Kind
             return Some(Kind::Jump(iced.near_branch64()));
         }
         FlowControl::ConditionalBranch if iced.is_jcc_short_or_near() && iced.op_kind(0) == OpKind::NearBranch64 => {
-            return Some(Kind::JumpIf(condition(iced), iced.near_branch64()));
+            return Some(Kind::JumpIf(condition_code(iced), iced.near_branch64()));
         }
         FlowControl::Call if iced.code() == Code::Call_rel32_64 => return Some(Kind::CallNear(iced.near_branch64())),
         FlowControl::IndirectCall if iced.code() == Code::Call_rm64 => return Some(Kind::CallIndirect),
@@ -507,29 +508,6 @@ fn system_kind(iced: &Instruction, features: Features) -> Option<System> {
         Code::Stac => Some(System::SetAccess(true)),
         Code::Clac => Some(System::SetAccess(false)),
         _ => None,
-    }
-}
-
-/// The low four bits of Jcc.
-fn condition(iced: &Instruction) -> u8 {
-    use iced_x86::ConditionCode as C;
-    match iced.condition_code() {
-        C::o => 0,
-        C::no => 1,
-        C::b => 2,
-        C::ae => 3,
-        C::e => 4,
-        C::ne => 5,
-        C::be => 6,
-        C::a => 7,
-        C::s => 8,
-        C::ns => 9,
-        C::p => 10,
-        C::np => 11,
-        C::l => 12,
-        C::ge => 13,
-        C::le => 14,
-        C::g | C::None => 15,
     }
 }
 
