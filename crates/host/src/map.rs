@@ -85,12 +85,6 @@ impl Map {
         // SAFETY: advice on a range that we own; a shared map reads the same bytes again afterwards.
         unsafe { libc::madvise(self.base.as_ptr().cast(), self.size, libc::MADV_DONTNEED) };
     }
-
-    /// Asks the kernel to back the map with huge pages where it can: fewer host TLB misses.
-    pub fn advise_huge(&self) {
-        // SAFETY: advice on a range that we own; a refusal changes nothing.
-        unsafe { libc::madvise(self.base.as_ptr().cast(), self.size, libc::MADV_HUGEPAGE) };
-    }
 }
 
 impl Drop for Map {
@@ -134,56 +128,32 @@ pub fn punch_hole(file: &File, offset: u64, size: u64) -> io::Result<()> {
     if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
-/// A value at a fixed address between two groups of raw pages: `below` bytes (a small stack grows down into them) and
-/// `above` bytes, page-aligned, whose protection may change.
+/// A value at a fixed address, with `below` bytes of its own before it and an inaccessible page on either side.
 #[derive(Debug)]
 pub struct Placed<T> {
-    map: Map,
     value: NonNull<T>,
-    above: usize,
+    /// Owns the addresses; goes after the value.
+    _map: Map,
 }
 
 // SAFETY: Placed owns its T as a Box would.
 unsafe impl<T: Send> Send for Placed<T> {}
 
 impl<T> Placed<T> {
-    /// `initialize` gets the place, all zero bytes, and must make it a valid T.
-    ///
-    /// # Safety
-    /// After `initialize` the place must hold a valid `T`.
-    pub unsafe fn new(below: usize, above: usize, initialize: impl FnOnce(*mut T)) -> io::Result<Self> {
+    /// Moves a value to its place.
+    pub fn new(below: usize, value: T) -> io::Result<Self> {
         let below = below.next_multiple_of(PAGE.max(align_of::<T>()));
         let middle = size_of::<T>().next_multiple_of(PAGE);
-        let map = Map::anonymous(PAGE + below + middle + above + PAGE)?;
+        let map = Map::anonymous(PAGE + below + middle + PAGE)?;
         map.protect(0, PAGE, Protection::None)?;
-        map.protect(PAGE + below + middle + above, PAGE, Protection::None)?;
+        map.protect(PAGE + below + middle, PAGE, Protection::None)?;
         // SAFETY: the offset is inside the map.
         let place: *mut T = unsafe { map.base().as_ptr().add(PAGE + below) }.cast();
         assert!(place.is_aligned());
-        initialize(place);
-        let value = NonNull::new(place).ok_or_else(|| io::Error::other("null place"))?;
-        Ok(Placed { map, value, above: PAGE + below + middle })
-    }
-
-    /// Places a value that is made elsewhere.
-    pub fn from_value(below: usize, above: usize, value: T) -> io::Result<Self> {
-        // SAFETY: the place is aligned, writable and as large as T; writing the value makes it valid.
-        unsafe { Self::new(below, above, |place| place.write(value)) }
-    }
-
-    /// Address and offset (from the value) of the pages above.
-    #[must_use]
-    pub fn above_offset() -> usize {
-        size_of::<T>().next_multiple_of(PAGE)
-    }
-
-    pub fn protect_above(&self, size: usize, protection: Protection) -> io::Result<()> {
-        self.map.protect(self.above, size, protection)
-    }
-
-    #[must_use]
-    pub fn as_ptr(&self) -> *mut T {
-        self.value.as_ptr()
+        let slot = NonNull::new(place).ok_or_else(|| io::Error::other("null place"))?;
+        // SAFETY: the place is aligned (checked), writable and as large as T.
+        unsafe { place.write(value) };
+        Ok(Placed { value: slot, _map: map })
     }
 }
 

@@ -141,7 +141,7 @@ pub struct Vcpu {
 impl Vcpu {
     /// Makes a VCPU at a place where translated code can run on it.
     pub fn place(cpu: CpuState) -> io::Result<Placed<Vcpu>> {
-        let mut vcpu = Placed::from_value(STACK_BELOW, 0, Vcpu::new(cpu))?;
+        let mut vcpu = Placed::new(STACK_BELOW, Vcpu::new(cpu))?;
         for bank in [Bank::Kernel, Bank::User, Bank::KernelAc] {
             vcpu.hot.shadow[bank as usize] = vcpu.tlb.shadow.table_address(bank);
         }

@@ -30,6 +30,7 @@ use x86::{GuestFault, dr6, rflags};
 pub(crate) use self::dispatch::condition_code;
 pub use self::fetch::DecodeCache;
 pub use self::op::Op;
+pub(crate) use self::op::segment_index;
 use crate::core::Core;
 use crate::engine::{Engine, Exit};
 use crate::{debug, deliver};

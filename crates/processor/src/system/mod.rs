@@ -12,7 +12,7 @@ pub mod tables;
 #[cfg(test)]
 mod tests;
 
-use iced_x86::{Code, Instruction, Mnemonic, OpKind, Register};
+use iced_x86::{Code, Instruction, Mnemonic, OpKind};
 use x86::state::gpr;
 use x86::{CpuState, GuestFault, cr4, rflags, seg, vector};
 
@@ -20,7 +20,7 @@ use crate::core::Core;
 use crate::deliver;
 use crate::engine::Exit;
 use crate::far::{self, next_rip};
-use crate::interpret::{Flow, operand};
+use crate::interpret::{Flow, operand, segment_index};
 use crate::segment;
 
 pub use ports::check_io_permission;
@@ -152,19 +152,6 @@ fn is_far_branch(code: Code) -> bool {
             | Code::Call_m1632
             | Code::Call_m1664
     )
-}
-
-/// The segment register that iced names, as an index; CS included.
-fn segment_index(register: Register) -> Option<usize> {
-    Some(match register {
-        Register::ES => seg::ES,
-        Register::CS => seg::CS,
-        Register::SS => seg::SS,
-        Register::DS => seg::DS,
-        Register::FS => seg::FS,
-        Register::GS => seg::GS,
-        _ => return None,
-    })
 }
 
 /// MOV with control, debug or segment registers; all other forms are not ours.

@@ -107,10 +107,6 @@ impl Lowering<'_> {
         self.cold.push(Cold::Leave { label, site, flags: self.flags });
     }
 
-    pub(super) fn leave_always(&mut self, site: Site) {
-        self.leave(site);
-    }
-
     /// A jump that is seldom taken, on a condition, out to a site.
     pub(super) fn leave_if(&mut self, condition: u8, site: Site, flags: Flags) {
         let label = self.c.asm.label();

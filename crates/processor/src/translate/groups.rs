@@ -21,7 +21,8 @@ struct Value {
 #[derive(Clone, Copy, Debug)]
 pub struct Group {
     version: u32,
-    write: bool,
+    /// Whether the check is for stores.
+    pub write: bool,
     /// The span of bytes that the group touches, relative to the value of its version.
     pub low: i64,
     pub high: i64,
@@ -124,13 +125,6 @@ fn moved(insn: &Insn) -> Option<(usize, usize, i64)> {
                 .then(|| (number, base.number(), displacement))
         }
         _ => None,
-    }
-}
-
-impl Group {
-    /// Whether the check is for stores.
-    pub fn write_span(&self) -> bool {
-        self.write
     }
 }
 

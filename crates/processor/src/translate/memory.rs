@@ -110,7 +110,7 @@ impl Lowering<'_> {
             let retry = self.c.asm.address();
             let host = self.register(base, T0);
             self.c.asm.lea(T0, Mem::base(host, (group.low - member.base_offset) as i32));
-            self.probe(insn, retry, (group.high - group.low) as u16, group.write_span(), true);
+            self.probe(insn, retry, (group.high - group.low) as u16, group.write, true);
             // T1 + T0 is the host address of the group's first byte.
             self.c.asm.lea(T1, Mem::indexed(T1, T0, 0, -group.low as i32));
             self.c.asm.store(Mem::vcpu(slot), T1);

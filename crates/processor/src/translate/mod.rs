@@ -105,7 +105,7 @@ pub struct Translator {
     options: Options,
     counters: Counters,
     /// How often the interpreter ran which instruction, when RINGZERO_PROFILE is in the environment.
-    profile: Option<HashMap<&'static str, u64>>,
+    profile: Option<HashMap<iced_x86::Code, u64>>,
 }
 
 /// What to do after translated code has left.
@@ -161,9 +161,7 @@ impl Translator {
                 }
             }
             let mut decoder = iced_x86::Decoder::new(64, &bytes, 0);
-            // A handful of names for the life of the process.
-            let name = format!("interpreted.{:?}", decoder.decode().code()).leak();
-            *profile.entry(name).or_default() += 1;
+            *profile.entry(decoder.decode().code()).or_default() += 1;
         }
         interpret::step(core, &mut self.decoder)
     }
@@ -619,7 +617,10 @@ impl Engine for Translator {
             ("exits.fault", c.exits_fault),
             ("exits.poll", c.exits_poll),
         ];
-        counters.extend(self.profile.iter().flat_map(|profile| profile.iter()).map(|(name, count)| (*name, *count)));
+        for (code, count) in self.profile.iter().flatten() {
+            // Counters are named for the life of the process; a profile adds a few hundred short names each time it is asked.
+            counters.push((format!("interpreted.{code:?}").leak(), *count));
+        }
         counters
     }
 }

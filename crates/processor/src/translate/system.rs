@@ -202,7 +202,7 @@ impl Lowering<'_> {
         let interpret = self.interpret(insn);
         self.slot_flags();
         if self.c.mode.0 != 0 {
-            return self.leave_always(interpret);
+            return self.leave(interpret);
         }
         let asm = &mut *self.c.asm;
         asm.mov(T0, RCX);
