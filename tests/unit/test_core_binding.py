@@ -283,7 +283,12 @@ def test_a_page_moves_under_a_running_guest(looping: Vm) -> None:
         looping.resume()
         assert now >= last
         last = now
-    assert last > 0
+    # On a busy machine the guest may not have had its turn between two stops yet.
+    deadline = time.monotonic() + 30
+    while counted(looping) == 0:
+        looping.resume()
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
     assert looping.stats()["memory.remappings"] == 100
     with pytest.raises(CoreError, match="no guest RAM"):
         looping.remap_page(1 << 40)

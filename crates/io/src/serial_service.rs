@@ -284,9 +284,13 @@ impl Port {
 impl Shared {
     fn run(&self) {
         precise_sleeps();
-        while !self.stopping.load(Ordering::SeqCst) {
+        loop {
             self.doorbell.awake();
             self.doorbell.event.drain();
+            // Looked at after the drain: who stops us sets it before ringing, and a ring that is drained unseen is lost.
+            if self.stopping.load(Ordering::SeqCst) {
+                break;
+            }
             let mut ports = self.ports.lock();
             let mut wait = self.look(&mut ports);
             self.doorbell.about_to_sleep(wait.is_some());
@@ -422,6 +426,24 @@ mod tests {
         assert!(reader.join().unwrap().unwrap() == sent);
         assert_eq!(bench.counters.serial_overrun.get(), 0);
         assert!(bench.counters.serial_wakeups.get() < 10_000, "{}", bench.counters.serial_wakeups.get());
+    }
+
+    #[test]
+    fn a_service_that_is_dropped_as_soon_as_it_starts_ends() {
+        // A join that never returns would hang the test: it happens in a thread of its own.
+        let (done, told) = std::sync::mpsc::channel();
+        thread::spawn(move || {
+            for round in 0..3000 {
+                let doorbell = Arc::new(Doorbell::new().unwrap());
+                let service = SerialService::start(Vec::new(), doorbell, Clock::new(), Arc::default()).unwrap();
+                // So that the thread is told at every point of its first round.
+                let began = Instant::now();
+                while began.elapsed() < Duration::from_nanos(round * 40) {}
+                drop(service);
+            }
+            let _ = done.send(());
+        });
+        told.recv_timeout(Duration::from_secs(60)).expect("a thread that was told to stop sleeps on");
     }
 
     #[test]
