@@ -48,6 +48,13 @@ def test_ten_megabytes_come_back_identical(ringzero: Run) -> None:
     assert done.stdout == data
 
 
+def test_the_kernel_lies_where_it_was_linked_or_where_it_chose(ringzero: Run) -> None:
+    linked = ringzero("run", "debian", "--", "grep", "-w", "_text", "/proc/kallsyms")
+    assert linked.stdout.split()[0] == b"ffffffff81000000"
+    chosen = ringzero("run", "debian", "--kaslr", "--", "grep", "-w", "_text", "/proc/kallsyms")
+    assert chosen.stdout.endswith(b" T _text\n")  # at one of 500 places, the linked one among them
+
+
 def test_a_script_on_standard_input(ringzero: Run) -> None:
     done = ringzero("run", "debian", input=b"echo one\nexit 9\n")
     assert (done.returncode, done.stdout) == (9, b"one\n")

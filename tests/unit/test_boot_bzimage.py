@@ -33,6 +33,8 @@ def bzimage(kernel: bytes = KERNEL, **fields: int) -> bytes:
         "relocatable": 1,
         "xloadflags": 0x3F,
         "cmdline_size": 2047,
+        "payload_offset": 0,
+        "payload_length": 0,
         "pref_address": 0x100_0000,
         "init_size": 32 * MIB,
     } | fields
@@ -48,6 +50,8 @@ def bzimage(kernel: bytes = KERNEL, **fields: int) -> bytes:
         "relocatable": (0x234, "B"),
         "xloadflags": (0x236, "H"),
         "cmdline_size": (0x238, "I"),
+        "payload_offset": (0x248, "I"),
+        "payload_length": (0x24C, "I"),
         "pref_address": (0x258, "Q"),
         "init_size": (0x260, "I"),
     }

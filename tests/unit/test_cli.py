@@ -214,6 +214,7 @@ def slowly(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> RunOptions 
         "debian -t -e A=b -e C=d -w /tmp -v -- env",
         "--append= hello",
         "debian --tty --cwd / --env X=",
+        "debian:6.12 --kaslr -- true",
         "hello --timeout 1e3",
     ],
 )

@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -50,7 +50,7 @@ class Run:
         return " | ".join(line for _, line in self.lines[-count:]) or "(no output)"
 
 
-def ringzero_command(guest: Guest, *, engine: str = "translate") -> list[str]:
+def ringzero_command(guest: Guest, *, engine: str = "translate", kaslr: bool = False) -> list[str]:
     """Return the command that runs a guest under this ringzero."""
     return [
         *this_ringzero(),
@@ -60,6 +60,7 @@ def ringzero_command(guest: Guest, *, engine: str = "translate") -> list[str]:
         *("--append", guest.append),
         *("--memory", f"{guest.memory}M"),
         *("--engine", engine),
+        *(["--kaslr"] if kaslr else []),
     ]
 
 
@@ -101,14 +102,19 @@ def qemu_version() -> str:
     return done.stdout.partition("\n")[0]
 
 
-def run(command: Sequence[str], *, timeout: float) -> Run:
+def run(command: Sequence[str], *, timeout: float, env: Mapping[str, str] | None = None) -> Run:
     """Run a command to its end with nothing on standard input, and stamp each line of output as it comes.
 
-    A run that is not over after `timeout` seconds is killed.
+    `env` is its environment, None for ours. A run that is not over after `timeout` seconds is killed.
     """
     began = time.perf_counter()
     process = subprocess.Popen(
-        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, bufsize=0
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        bufsize=0,
+        env=env,
     )
     assert process.stdout is not None
     lines: list[tuple[float, str]] = []

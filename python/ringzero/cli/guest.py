@@ -50,6 +50,7 @@ class RunOptions:
     memory: str = "256M"
     cpus: int = 1
     engine: str = "translate"
+    kaslr: bool = False
     timeout: float | None = None
     tty: bool = False
     env: tuple[str, ...] = ()
@@ -114,6 +115,7 @@ def run_guest(options: RunOptions) -> int:
         memory=options.memory,
         cpus=options.cpus,
         engine=options.engine,
+        kaslr=options.kaslr,
         kernel=kernel,
         initrd=options.initrd,
         append=_terminal_words(options.append, command),

@@ -64,6 +64,9 @@ def run(
     memory: Annotated[str, typer.Option(metavar="SIZE", help="Guest memory: 512M, 2G.")] = "256M",
     cpus: Annotated[int, typer.Option(metavar="N", help="Processors.")] = 1,
     engine: Annotated[str, typer.Option(metavar="NAME", help="translate, or interpret.")] = "translate",
+    kaslr: Annotated[
+        bool, typer.Option("--kaslr", help="Let the kernel unpack itself, at a random address; slower.")
+    ] = False,
     timeout: Annotated[
         float | None, typer.Option(metavar="SECONDS", help="End the guest after so long, with status 124.")
     ] = None,
@@ -91,6 +94,7 @@ def run(
         memory=memory,
         cpus=cpus,
         engine=engine,
+        kaslr=kaslr,
         timeout=timeout,
         tty=tty,
         env=tuple(env or ()),

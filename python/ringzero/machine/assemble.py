@@ -11,7 +11,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 from ringzero.errors import InputError, InternalError
-from ringzero.machine.boot import bzimage, plan_boot, read_file
+from ringzero.machine.boot import bzimage, plan_boot, read_file, unpacked_vmlinux
 from ringzero.machine.spec import MachineSpec
 
 if TYPE_CHECKING:
@@ -40,14 +40,16 @@ def assemble(
     # Only now is it known whether this is a Linux, which needs more memory.
     linux = spec.linux or bzimage.looks_like(kernel)
     spec = MachineSpec.checked(**(dataclasses.asdict(spec) | {"linux": linux}))
+    name = str(spec.kernel)
     plan = plan_boot(
         kernel,
         memory=spec.memory,
         cpus=spec.cpus,
         command_line=spec.command_line,
         initrd=initrd,
-        name=str(spec.kernel),
+        name=name,
         initrd_name=str(spec.initrd) if spec.initrd is not None else "initramfs",
+        vmlinux=None if spec.kaslr else unpacked_vmlinux(kernel, name),
     )
     core = _load_core()
     if spec.engine not in core.engines():

@@ -58,6 +58,7 @@ class Machine:
         memory: str | int = "256M",
         cpus: int = 1,
         engine: str = "translate",
+        kaslr: bool = False,
         kernel: str | os.PathLike[str] | None = None,
         initrd: str | os.PathLike[str] | None = None,
         append: str | None = None,
@@ -77,7 +78,9 @@ class Machine:
         kernel's command line. `memory` is bytes, or a size like "512M". `devices` are slow devices in Python
         (ringzero.devices.Device). `console` is given every piece of console output. `agent` and `shell`
         choose what an image with our agent starts: commands for `run`, and a login shell on the console.
-        Without `quiet` the kernel's messages show. `trace` names a file for a trace of every instruction.
+        Without `quiet` the kernel's messages show. With `kaslr` a bzImage unpacks itself, at a random address;
+        otherwise it is unpacked before it starts, and runs where it was linked to run. `trace` names a file for a
+        trace of every instruction.
         """
         if image is None and kernel is None:
             image = "debian"
@@ -87,7 +90,7 @@ class Machine:
             resolve(image)
         self._image = image
         # The kernel and its command line are filled in at `start`, when an image is known to be here.
-        self.spec = MachineSpec.checked(memory=memory, cpus=cpus, engine=engine, linux=False)
+        self.spec = MachineSpec.checked(memory=memory, cpus=cpus, engine=engine, kaslr=kaslr, linux=False)
         self._kernel = Path(kernel) if kernel is not None else None
         self._initrd = Path(initrd) if initrd is not None else None
         self._append = append or ""

@@ -105,6 +105,7 @@ class MachineSpec:
     kernel, initrd: files, not yet read; None when the caller has them in memory.
     command_line: for the kernel.
     linux: whether the kernel is a Linux, which needs more memory than a guest of ours.
+    kaslr: whether a bzImage unpacks itself, at an address of its own choice, or is unpacked before it starts.
     """
 
     memory: int = DEFAULT_MEMORY
@@ -114,6 +115,7 @@ class MachineSpec:
     initrd: Path | None = None
     command_line: str = ""
     linux: bool = True
+    kaslr: bool = False
 
     @classmethod
     def checked(
@@ -126,6 +128,7 @@ class MachineSpec:
         initrd: Path | str | None = None,
         command_line: str = "",
         linux: bool = True,
+        kaslr: bool = False,
         engines: Sequence[str] = ENGINES,
         most_cpus: int = MOST_CPUS,
     ) -> MachineSpec:
@@ -154,4 +157,5 @@ class MachineSpec:
             initrd=None if initrd is None else Path(initrd),
             command_line=command_line,
             linux=linux,
+            kaslr=kaslr,
         )

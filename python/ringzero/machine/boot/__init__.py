@@ -6,6 +6,6 @@ that all of it can be tested without one; `BootPlan.load` then carries the plan 
 """
 
 from ringzero.machine.boot.files import read_file
-from ringzero.machine.boot.plan import BootPlan, GuestMemory, Piece, plan_boot
+from ringzero.machine.boot.plan import BootPlan, GuestMemory, Piece, plan_boot, unpacked_vmlinux
 
-__all__ = ["BootPlan", "GuestMemory", "Piece", "plan_boot", "read_file"]
+__all__ = ["BootPlan", "GuestMemory", "Piece", "plan_boot", "read_file", "unpacked_vmlinux"]

@@ -3,7 +3,8 @@
 The file is a boot sector and setup code (`setup_sects` sectors of 512 bytes and one more), then the
 "protected-mode kernel", of which `syssize` says the size in 16-byte units. Only the latter is loaded; its
 64-bit entry point is 0x200 behind its first byte. The setup header, from 0x1F1 of the file, says where it
-wants to be and how much room it needs.
+wants to be and how much room it needs. Inside is the kernel proper, packed: `ringzero.machine.boot.payload`
+unpacks it for a start that skips the loader around it.
 
 The file is not trusted: a field that is out of its range is an ImageError, never an exception of Python's
 own.
@@ -17,6 +18,7 @@ from typing import Final
 
 from ringzero.errors import ImageError, InputError, UnsupportedError
 from ringzero.machine import address_map, cpu_state
+from ringzero.machine.boot import elf
 from ringzero.machine.boot.layout import Piece, Start, boot_params, place_initrd
 
 __all__ = ["BzImage", "looks_like", "parse", "plan"]
@@ -40,12 +42,19 @@ class BzImage:
     header: bytes = field(repr=False)
     kernel_offset: int
     kernel_size: int
+    payload_offset: int
+    payload_size: int
     alignment: int
     relocatable: bool
     preferred_address: int
     init_size: int
     initrd_highest: int
     command_line_limit: int
+
+    def payload(self, data: bytes) -> memoryview:
+        """Return the packed vmlinux in the file `data`; empty when the header names none."""
+        start = self.kernel_offset + self.payload_offset
+        return memoryview(data)[start : start + self.payload_size]
 
 
 def looks_like(data: bytes) -> bool:
@@ -89,6 +98,7 @@ def parse(data: bytes, name: str = "kernel") -> BzImage:
     xloadflags, command_line_limit = struct.unpack_from("<HI", data, 0x236)
     preferred_address, init_size = struct.unpack_from("<QI", data, 0x258)
     (initrd_highest,) = struct.unpack_from("<I", data, 0x22C)
+    payload_offset, payload_size = struct.unpack_from("<II", data, 0x248)
     if not data[0x211] & _LOADED_HIGH:
         raise UnsupportedError(f"{name} is a zImage, which loads below 1 MiB: build a bzImage")
     if not xloadflags & _XLF_KERNEL_64:
@@ -115,11 +125,15 @@ def parse(data: bytes, name: str = "kernel") -> BzImage:
         raise ImageError(
             f"{name} wants to be loaded at {preferred_address:#x}, which no kernel does: fetch it again"
         )
+    if payload_offset + payload_size > kernel_size:
+        raise _truncated(name, len(data), kernel_offset + payload_offset + payload_size)
     return BzImage(
         version=version,
         header=data[_HEADER:header_end],
         kernel_offset=kernel_offset,
         kernel_size=kernel_size,
+        payload_offset=payload_offset,
+        payload_size=payload_size,
         alignment=alignment,
         relocatable=bool(relocatable),
         preferred_address=preferred_address,
@@ -145,12 +159,15 @@ def plan(
     rsdp: int,
     name: str,
     initrd_name: str,
+    vmlinux: memoryview | None = None,
 ) -> Start:
     """Return the pieces and registers that start a bzImage.
 
     `command_line_size` counts the final zero, which the kernel's own limit does not. The kernel goes to its
     preferred address: a 64-bit Linux never runs below it (arch/x86/boot/compressed/head_64.S moves itself up
-    to LOAD_PHYSICAL_ADDR), so lower places gain nothing. Raises InputError when something does not fit.
+    to LOAD_PHYSICAL_ADDR), so lower places gain nothing. With `vmlinux`, the payload unpacked, that is loaded
+    at the addresses it was linked for, and entered as the kernel's own loader would (the same protocol; the
+    loader's work is done). Raises InputError when something does not fit.
     """
     if image.command_line_limit and command_line_size - 1 > image.command_line_limit:
         raise InputError(
@@ -174,7 +191,17 @@ def plan(
             f"{name} needs {-(-end >> 20)} MiB to start, and the machine has {memory >> 20} MiB: "
             f"give at least --memory {needed}M"
         )
-    pieces = [Piece("kernel", address, data[image.kernel_offset : image.kernel_offset + image.kernel_size])]
+    if vmlinux is None:
+        entry = address + _ENTRY_64
+        kernel = memoryview(data)[image.kernel_offset : image.kernel_offset + image.kernel_size]
+        pieces = [Piece("kernel", address, kernel)]
+    else:
+        unpacked = elf.parse(vmlinux, name)
+        entry = unpacked.entry
+        # What the header promises of the room must hold for what is in it.
+        if unpacked.start < address or unpacked.end > end or not unpacked.is_loaded(entry):
+            raise ImageError(f"{name} unpacks to more than its header says: fetch or build it again")
+        pieces = [Piece("kernel", part.address, part.data) for part in unpacked.segments if part.data]
     details = {"kernel": address, "kernel_end": end}
     where: tuple[int, int] | None = None
     if initrd is not None:
@@ -186,5 +213,5 @@ def plan(
         details |= {"initrd": at, "initrd_size": len(initrd)}
     page = boot_params(image.header, rows=address_map.e820(memory), rsdp=rsdp, initrd=where)
     pieces.append(Piece("boot_params", address_map.BOOT_PARAMS, page))
-    registers = cpu_state.long_mode(entry=address + _ENTRY_64, rsi=address_map.BOOT_PARAMS)
-    return Start("linux64", pieces, registers, details)
+    registers = cpu_state.long_mode(entry=entry, rsi=address_map.BOOT_PARAMS)
+    return Start("linux64" if vmlinux is None else "vmlinux", pieces, registers, details)

@@ -42,7 +42,7 @@ class Segment:
 
     address: int
     memory_size: int
-    data: bytes = field(repr=False)
+    data: bytes | memoryview = field(repr=False)
 
     @property
     def end(self) -> int:
@@ -70,8 +70,12 @@ class ElfImage:
         """The first address behind all segments."""
         return max(segment.end for segment in self.segments)
 
+    def is_loaded(self, address: int) -> bool:
+        """Say whether a guest physical address lies in one of the segments."""
+        return any(segment.address <= address < segment.end for segment in self.segments)
 
-def parse(data: bytes, name: str = "kernel") -> ElfImage:
+
+def parse(data: bytes | memoryview, name: str = "kernel") -> ElfImage:
     """Return the checked parts of an ELF kernel.
 
     Raises ImageError when it is truncated, inconsistent or no kernel, UnsupportedError when it is for another
@@ -105,7 +109,9 @@ def parse(data: bytes, name: str = "kernel") -> ElfImage:
             raise _truncated(name)
         if kind == _NOTE:
             if pvh_entry is None:
-                pvh_entry = _pvh_entry(data[offset : offset + min(file_size, _MOST_NOTE_BYTES)], alignment)
+                pvh_entry = _pvh_entry(
+                    bytes(data[offset : offset + min(file_size, _MOST_NOTE_BYTES)]), alignment
+                )
         elif memory_size:
             if file_size > memory_size:
                 raise ImageError(
@@ -187,7 +193,7 @@ def plan(
         )
     pvh = image.pvh_entry is not None and not enter_long_mode
     entry = image.pvh_entry if pvh and image.pvh_entry is not None else image.entry
-    if not any(segment.address <= entry < segment.end for segment in image.segments):
+    if not image.is_loaded(entry):
         raise ImageError(f"{name} has its entry point {entry:#x} outside of what it loads: build it again")
     pieces = [Piece("kernel", segment.address, segment.data) for segment in image.segments if segment.data]
     details = {"kernel": image.start, "kernel_end": image.end}

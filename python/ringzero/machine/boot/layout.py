@@ -19,7 +19,7 @@ class Piece:
 
     name: str
     address: int
-    data: bytes = field(repr=False)
+    data: bytes | memoryview = field(repr=False)
 
     @property
     def end(self) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Final, Protocol
 
 from ringzero.errors import ImageError, InputError
 from ringzero.machine import address_map
@@ -12,7 +12,10 @@ from ringzero.machine.boot import bzimage, elf
 from ringzero.machine.boot.layout import Piece, command_line_bytes, common_pieces
 from ringzero.machine.firmware import acpi
 
-__all__ = ["BootPlan", "GuestMemory", "Piece", "plan_boot"]
+__all__ = ["BootPlan", "GuestMemory", "Piece", "plan_boot", "unpacked_vmlinux"]
+
+
+_HOLE: Final = bytes(1 << 16)
 
 
 class GuestMemory(Protocol):
@@ -29,7 +32,8 @@ class GuestMemory(Protocol):
 class BootPlan:
     """Everything that makes a stopped machine ready to start.
 
-    `protocol` says how: "linux64" (bzImage), "pvh" or "elf64".
+    `protocol` says how: "vmlinux" (unpacked from a bzImage), "linux64" (a bzImage that unpacks itself), "pvh"
+    or "elf64".
     """
 
     protocol: str
@@ -39,9 +43,16 @@ class BootPlan:
     """Addresses worth showing: kernel, kernel_end, initrd, initrd_size, rsdp."""
 
     def load(self, machine: GuestMemory) -> None:
-        """Write the pieces to the machine's memory and set its first processor's registers."""
+        """Write the pieces to the machine's memory and set its first processor's registers.
+
+        RAM is zero at the start: what is zero in a piece is not written, and so takes no memory of the host.
+        """
         for piece in self.pieces:
-            machine.write_memory(piece.address, piece.data)
+            view = memoryview(piece.data)
+            for at in range(0, len(view), len(_HOLE)):
+                part = bytes(view[at : at + len(_HOLE)])
+                if part != _HOLE:
+                    machine.write_memory(piece.address + at, part)
         machine.set_registers(dict(self.registers), 0)
 
 
@@ -55,11 +66,13 @@ def plan_boot(
     name: str = "kernel",
     initrd_name: str = "initramfs",
     enter_long_mode: bool = False,
+    vmlinux: memoryview | None = None,
 ) -> BootPlan:
     """Return how to start `kernel` on a machine with `memory` bytes and `cpus` processors.
 
     `name` and `initrd_name` are what messages call the two files. `enter_long_mode` enters an ELF file at its
-    entry point in 64-bit mode even when it has a PVH entry: for debugging an engine.
+    entry point in 64-bit mode even when it has a PVH entry: for debugging an engine. `vmlinux` is what a
+    bzImage unpacks to, when it shall not unpack itself (`unpacked_vmlinux`).
 
     Raises ImageError for a kernel that is damaged or no kernel, UnsupportedError for one that is not
     supported yet, InputError when something does not fit into `memory`.
@@ -93,6 +106,7 @@ def plan_boot(
             rsdp=rsdp,
             name=name,
             initrd_name=initrd_name,
+            vmlinux=vmlinux,
         )
     else:
         raise ImageError(
@@ -101,3 +115,19 @@ def plan_boot(
     return BootPlan(
         start.protocol, [*common, *start.pieces], start.registers, {**start.details, "rsdp": rsdp}
     )
+
+
+def unpacked_vmlinux(kernel: bytes, name: str = "kernel") -> memoryview | None:
+    """Return what a bzImage unpacks to, kept on disk from an earlier start; None when `kernel` is something
+    else, or packed in a way that only it knows.
+
+    Raises ImageError when it is damaged.
+    """
+    if not bzimage.looks_like(kernel):
+        return None
+    payload = bzimage.parse(kernel, name).payload(kernel)
+    if not payload:
+        return None
+    from ringzero.machine.boot.unpacked import unpacked
+
+    return unpacked(payload, name)
