@@ -138,7 +138,7 @@ def test_segments_are_loaded_at_their_physical_addresses() -> None:
         (
             elf(ident=b"\x7fELF\x01\x01\x01", machine=3),
             UnsupportedError,
-            "32-bit kernel, which is not supported yet",
+            "32-bit kernel without a multiboot header, which is not supported yet",
         ),
         (elf(ident=b"\x7fELF\x02\x02\x01"), UnsupportedError, "another processor"),
         (elf(machine=183), UnsupportedError, "another processor"),

@@ -215,6 +215,7 @@ def slowly(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> RunOptions 
         "--append= hello",
         "debian --tty --cwd / --env X=",
         "debian:6.12 --kaslr -- true",
+        "--kernel a --device debug-exit --device=pc-testdev",
         "hello --timeout 1e3",
     ],
 )

@@ -6,7 +6,22 @@ from datetime import UTC, datetime
 
 import pytest
 
-from ringzero.devices import I8042, DebugPort, Device, PortRange, PvPanic, Rtc, attach
+from ringzero.devices import (
+    I8042,
+    NAMES,
+    DebugExit,
+    DebugPort,
+    Device,
+    PcTestdev,
+    PortRange,
+    PvPanic,
+    Rtc,
+    attach,
+    check_names,
+    named,
+)
+from ringzero.devices.debug_exit import exit_status
+from ringzero.errors import InputError
 
 INDEX, DATA = 0x70, 0x71
 COMMAND, KEYS = 0x64, 0x60
@@ -19,11 +34,26 @@ class Ends(list[str]):
         self.append(reason)
 
 
+class Board:
+    """Collects what a device does to the machine around it."""
+
+    def __init__(self) -> None:
+        self.ends = Ends()
+        self.lines: list[tuple[int, bool]] = []
+
+    def request_end(self, reason: str) -> None:
+        self.ends(reason)
+
+    def raise_irq(self, line: int, level: bool) -> None:
+        self.lines.append((line, level))
+
+
 # --- the protocol ---
 
 
 def test_every_device_follows_the_protocol() -> None:
-    for device in (Rtc(), I8042(Ends()), PvPanic(Ends()), DebugPort(print)):
+    asked_for = [named(name, Board()) for name in NAMES]
+    for device in (Rtc(), I8042(Ends()), PvPanic(Ends()), DebugPort(print), *asked_for):
         assert isinstance(device, Device)
         assert all(isinstance(window, PortRange) for window in device.ports)
 
@@ -286,3 +316,40 @@ def test_debug_port_hands_on_lines() -> None:
     assert lines[2:] == [b"o long"]
     port.write(0xE9, 4, 0x0A636261)
     assert lines[3:] == [b"abc\n"]
+
+
+# --- what a machine only has when it is asked for ---
+
+
+def test_debug_exit_ends_the_machine_with_its_number() -> None:
+    board = Board()
+    port = named("debug-exit", board)
+    assert isinstance(port, DebugExit)
+    assert port.read(0xF4, 4) == 0
+    port.write(0xF4, 4, 0)
+    port.write(0xF5, 1, 77)
+    assert board.ends == ["debug-exit 0", "debug-exit 77"]
+    assert [exit_status(reason) for reason in board.ends] == [1, 155]
+    assert exit_status("debug-exit 4294967295") == 255
+    assert exit_status("debug-exit -1") is exit_status("poweroff") is exit_status("5") is None
+
+
+def test_testdev_keeps_bytes_and_drives_lines() -> None:
+    board = Board()
+    device = named("pc-testdev", board)
+    assert isinstance(device, PcTestdev)
+    device.write(0xE0, 4, 0x44332211)
+    assert (device.read(0xE0, 1), device.read(0xE1, 2), device.read(0xE0, 4)) == (0x11, 0x3322, 0x44332211)
+    device.write(0xE3, 2, 0xBBAA)
+    assert (device.read(0xE3, 1), device.read(0xE4, 4)) == (0xAA, 0)
+    device.write(0x200E, 1, 2)
+    device.write(0x2000, 1, 0)
+    assert board.lines == [(14, True), (0, False)]
+
+
+def test_names_of_devices_are_checked() -> None:
+    check_names(NAMES)
+    with pytest.raises(InputError, match="no device 'floppy': choose from debug-exit, pc-testdev"):
+        check_names(["floppy"])
+    with pytest.raises(InputError, match="twice"):
+        check_names(["debug-exit", "debug-exit"])

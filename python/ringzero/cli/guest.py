@@ -9,6 +9,7 @@ Exit statuses, without a command:
     4    its kernel panicked
     5    triple fault
     124  --timeout passed
+    odd  the guest ended the machine by --device debug-exit: twice its number and one, as under QEMU
 
 With `-- CMD`, the command's own status (128+N when signal N ended it, 127 when there is no such command and
 126 when it cannot be executed), or one of the above when the guest ended first.
@@ -55,6 +56,7 @@ class RunOptions:
     tty: bool = False
     env: tuple[str, ...] = ()
     cwd: str | None = None
+    device: tuple[str, ...] = ()
     stats: bool = False
     trace: str | None = None
     verbose: bool = False
@@ -118,6 +120,7 @@ def run_guest(options: RunOptions) -> int:
         kaslr=options.kaslr,
         kernel=kernel,
         initrd=options.initrd,
+        devices=options.device,
         append=_terminal_words(options.append, command),
         console=show(1) if command is None else show(2) if options.verbose else None,
         shell=command is None,
@@ -279,6 +282,10 @@ def _status(machine: Machine, outcome: Outcome, while_running: str | None = None
         return fail(f"the guest's kernel panicked{during}{': ' + message if message else ''}", STATUS[reason])
     if reason == "triple-fault":
         return fail(f"the guest ended by a triple fault{during}", STATUS[reason])
+    from ringzero.devices.debug_exit import exit_status
+
+    if (number := exit_status(reason)) is not None:
+        return number
     if reason == "reboot" and during:
         return fail(f"the guest asked for a reboot{during}", STATUS[reason])
     return STATUS.get(reason, 1)

@@ -25,6 +25,7 @@ OPTIONS: dict[str, tuple[str, Callable[[str], Any] | None]] = {
     "-t": ("tty", None),
     "--env": ("env", str),
     "-e": ("env", str),
+    "--device": ("device", str),
     "--cwd": ("cwd", str),
     "-w": ("cwd", str),
     "--stats": ("stats", None),
@@ -32,6 +33,8 @@ OPTIONS: dict[str, tuple[str, Callable[[str], Any] | None]] = {
     "--verbose": ("verbose", None),
     "-v": ("verbose", None),
 }
+REPEATED = frozenset({"env", "device"})
+"""Fields that collect every value that is given."""
 
 
 def read_run(arguments: Sequence[str]) -> dict[str, Any] | None:
@@ -70,8 +73,8 @@ def read_run(arguments: Sequence[str]) -> dict[str, Any] | None:
             parsed = read(value)
         except ValueError:
             return None
-        if field == "env":
-            fields["env"] = (*fields.get("env", ()), parsed)
+        if field in REPEATED:
+            fields[field] = (*fields.get(field, ()), parsed)
         else:
             fields[field] = parsed
     return fields

@@ -55,7 +55,9 @@ def run(
     ] = None,
     kernel: Annotated[
         str | None,
-        typer.Option(metavar="FILE", help="A kernel to boot (bzImage or ELF), or a series of debian's."),
+        typer.Option(
+            metavar="FILE", help="A kernel to boot (bzImage, ELF, multiboot), or a series of debian's."
+        ),
     ] = None,
     initrd: Annotated[str | None, typer.Option(metavar="FILE", help="Its initramfs.")] = None,
     append: Annotated[
@@ -75,6 +77,9 @@ def run(
         list[str] | None, typer.Option("--env", "-e", metavar="NAME=VALUE", help="Environment for CMD.")
     ] = None,
     cwd: Annotated[str | None, typer.Option("--cwd", "-w", metavar="DIR", help="Directory for CMD.")] = None,
+    device: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="Add a device: debug-exit, or pc-testdev.")
+    ] = None,
     stats: Annotated[bool, typer.Option("--stats", help="Print the counters at the end.")] = False,
     trace: Annotated[
         str | None, typer.Option(metavar="FILE", help="Write a trace of every instruction.")
@@ -99,6 +104,7 @@ def run(
         tty=tty,
         env=tuple(env or ()),
         cwd=cwd,
+        device=tuple(device or ()),
         stats=stats,
         trace=trace,
         verbose=verbose,

@@ -15,10 +15,27 @@ queue, a timer or a page fault. What it needs of the world (the time, an interru
 machine) is given to it as plain callables, so that it can be tested with nothing around it.
 """
 
+from ringzero.devices.debug_exit import DebugExit
 from ringzero.devices.debug_port import DebugPort
 from ringzero.devices.device import Device, PortBus, PortRange, attach
 from ringzero.devices.i8042 import I8042
+from ringzero.devices.named import NAMES, check_names, named
+from ringzero.devices.pc_testdev import PcTestdev
 from ringzero.devices.pvpanic import PvPanic
 from ringzero.devices.rtc import Rtc
 
-__all__ = ["I8042", "DebugPort", "Device", "PortBus", "PortRange", "PvPanic", "Rtc", "attach"]
+__all__ = [
+    "I8042",
+    "NAMES",
+    "DebugExit",
+    "DebugPort",
+    "Device",
+    "PcTestdev",
+    "PortBus",
+    "PortRange",
+    "PvPanic",
+    "Rtc",
+    "attach",
+    "check_names",
+    "named",
+]

@@ -22,7 +22,7 @@ share.
     ├──────────────────────┤ 0x0009_FC00
     │ RAM, conventional    │
     │   command line       │ 0x0002_0000    up to 64 KiB
-    │   PVH start info     │ 0x0001_0000    hvm_start_info, module list, memory map
+    │   start info         │ 0x0001_0000    of PVH or multiboot: module list, memory map
     │   page tables        │ 0x0000_9000    PML4, PDPT, four page directories: identity, 0..4 GiB
     │   stack              │ 0x0000_8000..0x0000_8FF0, for our own guests
     │   boot_params        │ 0x0000_7000    the Linux "zero page"
@@ -39,6 +39,7 @@ guest.
     0x060 0x064  i8042            0x505                    pvpanic
     0x070 0x071  RTC and CMOS     0x600                    ACPI PM1a event, 0x604 PM1a control, 0x608 PM timer
     0xCF8 0xCFC  PCI config       0xCF9                    reset register
+    when asked for: 0x0F4 debug-exit, 0x0E0-0x0E7 and 0x2000-0x200F pc-testdev
 """
 
 from __future__ import annotations

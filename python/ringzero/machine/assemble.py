@@ -23,7 +23,7 @@ __all__ = ["assemble"]
 
 def assemble(
     spec: MachineSpec,
-    devices: Iterable[Device] = (),
+    devices: Iterable[Device | str] = (),
     *,
     count_instructions: bool = False,
     trace: str | None = None,
@@ -68,14 +68,15 @@ def assemble(
     return vm
 
 
-def attach_devices(vm: _core.Vm, devices: Iterable[Device]) -> None:
-    """Put the PC's slow devices on the bus, then the caller's own."""
-    from ringzero.devices import I8042, PvPanic, Rtc, attach
+def attach_devices(vm: _core.Vm, devices: Iterable[Device | str]) -> None:
+    """Put the PC's slow devices on the bus, then the caller's own and those that he names."""
+    from ringzero.devices import I8042, PvPanic, Rtc, attach, named
 
     # The keyboard controller needs its interrupt line although there is no keyboard: without its "nobody is there",
     # Linux waits 0.2 s for one while it boots.
     own: list[Device] = [I8042(vm.request_end, vm.raise_irq), PvPanic(vm.request_end), Rtc()]
-    for device in (*own, *devices):
+    own += [named(device, vm) if isinstance(device, str) else device for device in devices]
+    for device in own:
         attach(vm, device)
 
 

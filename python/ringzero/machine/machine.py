@@ -76,11 +76,11 @@ class Machine:
         machine; the default is "debian", unless a `kernel` file is given: then that boots, with `initrd` and
         `append`, and with an image too it takes the place of the image's kernel. `append` adds words to the
         kernel's command line. `memory` is bytes, or a size like "512M". `devices` are slow devices in Python
-        (ringzero.devices.Device). `console` is given every piece of console output. `agent` and `shell`
-        choose what an image with our agent starts: commands for `run`, and a login shell on the console.
-        Without `quiet` the kernel's messages show. With `kaslr` a bzImage unpacks itself, at a random address;
-        otherwise it is unpacked before it starts, and runs where it was linked to run. `trace` names a file for a
-        trace of every instruction.
+        (ringzero.devices.Device), or names of ours ("debug-exit"). `console` is given every piece of console
+        output. `agent` and `shell` choose what an image with our agent starts: commands for `run`, and a
+        login shell on the console. Without `quiet` the kernel's messages show. With `kaslr` a bzImage unpacks
+        itself, at a random address; otherwise it is unpacked before it starts, and runs where it was linked to
+        run. `trace` names a file for a trace of every instruction.
         """
         if image is None and kernel is None:
             image = "debian"
@@ -95,6 +95,10 @@ class Machine:
         self._initrd = Path(initrd) if initrd is not None else None
         self._append = append or ""
         self._devices = list(devices)
+        if names := [device for device in self._devices if isinstance(device, str)]:
+            from ringzero.devices import check_names
+
+            check_names(names)
         self._sink = console
         self._with_agent = agent
         self._with_shell = shell

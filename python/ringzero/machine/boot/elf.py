@@ -20,7 +20,16 @@ from ringzero.errors import ImageError, InputError, UnsupportedError
 from ringzero.machine import address_map, cpu_state
 from ringzero.machine.boot.layout import Piece, Start, boot_params, place_initrd
 
-__all__ = ["MAGIC", "ElfImage", "Segment", "parse", "plan"]
+__all__ = [
+    "MAGIC",
+    "ElfImage",
+    "Segment",
+    "check_placement",
+    "is_32_bit",
+    "parse",
+    "parse_32_bit",
+    "plan",
+]
 
 MAGIC: Final = b"\x7fELF"
 _CLASS_32, _CLASS_64 = 1, 2
@@ -33,7 +42,9 @@ _MOST_NOTE_BYTES: Final = 1 << 20
 _XEN_ELFNOTE_PHYS32_ENTRY: Final = 18
 _START_INFO_MAGIC: Final = 0x336E_C578
 _HEADER: Final = struct.Struct("<16sHHIQQQIHHHHHH")
+_HEADER_32: Final = struct.Struct("<16sHHIIIIIHHHHHH")
 _PROGRAM_HEADER: Final = struct.Struct("<IIQQQQQQ")
+_PROGRAM_HEADER_32: Final = struct.Struct("<IIIIIIII")
 
 
 @dataclass(frozen=True)
@@ -53,7 +64,7 @@ class Segment:
 @dataclass(frozen=True)
 class ElfImage:
     """What matters of an ELF kernel, checked: its segments and its entry points (`pvh_entry` None without a
-    note).
+    note). `segments` are in the order of their addresses and do not overlap.
     """
 
     segments: tuple[Segment, ...]
@@ -75,49 +86,97 @@ class ElfImage:
         return any(segment.address <= address < segment.end for segment in self.segments)
 
 
+def is_32_bit(data: bytes | memoryview) -> bool:
+    """Say whether an ELF file is one for 32-bit x86 processors."""
+    if len(data) < _HEADER_32.size or data[:4] != MAGIC or data[4] != _CLASS_32:
+        return False
+    (machine,) = struct.unpack_from("<H", data, 18)
+    return bool(data[5] == _LITTLE_ENDIAN and machine == _MACHINE_I386)
+
+
 def parse(data: bytes | memoryview, name: str = "kernel") -> ElfImage:
-    """Return the checked parts of an ELF kernel.
+    """Return the checked parts of an ELF kernel for x86-64.
 
     Raises ImageError when it is truncated, inconsistent or no kernel, UnsupportedError when it is for another
     processor.
     """
     if data[:4] != MAGIC:
         raise ImageError(f"{name} is not an ELF file: give an ELF kernel (vmlinux) or a bzImage")
+    if is_32_bit(data):
+        raise UnsupportedError(
+            f"{name} is a 32-bit kernel without a multiboot header, which is not supported yet: "
+            "give an x86-64 kernel"
+        )
     if len(data) < _HEADER.size:
         raise _truncated(name)
-    if data[4] == _CLASS_32 and struct.unpack_from("<H", data, 18)[0] == _MACHINE_I386:
-        raise UnsupportedError(
-            f"{name} is a 32-bit kernel, which is not supported yet: give an x86-64 kernel"
-        )
     ident, kind, machine, _, entry, table, _, _, _, entry_size, count, _, _, _ = _HEADER.unpack_from(data)
     if ident[4] != _CLASS_64 or ident[5] != _LITTLE_ENDIAN or machine != _MACHINE_X86_64:
         raise UnsupportedError(f"{name} is an ELF file for another processor: give an x86-64 kernel")
+    headers = _program_headers(data, name, kind, table, entry_size, count, _PROGRAM_HEADER)
+    rows = [_Row(row[0], row[2], row[4], row[5], row[6], row[7]) for row in headers]
+    return _image(data, name, entry, rows)
+
+
+def parse_32_bit(data: bytes, name: str = "kernel") -> ElfImage:
+    """Return the checked parts of an ELF kernel of which `is_32_bit` is true. Raises ImageError as `parse`."""
+    _, kind, _, _, entry, table, _, _, _, entry_size, count, _, _, _ = _HEADER_32.unpack_from(data)
+    headers = _program_headers(data, name, kind, table, entry_size, count, _PROGRAM_HEADER_32)
+    rows = [_Row(row[0], row[1], row[3], row[4], row[5], row[7]) for row in headers]
+    return _image(data, name, entry, rows)
+
+
+@dataclass(frozen=True)
+class _Row:
+    """What a program header says, whatever its width."""
+
+    kind: int
+    offset: int
+    physical: int
+    file_size: int
+    memory_size: int
+    alignment: int
+
+
+def _program_headers(
+    data: bytes | memoryview,
+    name: str,
+    kind: int,
+    table: int,
+    entry_size: int,
+    count: int,
+    layout: struct.Struct,
+) -> list[tuple[int, ...]]:
+    """Return the rows of the program header table, which lies within the file."""
     if kind not in (_TYPE_EXECUTABLE, _TYPE_SHARED):
         raise ImageError(f"{name} is an ELF file but not an executable: give a linked kernel (vmlinux)")
-    if entry_size != _PROGRAM_HEADER.size or not 0 < count <= _MOST_HEADERS:
+    if entry_size != layout.size or not 0 < count <= _MOST_HEADERS:
         raise ImageError(f"{name} has no usable ELF program headers: give a linked kernel (vmlinux)")
     if table + count * entry_size > len(data):
         raise _truncated(name)
+    return [layout.unpack_from(data, table + i * entry_size) for i in range(count)]
+
+
+def _image(data: bytes | memoryview, name: str, entry: int, rows: list[_Row]) -> ElfImage:
+    """Return what the program headers say is to be loaded."""
     segments = []
     pvh_entry = None
-    for i in range(count):
-        header = _PROGRAM_HEADER.unpack_from(data, table + i * entry_size)
-        kind, _, offset, _, physical, file_size, memory_size, alignment = header
-        if kind not in (_LOAD, _NOTE):
+    for row in rows:
+        if row.kind not in (_LOAD, _NOTE):
             continue
-        if offset + file_size > len(data):
+        if row.offset + row.file_size > len(data):
             raise _truncated(name)
-        if kind == _NOTE:
+        if row.kind == _NOTE:
             if pvh_entry is None:
-                pvh_entry = _pvh_entry(
-                    bytes(data[offset : offset + min(file_size, _MOST_NOTE_BYTES)]), alignment
-                )
-        elif memory_size:
-            if file_size > memory_size:
+                note = data[row.offset : row.offset + min(row.file_size, _MOST_NOTE_BYTES)]
+                pvh_entry = _pvh_entry(bytes(note), row.alignment)
+        elif row.memory_size:
+            if row.file_size > row.memory_size:
                 raise ImageError(
                     f"{name} has an ELF segment larger in the file than in memory: build it again"
                 )
-            segments.append(Segment(physical, memory_size, data[offset : offset + file_size]))
+            segments.append(
+                Segment(row.physical, row.memory_size, data[row.offset : row.offset + row.file_size])
+            )
     if not segments:
         raise ImageError(f"{name} has nothing to load: give a linked kernel (vmlinux)")
     segments.sort(key=lambda segment: segment.address)
@@ -158,6 +217,27 @@ def _pvh_entry(data: bytes, alignment: int) -> int | None:
     return None
 
 
+def check_placement(image: ElfImage, entry: int, *, memory: int, name: str) -> None:
+    """Raise ImageError or InputError when an image does not fit where it wants to be, or is entered elsewhere."""
+    low = address_map.low_ram_size(memory)
+    if image.start < address_map.LOADABLE:
+        raise ImageError(
+            f"{name} wants to be loaded at {image.start:#x}, and memory below 1 MiB is taken: link it at 1 MiB or above"
+        )
+    if image.end > address_map.LOW_RAM_LIMIT:
+        raise ImageError(
+            f"{name} wants to be loaded at {image.end - 1:#x}, where no RAM can be: build it again"
+        )
+    if image.end > low:
+        needed = -(-image.end // (16 * address_map.MIB)) * 16
+        raise InputError(
+            f"{name} needs {-(-image.end >> 20)} MiB to start, and the machine has {memory >> 20} MiB: "
+            f"give at least --memory {needed}M"
+        )
+    if not image.is_loaded(entry):
+        raise ImageError(f"{name} has its entry point {entry:#x} outside of what it loads: build it again")
+
+
 def plan(
     image: ElfImage,
     *,
@@ -176,25 +256,9 @@ def plan(
     RAM is zero at the start.
     """
     del command_line_size  # an ELF kernel states no limit of its own
-    low = address_map.low_ram_size(memory)
-    if image.start < address_map.LOADABLE:
-        raise ImageError(
-            f"{name} wants to be loaded at {image.start:#x}, and memory below 1 MiB is taken: link it at 1 MiB or above"
-        )
-    if image.end > address_map.LOW_RAM_LIMIT:
-        raise ImageError(
-            f"{name} wants to be loaded at {image.end - 1:#x}, where no RAM can be: build it again"
-        )
-    if image.end > low:
-        needed = -(-image.end // (16 * address_map.MIB)) * 16
-        raise InputError(
-            f"{name} needs {-(-image.end >> 20)} MiB to start, and the machine has {memory >> 20} MiB: "
-            f"give at least --memory {needed}M"
-        )
     pvh = image.pvh_entry is not None and not enter_long_mode
     entry = image.pvh_entry if pvh and image.pvh_entry is not None else image.entry
-    if not image.is_loaded(entry):
-        raise ImageError(f"{name} has its entry point {entry:#x} outside of what it loads: build it again")
+    check_placement(image, entry, memory=memory, name=name)
     pieces = [Piece("kernel", segment.address, segment.data) for segment in image.segments if segment.data]
     details = {"kernel": image.start, "kernel_end": image.end}
     where: tuple[int, int] | None = None

@@ -8,7 +8,7 @@ from typing import Final, Protocol
 
 from ringzero.errors import ImageError, InputError
 from ringzero.machine import address_map
-from ringzero.machine.boot import bzimage, elf
+from ringzero.machine.boot import bzimage, elf, multiboot
 from ringzero.machine.boot.layout import Piece, command_line_bytes, common_pieces
 from ringzero.machine.firmware import acpi
 
@@ -32,8 +32,8 @@ class GuestMemory(Protocol):
 class BootPlan:
     """Everything that makes a stopped machine ready to start.
 
-    `protocol` says how: "vmlinux" (unpacked from a bzImage), "linux64" (a bzImage that unpacks itself), "pvh"
-    or "elf64".
+    `protocol` says how: "vmlinux" (unpacked from a bzImage), "linux64" (a bzImage that unpacks itself), "pvh",
+    "elf64" or "multiboot".
     """
 
     protocol: str
@@ -81,9 +81,13 @@ def plan_boot(
         raise InputError(f"a kernel needs more than {memory >> 10} KiB of memory: give at least 2M")
     tables = acpi.build_tables(cpus)
     rsdp = tables.rsdp
-    text = command_line_bytes(command_line)
+    by_multiboot = not bzimage.looks_like(kernel) and multiboot.looks_like(kernel)
+    # A multiboot kernel finds its own name in front of its words, as boot loaders put it there.
+    text = command_line_bytes(f"{name} {command_line}" if by_multiboot else command_line)
     common = [*common_pieces(text), *(Piece("ACPI", address, data) for address, data in tables.pieces)]
-    if kernel[:4] == elf.MAGIC:
+    if by_multiboot:
+        start = multiboot.plan(kernel, memory=memory, initrd=initrd, name=name, initrd_name=initrd_name)
+    elif kernel[:4] == elf.MAGIC:
         image = elf.parse(kernel, name)
         start = elf.plan(
             image,
@@ -110,7 +114,7 @@ def plan_boot(
         )
     else:
         raise ImageError(
-            f"{name} is neither a Linux bzImage nor an ELF file: give a kernel such as /boot/vmlinuz-*"
+            f"{name} is neither a Linux bzImage nor an ELF or multiboot kernel: give a kernel such as /boot/vmlinuz-*"
         )
     return BootPlan(
         start.protocol, [*common, *start.pieces], start.registers, {**start.details, "rsdp": rsdp}
