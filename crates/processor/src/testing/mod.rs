@@ -23,7 +23,7 @@ mod campaign;
 mod flags;
 mod generate;
 mod guest;
-mod random;
+pub(crate) mod random;
 mod sequence;
 mod special;
 

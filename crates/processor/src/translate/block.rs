@@ -1,12 +1,10 @@
 //! A guest block before it is translated: its instructions decoded, classed, and analysed for which flags are live, which
 //! registers change, and where memory is touched.
 
-use iced_x86::{
-    Code, CpuidFeature, Decoder, DecoderOptions, EncodingKind, FlowControl, Instruction, InstructionInfoFactory,
-    InstructionInfoOptions, Mnemonic, OpAccess, OpKind, Register,
-};
+use iced_x86::{Code, Decoder, DecoderOptions, FlowControl, Instruction, Mnemonic, OpKind, Register};
 
 use super::encode::Fields;
+use super::facts::{Class, Facts, Table, registers_are_plain};
 use crate::interpret::condition_code;
 
 /// How the translator treats an instruction.
@@ -161,35 +159,56 @@ pub struct Features {
     pub syscall: bool,
 }
 
-/// Decodes the block at `rip`. `code` are the bytes there, up to the end of the page or, when the first instruction
-/// reaches into the next page, of that instruction (`whole` is then false for what follows it).
-pub fn decode(code: &[u8], rip: u64, limit: usize, features: Features, info: &mut InstructionInfoFactory) -> Source {
-    let mut decoder = Decoder::with_ip(64, code, rip, DecoderOptions::NONE);
-    let mut source = Source::default();
-    let limit = limit.min(MOST_INSTRUCTIONS);
-    while source.insns.len() < limit && decoder.can_decode() {
-        let start = decoder.position();
-        let iced = decoder.decode();
-        if iced.is_invalid() {
-            // Cut off by the end of the page, or no instruction at all: the interpreter finds out which.
-            if source.insns.is_empty() {
-                source.insns.push(interpreted(iced));
-                source.size = 1;
-            }
-            break;
-        }
-        let bytes = &code[start..decoder.position()];
-        let insn = classify(iced, bytes, features, info);
-        source.size = decoder.position();
-        let ends = insn.kind.ends_block();
-        source.insns.push(insn);
-        if ends {
-            break;
-        }
-    }
-    find_live_flags(&mut source.insns);
-    source
+/// What [`decode`] keeps from block to block.
+pub struct BlockDecoder {
+    facts: Table,
+    pub source: Source,
 }
+
+impl BlockDecoder {
+    pub fn new() -> BlockDecoder {
+        BlockDecoder { facts: Table::new(), source: Source::default() }
+    }
+
+    /// Decodes the block at `rip`. `code` are the bytes there, up to the end of the page or, when the first instruction
+    /// reaches into the next page, of that instruction. False when more bytes than `code` might have changed the block.
+    pub fn decode(&mut self, code: &[u8], rip: u64, limit: usize, features: Features) -> bool {
+        let mut decoder = Decoder::with_ip(64, code, rip, DecoderOptions::NONE);
+        let BlockDecoder { facts, source } = self;
+        source.insns.clear();
+        source.size = 0;
+        let limit = limit.min(MOST_INSTRUCTIONS);
+        let mut ended = false;
+        while !ended && source.insns.len() < limit && decoder.can_decode() {
+            let start = decoder.position();
+            source.insns.push(Insn::default());
+            let place = source.insns.len() - 1;
+            let insn = &mut source.insns[place];
+            decoder.decode_out(&mut insn.iced);
+            if insn.iced.is_invalid() {
+                // Cut off by the end of the page, or no instruction at all: the interpreter finds out which.
+                if place == 0 {
+                    insn.leave_to_interpreter();
+                    source.size = 1;
+                } else {
+                    source.insns.pop();
+                }
+                find_live_flags(&mut source.insns);
+                return start + LONGEST <= code.len();
+            }
+            if insn.classify(&code[start..decoder.position()], features, facts).is_none() {
+                insn.leave_to_interpreter();
+            }
+            source.size = decoder.position();
+            ended = insn.kind.ends_block();
+        }
+        find_live_flags(&mut source.insns);
+        ended || source.insns.len() == limit
+    }
+}
+
+/// No instruction has more bytes, Intel SDM (2024-12) Vol. 2A 2.3.11 "AVX Instruction Length".
+const LONGEST: usize = 15;
 
 const ALL_FLAGS: u32 = iced_x86::RflagsBits::OF
     | iced_x86::RflagsBits::SF
@@ -206,50 +225,46 @@ fn find_live_flags(insns: &mut [Insn]) {
     }
 }
 
-fn interpreted(iced: Instruction) -> Insn {
-    Insn {
-        iced,
-        fields: None,
-        kind: Kind::Interpret,
-        is_simd: false,
-        operand: None,
-        stack: None,
-        flags_read: ALL_FLAGS,
-        flags_shown: 0,
-        flags_killed: 0,
-        flags_changed: 0,
-        writes: 0,
-        live_out: ALL_FLAGS,
+impl Default for Insn {
+    fn default() -> Insn {
+        Insn {
+            iced: Instruction::default(),
+            fields: None,
+            kind: Kind::Interpret,
+            is_simd: false,
+            operand: None,
+            stack: None,
+            flags_read: ALL_FLAGS,
+            flags_shown: 0,
+            flags_killed: 0,
+            flags_changed: 0,
+            writes: 0,
+            live_out: ALL_FLAGS,
+        }
     }
 }
 
-fn classify(iced: Instruction, bytes: &[u8], features: Features, info: &mut InstructionInfoFactory) -> Insn {
-    classify_known(iced, bytes, features, info).unwrap_or_else(|| interpreted(iced))
-}
-
-/// `None` for what the interpreter shall do.
-fn classify_known(
-    iced: Instruction,
-    bytes: &[u8],
-    features: Features,
-    info: &mut InstructionInfoFactory,
-) -> Option<Insn> {
-    let fields = Fields::parse(bytes)?;
-    let is_simd = is_simd(&iced);
-    let kind = kind_of(&iced, is_simd, features)?;
-    let mut insn = interpreted(iced);
-    insn.kind = kind;
-    insn.is_simd = is_simd;
-    insn.flags_read = iced.rflags_read() & ALL_FLAGS;
-    insn.flags_changed = iced.rflags_modified() & ALL_FLAGS;
-    insn.flags_killed = if changes_flags_for_sure(&iced) { insn.flags_changed } else { 0 };
-    if matches!(iced.mnemonic(), Mnemonic::Div | Mnemonic::Idiv) {
-        // The flags are undefined after a division, but #DE shows those before it.
-        (insn.flags_changed, insn.flags_killed, insn.flags_shown) = (0, 0, ALL_FLAGS);
+impl Insn {
+    fn leave_to_interpreter(&mut self) {
+        *self = Insn { iced: self.iced, ..Insn::default() };
     }
-    insn.fields = Some(fields);
-    describe(&mut insn, info)?;
-    Some(insn)
+
+    /// Fills in all but the liveness of flags. `None` for what the interpreter shall do.
+    fn classify(&mut self, bytes: &[u8], features: Features, facts: &mut Table) -> Option<()> {
+        let iced = &self.iced;
+        let facts = facts.of(iced);
+        self.kind = kind_of(iced, facts, features)?;
+        self.fields = Some(Fields::parse(bytes)?);
+        self.is_simd = facts.is_simd;
+        self.flags_read = iced.rflags_read() & ALL_FLAGS;
+        self.flags_changed = iced.rflags_modified() & ALL_FLAGS;
+        self.flags_killed = if changes_flags_for_sure(iced) { self.flags_changed } else { 0 };
+        if matches!(iced.mnemonic(), Mnemonic::Div | Mnemonic::Idiv) {
+            // The flags are undefined after a division, but #DE shows those before it.
+            (self.flags_changed, self.flags_killed, self.flags_shown) = (0, 0, ALL_FLAGS);
+        }
+        describe(self, facts)
+    }
 }
 
 /// Shifts and rotates by CL leave the flags alone when the count is zero.
@@ -265,19 +280,9 @@ fn changes_flags_for_sure(iced: &Instruction) -> bool {
 }
 
 /// Finds accesses and written registers.
-fn describe(insn: &mut Insn, info: &mut InstructionInfoFactory) -> Option<()> {
-    let iced = insn.iced;
-    let used = info.info_options(&iced, InstructionInfoOptions::NONE);
-    for register in used.used_registers() {
-        let written = matches!(
-            register.access(),
-            OpAccess::Write | OpAccess::CondWrite | OpAccess::ReadWrite | OpAccess::ReadCondWrite
-        );
-        let full = register.register().full_register();
-        if written && full.is_gpr64() {
-            insn.writes |= 1 << full.number();
-        }
-    }
+fn describe(insn: &mut Insn, facts: Facts) -> Option<()> {
+    let iced = &insn.iced;
+    insn.writes = facts.written(iced);
     let stack = |write, displacement| Some(Access { size: 8, write, simple: Some((4, displacement)) });
     match insn.kind {
         Kind::PushReg(_) | Kind::PushImm(_) | Kind::CallNear(_) => insn.stack = stack(true, -8),
@@ -292,22 +297,22 @@ fn describe(insn: &mut Insn, info: &mut InstructionInfoFactory) -> Option<()> {
     if let Kind::Repeat(_) = insn.kind {
         return Some(());
     }
-    let has_operand = (0..iced.op_count()).any(|operand| iced.op_kind(operand) == OpKind::Memory);
-    if !has_operand || matches!(insn.kind, Kind::Lea | Kind::Nop) {
+    if matches!(insn.kind, Kind::Lea | Kind::Nop) {
         return Some(());
     }
     // The explicit operand is the one with the operand's registers; the stack's is implicit.
-    let access = (0..iced.op_count()).find(|operand| iced.op_kind(*operand) == OpKind::Memory)?;
-    let write = match used.op_access(access) {
-        OpAccess::Read | OpAccess::CondRead => false,
-        OpAccess::Write | OpAccess::CondWrite | OpAccess::ReadWrite | OpAccess::ReadCondWrite => true,
-        _ => return None,
+    let Some(operand) = (0..iced.op_count()).find(|operand| iced.op_kind(*operand) == OpKind::Memory) else {
+        return Some(());
     };
+    let write = facts.writes & 1 << operand != 0;
+    if !write && facts.reads & 1 << operand == 0 {
+        return None;
+    }
     let size = iced.memory_size().size();
     if !(1..=64).contains(&size) {
         return None;
     }
-    let simple = if let Kind::BitInMemory(_) = insn.kind { None } else { simple_address(&iced) };
+    let simple = if let Kind::BitInMemory(_) = insn.kind { None } else { simple_address(iced) };
     insn.operand = Some(Access { size: size as u16, write, simple });
     Some(())
 }
@@ -321,79 +326,50 @@ fn simple_address(iced: &Instruction) -> Option<(u8, i32)> {
     Some((base.number() as u8, i32::try_from(displacement).ok()?))
 }
 
-fn has_absolute_address(iced: &Instruction) -> bool {
-    matches!(
-        iced.code(),
-        Code::Mov_AL_moffs8
-            | Code::Mov_AX_moffs16
-            | Code::Mov_EAX_moffs32
-            | Code::Mov_RAX_moffs64
-            | Code::Mov_moffs8_AL
-            | Code::Mov_moffs16_AX
-            | Code::Mov_moffs32_EAX
-            | Code::Mov_moffs64_RAX
-    )
-}
-
 pub fn has_segment_base(iced: &Instruction) -> bool {
     matches!(iced.memory_segment(), Register::FS | Register::GS)
 }
 
-/// Whether an instruction works on x87, MMX, SSE or AVX state.
-fn is_simd(iced: &Instruction) -> bool {
-    (0..iced.op_count()).any(|operand| {
-        iced.op_kind(operand) == OpKind::Register && {
-            let register = iced.op_register(operand);
-            register.is_vector_register() || register.is_mm() || register.is_st()
-        }
-    }) || iced.cpuid_features().iter().any(|feature| {
-        use CpuidFeature as F;
-        matches!(feature, F::FPU | F::FPU287 | F::FPU387 | F::MMX | F::AVX | F::AVX2)
-    }) || matches!(iced.mnemonic(), Mnemonic::Ldmxcsr | Mnemonic::Stmxcsr | Mnemonic::Emms)
+fn kind_of(iced: &Instruction, facts: Facts, features: Features) -> Option<Kind> {
+    let kind = match facts.class {
+        Class::Plain => Kind::Plain,
+        Class::Simd { vex } => (features.sse && (!vex || features.avx)).then_some(Kind::Plain)?,
+        Class::Lea => Kind::Lea,
+        Class::JumpIf => return Some(Kind::JumpIf(condition_code(iced), iced.near_branch64())),
+        Class::PushReg => return Some(Kind::PushReg(iced.op0_register().number() as u8)),
+        Class::PopReg => return Some(Kind::PopReg(iced.op0_register().number() as u8)),
+        Class::Other => return other_kind(iced, facts.is_simd, features),
+    };
+    address_is_long(iced).then_some(kind)
 }
 
-fn kind_of(iced: &Instruction, is_simd: bool, features: Features) -> Option<Kind> {
+/// Whether the memory operand, if there is one, is addressed by 64-bit registers. Indices that are vectors stay with the
+/// interpreter.
+fn address_is_long(iced: &Instruction) -> bool {
+    let fits = |register: Register| register == Register::None || register.is_gpr64() || register == Register::RIP;
+    // Without a memory operand both are none.
+    fits(iced.memory_base()) && fits(iced.memory_index())
+}
+
+/// The kind of what its code alone does not class.
+fn other_kind(iced: &Instruction, is_simd: bool, features: Features) -> Option<Kind> {
     use Mnemonic as M;
-    let registers_are_plain = (0..iced.op_count()).all(|operand| {
-        iced.op_kind(operand) != OpKind::Register || {
-            let register = iced.op_register(operand);
-            !register.is_segment_register()
-                && !register.is_cr()
-                && !register.is_dr()
-                && !register.is_k()
-                && !register.is_bnd()
-                && !register.is_tr()
-        }
-    });
     if let Some(system) = system_kind(iced, features) {
         return Some(Kind::System(system));
     }
-    if !registers_are_plain {
+    if is_simd || !registers_are_plain(iced) {
         return None;
     }
     if let Some(string) = string_kind(iced) {
         return Some(Kind::Repeat(string));
     }
-    let memory = (0..iced.op_count()).any(|operand| iced.op_kind(operand) == OpKind::Memory);
-    let address_is_long = !memory || {
-        let (base, index) = (iced.memory_base(), iced.memory_index());
-        let fits = |register: Register| register == Register::None || register.is_gpr64() || register == Register::RIP;
-        // A 64-bit absolute address, and indices that are vectors, stay with the interpreter.
-        fits(base) && fits(index) && !has_absolute_address(iced)
-    };
-    if !address_is_long {
+    if !address_is_long(iced) {
         return None;
-    }
-    if is_simd {
-        return simd_kind(iced, features);
     }
     match iced.flow_control() {
         FlowControl::Next => {}
         FlowControl::UnconditionalBranch if iced.op_kind(0) == OpKind::NearBranch64 => {
             return Some(Kind::Jump(iced.near_branch64()));
-        }
-        FlowControl::ConditionalBranch if iced.is_jcc_short_or_near() && iced.op_kind(0) == OpKind::NearBranch64 => {
-            return Some(Kind::JumpIf(condition_code(iced), iced.near_branch64()));
         }
         FlowControl::Call if iced.code() == Code::Call_rel32_64 => return Some(Kind::CallNear(iced.near_branch64())),
         FlowControl::IndirectCall if iced.code() == Code::Call_rm64 => return Some(Kind::CallIndirect),
@@ -402,47 +378,28 @@ fn kind_of(iced: &Instruction, is_simd: bool, features: Features) -> Option<Kind
         FlowControl::Return if iced.code() == Code::Retnq_imm16 => return Some(Kind::Return(iced.immediate16())),
         _ => return None,
     }
+    let is_memory = |operand| iced.op_kind(operand) == OpKind::Memory;
     let kind = match iced.mnemonic() {
         M::Push => match iced.code() {
-            Code::Push_r64 => Kind::PushReg(iced.op0_register().number() as u8),
             Code::Pushq_imm8 | Code::Pushq_imm32 => Kind::PushImm(iced.immediate(0) as i32),
-            Code::Push_rm64 if memory => Kind::PushMem,
+            Code::Push_rm64 if is_memory(0) => Kind::PushMem,
             Code::Push_rm64 => Kind::PushReg(iced.op0_register().number() as u8),
             _ => return None,
         },
-        M::Pop => match iced.code() {
-            Code::Pop_r64 => Kind::PopReg(iced.op0_register().number() as u8),
-            _ => return None,
-        },
         M::Leave if iced.code() == Code::Leaveq => Kind::Leave,
-        M::Lea if matches!(iced.code(), Code::Lea_r64_m | Code::Lea_r32_m) => Kind::Lea,
         M::Nop | M::Endbr64 | M::Endbr32 | M::Pause => Kind::Nop,
         M::Prefetchnta | M::Prefetcht0 | M::Prefetcht1 | M::Prefetcht2 | M::Prefetchw | M::Prefetch => Kind::Nop,
-        M::Bt | M::Btc | M::Btr | M::Bts if memory && iced.op1_kind() == OpKind::Register => {
+        M::Bt | M::Btc | M::Btr | M::Bts if is_memory(0) && iced.op1_kind() == OpKind::Register => {
             match iced.memory_size().size() {
                 4 => Kind::BitInMemory(2),
                 8 => Kind::BitInMemory(3),
                 _ => return None,
             }
         }
+        M::Bt | M::Btc | M::Btr | M::Bts => Kind::Plain,
         M::Serialize => Kind::Nop,
-        M::Add | M::Or | M::Adc | M::Sbb | M::And | M::Sub | M::Xor | M::Cmp | M::Test => Kind::Plain,
-        M::Inc | M::Dec | M::Neg | M::Not | M::Mul | M::Imul | M::Div | M::Idiv => Kind::Plain,
-        M::Mov | M::Movzx | M::Movsx | M::Movsxd | M::Movbe | M::Movnti | M::Bswap => Kind::Plain,
-        M::Xchg | M::Xadd | M::Cmpxchg | M::Cmpxchg8b | M::Cmpxchg16b => Kind::Plain,
-        M::Shl | M::Sal | M::Shr | M::Sar | M::Rol | M::Ror | M::Rcl | M::Rcr | M::Shld | M::Shrd => Kind::Plain,
-        M::Bt | M::Btc | M::Btr | M::Bts | M::Bsf | M::Bsr | M::Tzcnt | M::Lzcnt | M::Popcnt => Kind::Plain,
-        M::Cbw | M::Cwde | M::Cdqe | M::Cwd | M::Cdq | M::Cqo | M::Lahf | M::Sahf => Kind::Plain,
-        M::Clc | M::Stc | M::Cmc | M::Lfence | M::Mfence | M::Sfence | M::Crc32 => Kind::Plain,
-        M::Andn | M::Bextr | M::Blsi | M::Blsmsk | M::Blsr | M::Bzhi | M::Mulx | M::Pdep | M::Pext => Kind::Plain,
-        M::Rorx | M::Sarx | M::Shlx | M::Shrx | M::Adcx | M::Adox => Kind::Plain,
-        M::Cmova | M::Cmovae | M::Cmovb | M::Cmovbe | M::Cmove | M::Cmovne | M::Cmovg | M::Cmovge => Kind::Plain,
-        M::Cmovl | M::Cmovle | M::Cmovno | M::Cmovnp | M::Cmovns | M::Cmovo | M::Cmovp | M::Cmovs => Kind::Plain,
-        M::Seta | M::Setae | M::Setb | M::Setbe | M::Sete | M::Setne | M::Setg | M::Setge => Kind::Plain,
-        M::Setl | M::Setle | M::Setno | M::Setnp | M::Setns | M::Seto | M::Setp | M::Sets => Kind::Plain,
         _ => return None,
     };
-    // XCHG with memory locks by itself; other instructions copy their LOCK prefix along with the rest.
     Some(kind)
 }
 
@@ -509,66 +466,4 @@ fn system_kind(iced: &Instruction, features: Features) -> Option<System> {
         Code::Clac => Some(System::SetAccess(false)),
         _ => None,
     }
-}
-
-fn simd_kind(iced: &Instruction, features: Features) -> Option<Kind> {
-    use CpuidFeature as F;
-    use Mnemonic as M;
-    if iced.encoding() == EncodingKind::VEX && !features.avx {
-        return None;
-    }
-    if iced.flow_control() != FlowControl::Next || !features.sse {
-        return None;
-    }
-    // Store images with addresses of the host, fault where a mask says not to, or need care of their own.
-    if matches!(
-        iced.mnemonic(),
-        M::Fxsave
-            | M::Fxsave64
-            | M::Fxrstor
-            | M::Fxrstor64
-            | M::Fnsave
-            | M::Fsave
-            | M::Frstor
-            | M::Fnstenv
-            | M::Fstenv
-            | M::Fldenv
-            | M::Maskmovq
-            | M::Maskmovdqu
-            | M::Vmaskmovdqu
-            | M::Vmaskmovps
-            | M::Vmaskmovpd
-            | M::Vpmaskmovd
-            | M::Vpmaskmovq
-    ) || iced.is_vsib()
-    {
-        return None;
-    }
-    let known = iced.cpuid_features().iter().all(|feature| {
-        matches!(
-            feature,
-            F::FPU
-                | F::FPU287
-                | F::FPU387
-                | F::MMX
-                | F::SSE
-                | F::SSE2
-                | F::SSE3
-                | F::SSSE3
-                | F::SSE4_1
-                | F::SSE4_2
-                | F::CMOV
-                | F::AES
-                | F::PCLMULQDQ
-                | F::SHA
-                | F::AVX
-                | F::AVX2
-                | F::FMA
-                | F::F16C
-                | F::VAES
-                | F::VPCLMULQDQ
-                | F::GFNI
-        )
-    });
-    (known && matches!(iced.encoding(), EncodingKind::Legacy | EncodingKind::VEX)).then_some(Kind::Plain)
 }

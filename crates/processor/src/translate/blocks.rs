@@ -24,7 +24,11 @@ pub struct Block {
     pub entry_slot: u64,
     start: u64,
     size: u32,
-    map: Box<[MapEntry]>,
+    /// Where its part of the map begins, and how long it is.
+    map: u32,
+    map_size: u32,
+    /// The next block of the same page, and of the second page.
+    next: [u32; 2],
     /// How often a check of several accesses at once failed where a single one might not have.
     pub group_misses: u32,
 }
@@ -57,11 +61,26 @@ impl Hasher for AddressHasher {
 
 type AddressMap<K, V> = HashMap<K, V, BuildHasherDefault<AddressHasher>>;
 
+/// What a lookup wants to know, kept beside the key: most lookups look at no block.
+#[derive(Clone, Copy, Debug)]
+pub struct Known {
+    pub index: u32,
+    pub is_single: bool,
+    pub entry_host: u64,
+    pub entry_slot: u64,
+}
+
+/// The end of a list of blocks.
+const NONE: u32 = u32::MAX;
+
 #[derive(Debug, Default)]
 pub struct Blocks {
     all: Vec<Block>,
-    by_key: AddressMap<Key, u32>,
-    by_page: AddressMap<u64, Vec<u32>>,
+    /// The maps of all blocks, one behind the other.
+    map: Vec<MapEntry>,
+    by_key: AddressMap<Key, Known>,
+    /// The first block of each page.
+    by_page: AddressMap<u64, u32>,
     pub dropped: u64,
 }
 
@@ -73,8 +92,8 @@ pub struct Origin {
 }
 
 impl Blocks {
-    pub fn find(&self, key: &Key) -> Option<&Block> {
-        self.by_key.get(key).map(|index| &self.all[*index as usize])
+    pub fn find(&self, key: &Key) -> Option<Known> {
+        self.by_key.get(key).copied()
     }
 
     /// The number that the next added block will have.
@@ -98,33 +117,45 @@ impl Blocks {
         second: Option<Ppn>,
         host: std::ops::Range<u64>,
         entries: (u64, u64),
-        map: Vec<MapEntry>,
-    ) -> &Block {
+        map: &[MapEntry],
+    ) {
         let index = self.next_index();
         let (entry_host, entry_slot) = entries;
-        let map = map.into_boxed_slice();
         let (start, size) = (host.start, (host.end - host.start) as u32);
-        self.all.push(Block { key, second, entry_host, entry_slot, start, size, map, group_misses: 0 });
-        self.by_key.insert(key, index);
-        self.by_page.entry(key.gpa.ppn().0).or_default().push(index);
-        if let Some(page) = second {
-            self.by_page.entry(page.0).or_default().push(index);
-        }
-        &self.all[index as usize]
+        let next = [
+            self.by_page.insert(key.gpa.ppn().0, index),
+            // Two neighbours in virtual memory may be the same page.
+            second.filter(|page| *page != key.gpa.ppn()).and_then(|page| self.by_page.insert(page.0, index)),
+        ];
+        self.all.push(Block {
+            key,
+            second,
+            entry_host,
+            entry_slot,
+            start,
+            size,
+            map: self.map.len() as u32,
+            map_size: map.len() as u32,
+            next: next.map(|next| next.unwrap_or(NONE)),
+            group_misses: 0,
+        });
+        self.map.extend_from_slice(map);
+        self.by_key.insert(key, Known { index, is_single: second.is_none(), entry_host, entry_slot });
     }
 
     /// Forgets the blocks of a page and tells of each. Their host code stays until the code cache is cleared, but nothing
     /// leads to it once the jump caches have forgotten it: direct links stay inside a page.
     pub fn drop_page(&mut self, page: Ppn, mut forget: impl FnMut(Key)) {
-        let Some(indices) = self.by_page.remove(&page.0) else { return };
-        for index in &indices {
-            let key = self.all[*index as usize].key;
-            if self.by_key.get(&key) == Some(index) {
+        let mut index = self.by_page.remove(&page.0).unwrap_or(NONE);
+        while let Some(block) = self.all.get(index as usize) {
+            let key = block.key;
+            if self.by_key.get(&key).is_some_and(|known| known.index == index) {
                 self.by_key.remove(&key);
                 forget(key);
             }
+            self.dropped += 1;
+            index = block.next[usize::from(key.gpa.ppn() != page)];
         }
-        self.dropped += indices.len() as u64;
     }
 
     pub fn forget(&mut self, key: &Key) {
@@ -133,6 +164,7 @@ impl Blocks {
 
     pub fn clear(&mut self) {
         self.all.clear();
+        self.map.clear();
         self.by_key.clear();
         self.by_page.clear();
     }
@@ -140,6 +172,7 @@ impl Blocks {
     /// Gives back the memory of blocks that were cleared.
     pub fn shrink(&mut self) {
         self.all.shrink_to_fit();
+        self.map.shrink_to_fit();
         self.by_key.shrink_to_fit();
         self.by_page.shrink_to_fit();
     }
@@ -149,8 +182,9 @@ impl Blocks {
         let after = self.all.partition_point(|block| block.start <= address);
         let block = self.all.get(after.checked_sub(1)?)?;
         let offset = u32::try_from(address - block.start).ok().filter(|offset| *offset < block.size)?;
-        let after = block.map.partition_point(|entry| entry.host <= offset);
-        let entry = block.map.get(after.checked_sub(1)?)?;
+        let map = &self.map[block.map as usize..][..block.map_size as usize];
+        let after = map.partition_point(|entry| entry.host <= offset);
+        let entry = map.get(after.checked_sub(1)?)?;
         Some(Origin { rip: block.key.rip + u64::from(entry.guest), flags: entry.flags })
     }
 }

@@ -26,7 +26,7 @@ fn find_slots(code: Code) -> u8 {
     (0..info.op_count()).fold(0, |slots, operand| slots | slot_of(info.op_kind(operand)))
 }
 
-fn slot_of(kind: Kind) -> u8 {
+pub fn slot_of(kind: Kind) -> u8 {
     match kind {
         Kind::r8_reg
         | Kind::r16_reg

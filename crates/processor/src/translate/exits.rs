@@ -6,7 +6,7 @@ use super::frame;
 use super::lower::{Flags, Lowering, MapEntry, Mode, Site};
 
 /// Code that runs seldom, emitted behind the block.
-#[derive(Debug)]
+#[derive(Clone, Copy, Debug)]
 pub(super) enum Cold {
     Leave {
         label: Label,
@@ -192,10 +192,7 @@ impl Lowering<'_> {
         let mut index = 0;
         // A cold piece may add further ones.
         while index < self.cold.len() {
-            let cold = std::mem::replace(
-                &mut self.cold[index],
-                Cold::LookupMiss { label: Label::default(), mode: Mode(0), first: None },
-            );
+            let cold = self.cold[index];
             index += 1;
             match cold {
                 Cold::Leave { label, site, flags } => {

@@ -87,10 +87,10 @@ impl Registers {
                     self.values[to] = Value { offset: value.offset + by, ..value };
                 }
                 None => {
-                    for register in 0..16 {
-                        if insn.writes & 1 << register != 0 {
-                            self.forget(register);
-                        }
+                    let mut writes = insn.writes;
+                    while writes != 0 {
+                        self.forget(writes.trailing_zeros() as usize);
+                        writes &= writes - 1;
                     }
                 }
             },
@@ -131,22 +131,22 @@ fn moved(insn: &Insn) -> Option<(usize, usize, i64)> {
 impl Groups {
     /// Finds the groups of a block. With `enabled` false every access stays alone: for blocks whose groups proved to
     /// cross pages.
-    pub fn find(insns: &[Insn], enabled: bool) -> Groups {
-        let mut found = Groups::default();
+    pub fn find(&mut self, insns: &[Insn], enabled: bool) {
+        self.groups.clear();
+        self.members.clear();
         let mut registers = Registers::new();
         for insn in insns {
-            let operand = insn.operand.and_then(|access| found.place(&registers, access));
-            let stack = insn.stack.and_then(|access| found.place(&registers, access));
-            found.members.push([operand, stack]);
+            let operand = insn.operand.and_then(|access| self.place(&registers, access));
+            let stack = insn.stack.and_then(|access| self.place(&registers, access));
+            self.members.push([operand, stack]);
             registers.after(insn);
         }
         let mut slots = 0..GROUPS;
-        for group in &mut found.groups {
+        for group in &mut self.groups {
             if enabled && group.members > 1 {
                 group.slot = slots.next();
             }
         }
-        found
     }
 
     fn place(&mut self, registers: &Registers, access: Access) -> Option<Member> {

@@ -85,7 +85,15 @@ pub struct MapEntry {
 pub struct Lowered {
     pub entry_host: u32,
     pub entry_slot: u32,
+}
+
+/// Lists that are kept from block to block, so that none is allocated for each.
+#[derive(Debug, Default)]
+pub struct Scratch {
+    /// The last block's host code mapped back to guest instructions.
     pub map: Vec<MapEntry>,
+    ready: Vec<bool>,
+    cold: Vec<Cold>,
 }
 
 pub struct Context<'a> {
@@ -105,28 +113,33 @@ pub struct Context<'a> {
 
 pub(super) struct Lowering<'a> {
     pub(super) c: Context<'a>,
-    pub(super) groups: Groups,
-    pub(super) ready: Vec<bool>,
+    pub(super) groups: &'a Groups,
+    pub(super) ready: &'a mut Vec<bool>,
     pub(super) flags: Flags,
     /// The group whose pointer is in T1.
     pub(super) in_t1: Option<usize>,
-    pub(super) cold: Vec<Cold>,
-    pub(super) map: Vec<MapEntry>,
+    pub(super) cold: &'a mut Vec<Cold>,
+    pub(super) map: &'a mut Vec<MapEntry>,
     /// The instruction at work, relative to the block.
     pub(super) current: u16,
     pub(super) unsupported: bool,
 }
 
-pub fn lower(context: Context<'_>, source: &Source, groups: Groups) -> Lowered {
-    let ready = vec![false; groups.groups.len()];
+/// Emits the code of a block. What maps it back is then in `scratch`.
+pub fn lower(context: Context<'_>, source: &Source, groups: &Groups, scratch: &mut Scratch) -> Lowered {
+    let Scratch { map, ready, cold } = scratch;
+    map.clear();
+    cold.clear();
+    ready.clear();
+    ready.resize(groups.groups.len(), false);
     let mut l = Lowering {
         c: context,
         groups,
         ready,
         flags: Flags::Slot,
         in_t1: None,
-        cold: Vec::new(),
-        map: Vec::new(),
+        cold,
+        map,
         current: 0,
         unsupported: false,
     };
@@ -167,7 +180,7 @@ pub fn lower(context: Context<'_>, source: &Source, groups: Groups) -> Lowered {
     }
     l.emit_cold();
     l.c.asm.finish();
-    Lowered { entry_host, entry_slot, map: l.map }
+    Lowered { entry_host, entry_slot }
 }
 
 impl Lowering<'_> {

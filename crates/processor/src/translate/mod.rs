@@ -11,6 +11,7 @@ mod copy;
 mod encode;
 mod enter;
 mod exits;
+mod facts;
 mod fetch;
 mod flow;
 pub mod frame;
@@ -26,14 +27,13 @@ mod system;
 use std::collections::HashMap;
 use std::io;
 use std::sync::Arc;
-use std::time::Instant;
 
+use host::clock::{host_tsc, host_tsc_hz, scale};
 use host::signal::{self, Landing};
-use iced_x86::InstructionInfoFactory;
 use x86::{CpuState, Gva, PAGE_SIZE, cr0, cr4, dr7, registers::xcr0, rflags};
 
 use self::asm::Asm;
-use self::block::Features;
+use self::block::{BlockDecoder, Features};
 use self::blocks::{Blocks, Key};
 use self::enter::Stubs;
 use self::exits::jump_index;
@@ -48,6 +48,11 @@ use crate::interpret::{self, DecodeCache};
 
 /// Host code for one VM. A Debian boot needs about 20 MiB; when the cache is full it starts over.
 const CODE_CACHE: usize = 64 << 20;
+/// Bytes of guest code that are read for a block at first, and at most.
+const FEW_BYTES: usize = 96;
+const MOST_BYTES: usize = 1024;
+/// Ticks that no translation takes: the host ran something else meanwhile.
+const TOO_LONG: u64 = 200_000;
 /// Room that one block can need at most.
 const BLOCK_ROOM: usize = 64 << 10;
 /// Kernels use SIMD in short stretches; with its state in registers every leave costs more.
@@ -67,7 +72,7 @@ pub struct Options {
 struct Counters {
     translated_blocks: u64,
     translated_instructions: u64,
-    translation_nanoseconds: u64,
+    translation_ticks: u64,
     cache_clears: u64,
     exits_probe: u64,
     exits_interpret: u64,
@@ -90,7 +95,9 @@ pub struct Translator {
     sites: Vec<Site>,
     links: Links,
     asm: Asm,
-    info: InstructionInfoFactory,
+    source: BlockDecoder,
+    groups: Groups,
+    scratch: lower::Scratch,
     landing: Arc<Landing>,
     fetches: FetchCache,
     decoder: DecodeCache,
@@ -136,7 +143,9 @@ impl Translator {
             sites: Vec::new(),
             links: Links::default(),
             asm: Asm::default(),
-            info: InstructionInfoFactory::new(),
+            source: BlockDecoder::new(),
+            groups: Groups::default(),
+            scratch: lower::Scratch::default(),
             landing,
             fetches: FetchCache::new(),
             decoder: DecodeCache::new(),
@@ -259,16 +268,17 @@ impl Translator {
         let mode = self.mode(&core.vcpu.cpu);
         let gpa = self.fetches.find(core, rip, mode)?;
         let key = Key { gpa, rip, mode };
-        let known = self.blocks.find(&key).map(|block| (block.second, block.entry_host, block.entry_slot));
-        if let Some((second, host, slot)) = known {
-            let next_page = (rip & !(PAGE_SIZE - 1)).wrapping_add(PAGE_SIZE);
-            match second {
-                None => return Some(self.remember(core, key, host, slot)),
-                Some(page) if self.fetches.find(core, next_page, mode)?.ppn() == page => {
-                    return Some(self.remember(core, key, host, slot));
-                }
-                Some(_) => self.blocks.forget(&key),
+        if let Some(known) = self.blocks.find(&key) {
+            let (host, slot) = (known.entry_host, known.entry_slot);
+            if known.is_single {
+                return Some(self.remember(core, key, host, slot));
             }
+            let second = self.blocks.by_index(known.index).and_then(|block| block.second);
+            let next_page = (rip & !(PAGE_SIZE - 1)).wrapping_add(PAGE_SIZE);
+            if Some(self.fetches.find(core, next_page, mode)?.ppn()) == second {
+                return Some(self.remember(core, key, host, slot));
+            }
+            self.blocks.forget(&key);
         }
         let (host, slot) = self.translate(core, key, true)?;
         Some(self.remember(core, key, host, slot))
@@ -285,23 +295,30 @@ impl Translator {
 
     /// Translates the block at `key`.
     fn translate(&mut self, core: &mut Core<'_>, key: Key, groups: bool) -> Option<(u64, u64)> {
-        let start = Instant::now();
+        let start = host_tsc();
         if self.cache.free() < BLOCK_ROOM {
             self.clear(core);
         }
-        let mut code = [0; 1024];
+        let mut code = [0; MOST_BYTES];
         let in_page = ((PAGE_SIZE - key.gpa.offset()) as usize).min(code.len());
-        core.memory.page(key.gpa.ppn())?.read(key.gpa.offset(), &mut code[..in_page]);
+        let page = core.memory.page(key.gpa.ppn())?;
         let most = if self.options.single { 1 } else { usize::MAX };
         let features = Features { user: key.mode.is_user(), ..self.features };
-        let mut source = block::decode(&code[..in_page], key.rip, most, features, &mut self.info);
+        // Most blocks are short.
+        let few = in_page.min(FEW_BYTES);
+        page.read(key.gpa.offset(), &mut code[..few]);
+        if !self.source.decode(&code[..few], key.rip, most, features) && few < in_page {
+            page.read(key.gpa.offset(), &mut code[..in_page]);
+            self.source.decode(&code[..in_page], key.rip, most, features);
+        }
         let mut second = None;
-        if in_page < 15 && source.insns.first().is_none_or(|insn| insn.iced.is_invalid()) {
+        if in_page < 15 && self.source.source.insns.first().is_none_or(|insn| insn.iced.is_invalid()) {
             let next = self.fetches.find(core, key.rip.wrapping_add(in_page as u64), key.mode)?;
             core.memory.page(next.ppn())?.read(0, &mut code[in_page..15]);
-            source = block::decode(&code[..15], key.rip, 1, features, &mut self.info);
+            self.source.decode(&code[..15], key.rip, 1, features);
             second = Some(next.ppn());
         }
+        let source = &self.source.source;
         if core.memory.trace_code(key.gpa.ppn(), key.gpa.offset(), source.size.min(in_page) as u64) {
             core.vcpu.tlb.protect(core.memory.page(key.gpa.ppn())?);
         }
@@ -312,7 +329,7 @@ impl Translator {
         }
         let origin = self.cache.next_address();
         self.asm.restart(origin);
-        let found = Groups::find(&source.insns, groups);
+        self.groups.find(&source.insns, groups);
         let context = lower::Context {
             asm: &mut self.asm,
             stubs: &self.stubs,
@@ -324,15 +341,18 @@ impl Translator {
             may_link: second.is_none() && !self.options.single,
             count: self.options.count_instructions,
         };
-        let lowered = lower(context, &source, found);
+        let lowered = lower(context, source, &self.groups, &mut self.scratch);
         let address = self.cache.add(&self.asm.code)?;
         let end = address + self.asm.code.len() as u64;
         let entries = (address + u64::from(lowered.entry_host), address + u64::from(lowered.entry_slot));
         self.counters.translated_blocks += 1;
         self.counters.translated_instructions += source.insns.len() as u64;
-        self.counters.translation_nanoseconds += start.elapsed().as_nanos() as u64;
-        let block = self.blocks.add(key, second, address..end, entries, lowered.map);
-        Some((block.entry_host, block.entry_slot))
+        let ticks = host_tsc().wrapping_sub(start);
+        if ticks < TOO_LONG {
+            self.counters.translation_ticks += ticks;
+        }
+        self.blocks.add(key, second, address..end, entries, &self.scratch.map);
+        Some(entries)
     }
 
     /// Runs until something has to be looked at again, or the monitor is needed.
@@ -444,15 +464,15 @@ impl Translator {
         let rip = core.vcpu.cpu.rip;
         let Some(gpa) = self.fetches.find(core, rip, mode) else { return };
         let from = self.blocks.by_index(from).map(|block| block.key);
-        let to = self.blocks.find(&Key { gpa, rip, mode }).filter(|block| block.second.is_none());
-        let (Some(from), Some(to)) = (from, to) else { return };
-        if from.rip >> 12 == to.key.rip >> 12 {
+        let is_single = self.blocks.find(&Key { gpa, rip, mode }).is_some_and(|block| block.is_single);
+        let Some(from) = from.filter(|_| is_single) else { return };
+        if from.rip >> 12 == rip >> 12 {
             // The page was remapped since `from` was translated: then the two do not belong together.
-            if from.gpa.ppn() != to.key.gpa.ppn() {
+            if from.gpa.ppn() != gpa.ppn() {
                 return;
             }
         } else {
-            self.links.note(to.key.gpa.ppn(), at, &self.cache);
+            self.links.note(gpa.ppn(), at, &self.cache);
         }
         self.cache.set_displacement(at, target);
     }
@@ -601,7 +621,7 @@ impl Engine for Translator {
         let mut counters = vec![
             ("translate.blocks", c.translated_blocks),
             ("translate.instructions", c.translated_instructions),
-            ("translate.nanoseconds", c.translation_nanoseconds),
+            ("translate.nanoseconds", scale(c.translation_ticks, 1_000_000_000, host_tsc_hz())),
             ("translate.code_bytes", self.cache.used() as u64),
             ("translate.cache_clears", c.cache_clears),
             ("translate.blocks_dropped", self.blocks.dropped),
