@@ -140,6 +140,27 @@ static void test_straddling(void)
     map(V + 0x1000, (u64)page_b, PTE_P | PTE_W);
     invlpg(V + 0x1000);
     check("second-half-back", ((code)at)(), 0xa1b2c3d4);
+    /* Reached by jumps, from the same page and from another, which an engine may have made direct. */
+    const u64 from[] = { V + 0xf00, V + 0x3000 };
+    map(V + 0x3000, (u64)take_page(), PTE_P | PTE_W);
+    for (u32 i = 0; i < 2; i++) {
+        memcpy(page_c, page_b, 16);
+        page_c[0] = 0x55;
+        *(volatile u8 *)from[i] = 0xe9;
+        store32(from[i] + 1, (u32)(at - from[i] - 5));
+        u64 sum = 0;
+        for (u32 round = 0; round < 40; round++) {
+            page_b[0] = (u8)round;
+            sum += ((code)from[i])() >> 16 & 0xff;
+            sum += ((code)from[i])() >> 16 & 0xff;
+            map(V + 0x1000, (u64)page_c, PTE_P | PTE_W);
+            invlpg(V + 0x1000);
+            sum += ((code)from[i])() >> 16 & 0xff;
+            map(V + 0x1000, (u64)page_b, PTE_P | PTE_W);
+            invlpg(V + 0x1000);
+        }
+        check(i ? "straddles-behind-far-jump" : "straddles-behind-near-jump", sum, 2 * (39 * 40 / 2) + 40 * 0x55);
+    }
     /* A block that runs on from one page into the next without a branch. */
     memset(page_a + 0xf00, 0x90, 0x100);
     put_code(page_b, 12);

@@ -10,6 +10,10 @@ use crate::tlb::{Bank, TlbEntry};
 /// Entries of a bank; a power of two. They reach 64 MiB; the memory is only used as they are.
 pub const ENTRIES: usize = 16384;
 
+/// How far the places of one address space are from those of the next. Processes that were forked have the same addresses,
+/// and would displace each other's entries all the time.
+pub const STRIDE: u64 = 2533;
+
 /// Generations are 1 to 4095: the low bits of a tag.
 const LAST_GENERATION: u64 = 4095;
 
@@ -28,8 +32,8 @@ pub struct Shadow {
     pub rounds: u64,
 }
 
-fn index(page: u64) -> usize {
-    (page >> x86::PAGE_SHIFT) as usize & (ENTRIES - 1)
+fn index(page: u64, generation: u64) -> usize {
+    ((page >> x86::PAGE_SHIFT) + generation * STRIDE) as usize & (ENTRIES - 1)
 }
 
 impl Shadow {
@@ -82,13 +86,13 @@ impl Shadow {
     }
 
     pub fn fill(&mut self, bank: Bank, generation: u64, entry: &TlbEntry) {
-        let place = &mut self.tables[bank as usize][index(entry.read)];
+        let place = &mut self.tables[bank as usize][index(entry.read, generation)];
         *place = [entry.read | generation, entry.write, entry.page, entry.flags];
     }
 
     /// Drops one page of one address space.
     pub fn drop_page(&mut self, bank: Bank, generation: u64, page: u64) {
-        let place = &mut self.tables[bank as usize][index(page)];
+        let place = &mut self.tables[bank as usize][index(page, generation)];
         if place[0] == page | generation {
             *place = [0; 4];
         }
@@ -104,5 +108,26 @@ impl Shadow {
 impl Default for Shadow {
     fn default() -> Self {
         Self::new()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_same_page_of_two_address_spaces_has_two_places() {
+        let mut shadow = Shadow::new();
+        let (one, other) = (shadow.new_generation(), shadow.new_generation());
+        let entry = |page| TlbEntry { read: 0x7fff_1000, write: 0x7fff_1000, page, flags: 0 };
+        shadow.fill(Bank::User, one, &entry(0xa000));
+        shadow.fill(Bank::User, other, &entry(0xb000));
+        for (generation, page) in [(one, 0xa000), (other, 0xb000)] {
+            let place = index(0x7fff_1000, generation);
+            assert_eq!(shadow.tables[Bank::User as usize][place], [0x7fff_1000 | generation, 0x7fff_1000, page, 0]);
+        }
+        shadow.drop_page(Bank::User, one, 0x7fff_1000);
+        assert_eq!(shadow.tables[Bank::User as usize][index(0x7fff_1000, one)], [0; 4]);
+        assert_ne!(shadow.tables[Bank::User as usize][index(0x7fff_1000, other)], [0; 4]);
     }
 }

@@ -1,9 +1,14 @@
 //! How translated code goes from block to block and out: links, jump caches, polls, and the code that runs seldom.
 
+use x86::{PAGE_MASK, PAGE_SIZE};
+
 use super::asm::{Alu, BASE, Label, Mem, T0, T1, cc};
 use super::block::Insn;
 use super::frame;
 use super::lower::{Flags, Lowering, MapEntry, Mode, Site};
+
+/// Bytes of the longest instruction.
+const LONGEST_INSTRUCTION: u64 = 15;
 
 /// Code that runs seldom, emitted behind the block.
 #[derive(Clone, Copy, Debug)]
@@ -75,12 +80,12 @@ impl Lowering<'_> {
     }
 
     /// Links inside a page last as long as the page's code. Links of kernel code to other pages are undone when kernel
-    /// mappings change, which is rare; user mappings change with every switch of address spaces.
+    /// mappings change, which is rare; user mappings change with every switch of address spaces. So user code looks for
+    /// targets whose first instruction may reach into the next page, too.
     pub(super) fn is_linkable(&self, target: u64) -> bool {
         let distance = target.wrapping_sub(self.c.rip) as i64;
-        self.c.may_link
-            && i32::try_from(distance).is_ok()
-            && (target >> 12 == self.c.rip >> 12 || !self.c.mode.is_user())
+        let stays = target >> 12 == self.c.rip >> 12 && target & PAGE_MASK <= PAGE_SIZE - LONGEST_INSTRUCTION;
+        self.c.may_link && i32::try_from(distance).is_ok() && (stays || !self.c.mode.is_user())
     }
 
     /// Goes to a constant RIP, from wherever the flags are.

@@ -464,15 +464,22 @@ impl Translator {
         let rip = core.vcpu.cpu.rip;
         let Some(gpa) = self.fetches.find(core, rip, mode) else { return };
         let from = self.blocks.by_index(from).map(|block| block.key);
-        let is_single = self.blocks.find(&Key { gpa, rip, mode }).is_some_and(|block| block.is_single);
-        let Some(from) = from.filter(|_| is_single) else { return };
-        if from.rip >> 12 == rip >> 12 {
+        let known = self.blocks.find(&Key { gpa, rip, mode });
+        let (Some(from), Some(known)) = (from, known) else { return };
+        // `second` is where the end of the target's instruction is, when that is another page.
+        let second = self.blocks.by_index(known.index).and_then(|block| block.second);
+        if from.rip >> 12 != rip >> 12 {
+            self.links.note(gpa.ppn(), at, &self.cache);
+        } else if from.gpa.ppn() != gpa.ppn() {
             // The page was remapped since `from` was translated: then the two do not belong together.
-            if from.gpa.ppn() != gpa.ppn() {
+            return;
+        }
+        if let Some(second) = second {
+            if mode.is_user() {
+                // That page may be remapped without our knowing which links it concerns.
                 return;
             }
-        } else {
-            self.links.note(gpa.ppn(), at, &self.cache);
+            self.links.note(second, at, &self.cache);
         }
         self.cache.set_displacement(at, target);
     }

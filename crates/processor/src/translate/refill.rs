@@ -20,7 +20,10 @@ pub fn refill(asm: &mut Asm, bank: Bank, write: bool, leave: u64) {
     // rcx = the shadow's entry; rax = the tag that it should have
     asm.mov(RAX, T0);
     asm.shr(RAX, 12);
-    asm.mov32(RCX, RAX);
+    // imul rcx, generation, stride
+    asm.op_mem_raw(true, &[0x69], RCX.0, at(frame::generation(bank)));
+    asm.dword(shadow::STRIDE as u32);
+    asm.alu(Alu::Add, RCX, RAX);
     asm.alu_imm32(Alu::And, RCX, (shadow::ENTRIES - 1) as i32);
     asm.shl(RCX, 5);
     asm.alu_load(Alu::Add, RCX, at(frame::shadow(bank)));
