@@ -34,6 +34,7 @@ class Vm:
         cpus: int = 1,
         engine: str = "translate",
         count_instructions: bool = False,
+        profile: bool = False,
         trace_path: str | None = None,
     ) -> Self: ...
     def memory_map(self) -> list[tuple[int, int, str]]:

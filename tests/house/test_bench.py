@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from ringzero.bench import compute, engines, figures, guests, idle
+from ringzero.bench import compute, engines, figures, guests, idle, profile
 from ringzero.bench.engines import Run
 from ringzero.errors import GuestError, InputError
 from ringzero.images.newc import NewcWriter
@@ -121,6 +121,50 @@ def test_a_file_comes_out_of_an_initramfs_as_it_went_in() -> None:
     assert guests.member(out.getvalue(), "bin/busybox") == b"second, of another length"
     assert guests.member(out.getvalue(), "bin/sh") is None
     assert guests.member(out.getvalue()[:50], "init") is None
+
+
+def test_shares_of_a_profile_are_of_busy_time() -> None:
+    report = profile.Report("x")
+    before = {"profile.user": 5, "profile.idle": 100, "exits.fault": 1}
+    after = {
+        "profile.user": 35,
+        "profile.walk": 10,
+        "profile.idle": 160,
+        "profile.user_block.40": 30,
+        "profile.instruction.Cpuid": 2,
+        "interpreted.Cpuid": 7,
+        "interpreted.Hlt": 9,
+        "exits.fault": 4,
+    }
+    report.add(0.5, before, after)
+    assert (report.busy, report.idle, report.share(10)) == (40, 0.6, 0.25)
+    assert report.blocks() == [("user", "40", 30)]
+    assert report.instructions() == [("Cpuid", 2, 7), ("Hlt", 0, 9)]
+    assert (report.count("signals"), report.count("user")) == (3, None)
+    report.add(0.5, before, after)
+    assert (report.seconds, report.samples("walk")) == (1.0, 20)
+
+
+def test_every_row_of_a_profile_has_counters_that_exist() -> None:
+    from ringzero import _core
+
+    vm = _core.Vm(16 << 20, profile=True)
+    vm.stop()
+    names = vm.stats().keys()
+    for row, (_, counters) in profile.ROWS.items():
+        assert {f"profile.{row}", *counters} <= names
+
+
+@pytest.mark.needs_debian
+def test_a_workload_is_profiled_between_its_marks() -> None:
+    from rich.console import Console
+
+    bench = profile.ProfileBench(kernel=guests.kernel("6.1"), items=["null-syscall"])
+    [report] = bench.measure(Console(quiet=True))
+    assert report.busy > 0
+    assert report.count("walk") is not None
+    # A boot translates some fifty thousand blocks.
+    assert report.counters["translate.blocks"] < 5000
 
 
 @pytest.mark.needs_debian

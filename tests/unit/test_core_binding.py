@@ -302,6 +302,39 @@ def test_counters_have_names(looping: Vm) -> None:
     assert stats["interpret.instructions"] > 0
 
 
+@pytest.mark.parametrize(
+    ("engine", "where"), [("translate", "profile.kernel"), ("interpret", "profile.interpret")]
+)
+def test_a_profile_says_what_a_processor_did(engine: str, where: str) -> None:
+    # cpuid; jmp back: the translator leaves it to the interpreter
+    vm = prepare64(bytes.fromhex("0fa2 ebfc"), engine=engine, profile=True)
+    vm.start()
+    deadline = time.monotonic() + 60
+    while (stats := vm.stats())[where] == 0:
+        assert time.monotonic() < deadline, stats
+        time.sleep(0.02)
+    vm.stop()
+    assert stats["profile.idle"] == stats["profile.user"] == stats["profile.lost"] == 0
+    if engine == "translate":
+        assert stats["interpreted.Cpuid"] > 0
+        blocks = {f"profile.kernel_block.{rip:x}" for rip in (CODE, CODE + 2)}
+        assert sum(stats.get(block, 0) for block in blocks) == stats["profile.kernel"]
+
+
+def test_the_profile_of_a_sleeping_guest_is_idle() -> None:
+    vm = prepare(HALT, profile=True)
+    vm.start()
+    deadline = time.monotonic() + 60
+    while vm.stats()["profile.idle"] < 3:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    vm.stop()
+
+
+def test_nobody_is_sampled_unasked(looping: Vm) -> None:
+    assert not [name for name in looping.stats() if name.startswith("profile.")]
+
+
 def test_a_trace_has_a_line_an_instruction(tmp_path: Path) -> None:
     path = tmp_path / "trace"
     assert run(POWER_OFF + HALT, trace_path=str(path)) == "poweroff"

@@ -51,8 +51,8 @@ fn is_main_thread(py: Python<'_>) -> PyResult<bool> {
 impl Vm {
     #[new]
     #[pyo3(
-        signature = (memory, *, cpus = None, engine = "translate", count_instructions = false, trace_path = None),
-        text_signature = "(memory, *, cpus=1, engine='translate', count_instructions=False, trace_path=None)"
+        signature = (memory, *, cpus = None, engine = "translate", count_instructions = false, profile = false, trace_path = None),
+        text_signature = "(memory, *, cpus=1, engine='translate', count_instructions=False, profile=False, trace_path=None)"
     )]
     fn new(
         py: Python<'_>,
@@ -60,6 +60,7 @@ impl Vm {
         cpus: Option<&Bound<'_, PyAny>>,
         engine: &str,
         count_instructions: bool,
+        profile: bool,
         trace_path: Option<PathBuf>,
     ) -> PyResult<Self> {
         let options = Options {
@@ -67,6 +68,7 @@ impl Vm {
             processors: cpus.map_or(Ok(1), |cpus| fit(cpus, "the number of processors"))?,
             engine: engine.to_string(),
             count_instructions,
+            profile,
             trace: trace_path,
         };
         let machine = Arc::new(py_enter(py, || monitor::Vm::new(&options))?);

@@ -7,4 +7,5 @@ pub mod events;
 pub mod lock;
 pub mod map;
 pub mod random;
+pub mod sampler;
 pub mod signal;

@@ -5,7 +5,7 @@
 //! landing, a synchronous signal whose RIP is in the range stores that RIP in `fault_rip` and continues at the place
 //! with all other registers as they were. All other signals go where they went before.
 
-use std::cell::Cell;
+use std::cell::{Cell, OnceCell};
 use std::io;
 use std::mem::MaybeUninit;
 use std::ptr;
@@ -54,7 +54,7 @@ impl Landing {
 
 thread_local! {
     static CURRENT: Cell<*const Landing> = const { Cell::new(ptr::null()) };
-    static STACK: Cell<Option<Map>> = const { Cell::new(None) };
+    static STACK: OnceCell<Map> = const { OnceCell::new() };
 }
 
 static PREVIOUS: OnceLock<Vec<(i32, libc::sigaction)>> = OnceLock::new();
@@ -62,7 +62,7 @@ static PREVIOUS: OnceLock<Vec<(i32, libc::sigaction)>> = OnceLock::new();
 /// Makes `landing` the current thread's, until the guard is dropped.
 pub fn enter(landing: &Landing) -> io::Result<Guard<'_>> {
     install()?;
-    ensure_stack()?;
+    prepare_thread()?;
     let outer = CURRENT.with(|current| current.replace(landing));
     Ok(Guard { outer, landing: std::marker::PhantomData })
 }
@@ -79,28 +79,28 @@ impl Drop for Guard<'_> {
     }
 }
 
-fn ensure_stack() -> io::Result<()> {
+/// Gives the current thread an alternate stack for signals and keeps asynchronous ones from it, once.
+pub fn prepare_thread() -> io::Result<()> {
     STACK.with(|cell| {
-        let map = match cell.take() {
-            Some(map) => map,
-            None => {
-                let map = Map::anonymous(PAGE + ALTERNATE_STACK)?;
-                map.protect(0, PAGE, Protection::None)?;
-                map
-            }
-        };
+        if cell.get().is_some() {
+            return Ok(());
+        }
+        let map = Map::anonymous(PAGE + ALTERNATE_STACK)?;
+        map.protect(0, PAGE, Protection::None)?;
         let stack = libc::stack_t {
             // SAFETY: inside the map.
             ss_sp: unsafe { map.base().as_ptr().add(PAGE) }.cast(),
             ss_flags: 0,
             ss_size: ALTERNATE_STACK,
         };
-        // The map stays with the thread: it is unmapped when the thread ends, after its last signal.
-        cell.set(Some(map));
         block_others();
         // SAFETY: the stack is mapped for as long as the thread lives.
-        let result = unsafe { libc::sigaltstack(&raw const stack, ptr::null_mut()) };
-        if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+        if unsafe { libc::sigaltstack(&raw const stack, ptr::null_mut()) } != 0 {
+            return Err(io::Error::last_os_error());
+        }
+        // The map stays with the thread: it is unmapped when the thread ends, after its last signal.
+        let _ = cell.set(map);
+        Ok(())
     })
 }
 

@@ -1,8 +1,10 @@
 //! The machine as one processor's instructions see it: ports, memory-mapped registers and the local APIC.
 
+use host::sampler::Sampler;
 use io::bus::AccessSize;
 use io::platform::Platform;
 use processor::Outside;
+use processor::profile::Doing;
 use x86::{Gpa, msr};
 
 /// How often the processor went outside, by kind. It belongs to the processor's thread, so counting costs one add.
@@ -21,6 +23,17 @@ pub struct View<'a> {
     pub platform: &'a Platform,
     pub processor: usize,
     pub visits: &'a mut Visits,
+    pub sampler: &'a Sampler,
+}
+
+impl View<'_> {
+    /// Does something that the profile counts for itself.
+    fn during<T>(&self, doing: Doing, action: impl FnOnce() -> T) -> T {
+        let before = self.sampler.now(doing.word());
+        let result = action();
+        self.sampler.now(before);
+        result
+    }
 }
 
 fn width(size: u8) -> AccessSize {
@@ -30,40 +43,40 @@ fn width(size: u8) -> AccessSize {
 impl Outside for View<'_> {
     fn port_read(&mut self, port: u16, size: u8) -> u32 {
         self.visits.port_reads += 1;
-        self.platform.port_read(port, width(size))
+        self.during(Doing::Port, || self.platform.port_read(port, width(size)))
     }
 
     fn port_write(&mut self, port: u16, size: u8, value: u32) {
         self.visits.port_writes += 1;
-        self.platform.port_write(port, width(size), value);
+        self.during(Doing::Port, || self.platform.port_write(port, width(size), value));
     }
 
     fn mmio_read(&mut self, address: Gpa, size: u8) -> u64 {
         self.visits.mmio_reads += 1;
-        self.platform.mmio_read(self.processor, address, width(size))
+        self.during(Doing::Mmio, || self.platform.mmio_read(self.processor, address, width(size)))
     }
 
     fn mmio_write(&mut self, address: Gpa, size: u8, value: u64) {
         self.visits.mmio_writes += 1;
-        self.platform.mmio_write(self.processor, address, width(size), value);
+        self.during(Doing::Mmio, || self.platform.mmio_write(self.processor, address, width(size), value));
     }
 
     fn apic_read(&mut self, number: u32) -> Option<u64> {
         self.visits.apic += 1;
-        self.platform.msr_read(self.processor, number).ok()
+        self.during(Doing::Apic, || self.platform.msr_read(self.processor, number)).ok()
     }
 
     fn apic_write(&mut self, number: u32, value: u64) -> bool {
         self.visits.apic += 1;
-        self.platform.msr_write(self.processor, number, value).is_ok()
+        self.during(Doing::Apic, || self.platform.msr_write(self.processor, number, value)).is_ok()
     }
 
     fn read_cr8(&mut self) -> u64 {
-        u64::from(self.platform.cr8_read(self.processor))
+        u64::from(self.during(Doing::Apic, || self.platform.cr8_read(self.processor)))
     }
 
     fn write_cr8(&mut self, value: u64) {
-        self.platform.cr8_write(self.processor, (value & 15) as u8);
+        self.during(Doing::Apic, || self.platform.cr8_write(self.processor, (value & 15) as u8));
     }
 
     fn apic_id(&self) -> u32 {

@@ -2,18 +2,25 @@
 
 use std::any::Any;
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+use std::time::Duration;
 
 use host::lock::RankedMutex;
 use host::map::Placed;
+use host::sampler::Sampler;
 use io::irq::attention;
 use io::platform::Platform;
 use memory::GuestMemory;
+use processor::profile::Doing;
 use processor::{Core, Engine, Exit, Vcpu, deliver};
 use x86::{CpuState, Segment, cr0, seg};
 
 use crate::control::Control;
 use crate::outside::{View, Visits};
 use crate::trace::Tracer;
+
+/// How far samples of a profile are apart: five thousand a second, and no multiple of any guest's clock tick.
+const SAMPLE_PERIOD: Duration = Duration::from_micros(197);
 
 /// What a processor does when nobody wants it to stand still.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -41,6 +48,8 @@ pub struct Processor {
     pub exits: Exits,
     pub visits: Visits,
     pub tracer: Option<Tracer>,
+    /// The VCPU's, for what is done on its behalf while it is borrowed.
+    pub sampler: Arc<Sampler>,
     /// How far the guest's time stamp counter is ahead of the machine's clock, as the platform knows it.
     pub tsc_ahead: u64,
 }
@@ -49,7 +58,7 @@ pub struct Processor {
 pub struct Hall {
     pub memory: GuestMemory,
     pub platform: Platform,
-    pub control: std::sync::Arc<Control>,
+    pub control: Arc<Control>,
     pub processors: Vec<RankedMutex<Processor>>,
 }
 
@@ -86,6 +95,14 @@ fn message(panic: &(dyn Any + Send)) -> &str {
 /// Runs the processor until the machine ends; the reason, when it is this processor's doing.
 fn serve(hall: &Hall, number: usize) -> Option<String> {
     let place = hall.processors.get(number)?;
+    let (sampler, is_profiled) = {
+        let processor = place.lock();
+        (Arc::clone(&processor.sampler), processor.vcpu.profile.is_some())
+    };
+    let _sampling = match is_profiled.then(|| sampler.start(SAMPLE_PERIOD)).transpose() {
+        Ok(sampling) => sampling,
+        Err(error) => return Some(format!("error: the host gives no timer to take a profile with: {error}")),
+    };
     // The lock is let go before anything that may wait for long.
     while !hall.control.is_ordered() || hall.control.stand() {
         let mut processor = place.lock();
@@ -99,7 +116,9 @@ fn serve(hall: &Hall, number: usize) -> Option<String> {
             Outcome::GoOn => {}
             Outcome::Sleep => {
                 drop(processor);
+                sampler.now(Doing::Idle.word());
                 hall.control.sleep(number);
+                sampler.now(Doing::Monitor.word());
             }
             Outcome::End(reason) => {
                 return Some(finish(&mut processor).unwrap_or(reason));
@@ -117,7 +136,7 @@ fn finish(processor: &mut Processor) -> Option<String> {
 
 /// Takes what waits for the processor, then runs it once.
 fn turn(hall: &Hall, number: usize, processor: &mut Processor) -> Outcome {
-    let Processor { vcpu, engine, activity, exits, visits, tracer, tsc_ahead } = processor;
+    let Processor { vcpu, engine, activity, exits, visits, tracer, sampler, tsc_ahead } = processor;
     // Lowered before the events are looked at: what comes after this raises it again.
     vcpu.attention.take();
     if hall.control.is_ordered() {
@@ -135,7 +154,7 @@ fn turn(hall: &Hall, number: usize, processor: &mut Processor) -> Outcome {
         *tsc_ahead = ahead;
         hall.platform.set_tsc_ahead(number, ahead);
     }
-    let mut view = View { platform: &hall.platform, processor: number, visits };
+    let mut view = View { platform: &hall.platform, processor: number, visits, sampler };
     let mut core = Core { vcpu, memory: &hall.memory, outside: &mut view };
     let exit = match take_events(&mut core, &hall.platform, number, activity) {
         Some(exit) => exit,
@@ -148,6 +167,7 @@ fn turn(hall: &Hall, number: usize, processor: &mut Processor) -> Outcome {
             },
         },
     };
+    sampler.now(Doing::Monitor.word());
     match exit {
         Exit::Attention => exits.attention += 1,
         Exit::InterruptWindow => exits.window += 1,

@@ -24,8 +24,14 @@ fn machine(code: &[u8]) -> Vm {
 }
 
 fn machine_with(code: &[u8], engine: &str, processors: usize) -> Vm {
-    let options =
-        Options { memory: 16 << 20, processors, engine: engine.into(), count_instructions: false, trace: None };
+    let options = Options {
+        memory: 16 << 20,
+        processors,
+        engine: engine.into(),
+        count_instructions: false,
+        profile: false,
+        trace: None,
+    };
     let vm = Vm::assemble(&options).unwrap();
     vm.write_memory(Gpa(CODE), code).unwrap();
     // Null, flat code, flat data.

@@ -46,6 +46,8 @@ pub struct Options {
     pub engine: String,
     /// Count every instruction exactly, at some cost in speed.
     pub count_instructions: bool,
+    /// Find out where each processor's time goes, by sampling it.
+    pub profile: bool,
     /// Where the execution trace of processor 0 goes.
     pub trace: Option<PathBuf>,
 }
@@ -116,7 +118,9 @@ impl Vm {
         let mut kickers = Vec::with_capacity(options.processors);
         for number in 0..options.processors {
             let engine = engine(options)?;
-            let vcpu = Vcpu::place(CpuState::reset()).map_err(host_error("memory for a processor"))?;
+            let mut vcpu = Vcpu::place(CpuState::reset()).map_err(host_error("memory for a processor"))?;
+            vcpu.profile = options.profile.then(Box::default);
+            let sampler = Arc::clone(&vcpu.sampler);
             // 3. How to wake them.
             kickers.push(Kicker::new(Arc::clone(&vcpu.attention), engine.kicker()));
             let tracer = match &options.trace {
@@ -125,7 +129,7 @@ impl Vm {
             };
             let activity = if number == 0 { Activity::Running } else { Activity::WaitsForStartup };
             let (exits, visits) = Default::default();
-            processors.push(Processor { vcpu, engine, activity, exits, visits, tracer, tsc_ahead: 0 });
+            processors.push(Processor { vcpu, engine, activity, exits, visits, tracer, sampler, tsc_ahead: 0 });
         }
         let control = Arc::new(Control::new(kickers));
         // 4. The platform: interrupt hardware, timers, ports; it wakes processors and ends the machine.
@@ -386,7 +390,7 @@ impl Vm {
             let mut list = self.counters_of_machine(&hall);
             let mut sums = std::collections::BTreeMap::<String, u64>::new();
             for processor in &hall.processors {
-                for (name, value) in counters_of_processor(&processor.lock()) {
+                for (name, value) in counters_of_processor(&mut processor.lock()) {
                     *sums.entry(name).or_default() += value;
                 }
             }
@@ -431,7 +435,7 @@ fn host_error(what: &'static str) -> impl FnOnce(std::io::Error) -> Error {
     move |error| Error::Host { what, error }
 }
 
-fn counters_of_processor(processor: &Processor) -> Vec<(String, u64)> {
+fn counters_of_processor(processor: &mut Processor) -> Vec<(String, u64)> {
     let Processor { vcpu, engine, exits: Exits { attention, window, halt }, visits, .. } = processor;
     let mut list: Vec<(String, u64)> =
         engine.counters().into_iter().map(|(name, value)| (name.to_string(), value)).collect();
@@ -455,5 +459,10 @@ fn counters_of_processor(processor: &Processor) -> Vec<(String, u64)> {
         .chain(vcpu.tlb_counters())
         .map(|(name, value)| (name.to_string(), value)),
     );
+    let vcpu = &mut **vcpu;
+    if let Some(profile) = &mut vcpu.profile {
+        profile.take(&vcpu.sampler, |host| engine.part(host));
+        list.extend(profile.counters(vcpu.sampler.lost()));
+    }
     list
 }

@@ -6,6 +6,7 @@ use memory::{Access, GuestMemory, Paging, Translation, walk};
 use x86::{Gpa, GuestFault, Gva, PAGE_SIZE, vector};
 
 use crate::engine::Outside;
+use crate::profile::Doing;
 use crate::vcpu::Vcpu;
 
 pub struct Core<'a> {
@@ -51,6 +52,13 @@ impl Core<'_> {
 
     /// Walks the guest's tables and fills the TLB when the page is RAM.
     pub fn translate(&mut self, address: Gva, access: Access) -> Result<Translation, GuestFault> {
+        let before = self.vcpu.sampler.now(Doing::Walk.word());
+        let translation = self.walk(address, access);
+        self.vcpu.sampler.now(before);
+        translation
+    }
+
+    fn walk(&mut self, address: Gva, access: Access) -> Result<Translation, GuestFault> {
         let paging = Paging::of(&self.vcpu.cpu);
         let translation = walk(self.memory, &paging, address, access)?;
         let ppn = translation.gpa.ppn();

@@ -7,6 +7,7 @@ use x86::{CpuState, GuestFault, Gva, Segment, cr0, dr6, dr7, rflags, seg, vector
 
 use crate::core::Core;
 use crate::engine::Exit;
+use crate::profile::Doing;
 use crate::segment::{self, Descriptor, Stack, is_null, selector_fault, system_type};
 
 /// IA32_DEBUGCTL bits that a debug exception clears: LBR and BTF.
@@ -141,7 +142,14 @@ impl From<GuestFault> for Refusal {
     }
 }
 
-fn deliver(core: &mut Core<'_>, mut event: Event) -> Option<Exit> {
+fn deliver(core: &mut Core<'_>, event: Event) -> Option<Exit> {
+    let before = core.vcpu.sampler.now(Doing::Deliver.word());
+    let exit = deliver_untold(core, event);
+    core.vcpu.sampler.now(before);
+    exit
+}
+
+fn deliver_untold(core: &mut Core<'_>, mut event: Event) -> Option<Exit> {
     loop {
         if let Some(fault) = event.fault {
             note_cause(core, &fault);

@@ -4,6 +4,7 @@
 use x86::Gpa;
 
 use crate::core::Core;
+use crate::profile::Part;
 
 /// Why [`Engine::run`] came back. RIP is that of the next instruction to run.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -56,6 +57,11 @@ pub trait Engine: Send {
     /// Runs one instruction, for traces and debuggers; `None` when the next one may follow at once.
     fn step(&mut self, _core: &mut Core<'_>) -> Option<Exit> {
         Some(Exit::Unsupported(format!("the engine '{}' cannot run one instruction at a time", self.name())))
+    }
+
+    /// Whose host code is at an address, when it is of the engine's making.
+    fn part(&self, _host: u64) -> Option<Part> {
+        None
     }
 
     /// Counters by dotted name, for `--stats`.

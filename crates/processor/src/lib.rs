@@ -11,6 +11,7 @@ pub mod engine;
 pub mod far;
 pub mod interpret;
 pub mod native;
+pub mod profile;
 pub mod segment;
 pub mod simd;
 pub mod system;

@@ -5,11 +5,13 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use host::map::Placed;
+use host::sampler::Sampler;
 use memory::SoftTlb;
 use memory::tlb::Bank;
 use x86::{CpuState, Gva, cr4, rflags};
 
 use crate::cpuid::CpuidModel;
+use crate::profile::Profile;
 use crate::translate::frame::{Hot, JumpCaches};
 
 /// A guard below a VCPU: translated code pushes a few words, into `Hot::stack`, and nothing may ever reach this.
@@ -119,6 +121,10 @@ pub struct Vcpu {
     pub wants_interrupt_window: bool,
     pub stale: Stale,
     pub attention: Arc<Attention>,
+    /// What the VCPU does just now, as [`crate::profile::Activity`] says it.
+    pub sampler: Arc<Sampler>,
+    /// Where its time went, when somebody wants to know.
+    pub profile: Option<Box<Profile>>,
     /// Instructions that the interpreter ran.
     pub interpreted: u64,
     /// What [`crate::Core`] looks for at every access of the running code, as `debug.rs` sets it for one instruction; 0 while
@@ -159,6 +165,8 @@ impl Vcpu {
             wants_interrupt_window: false,
             stale: Stale::default(),
             attention: Arc::default(),
+            sampler: Arc::default(),
+            profile: None,
             interpreted: 0,
             checks: 0,
             mappings: 0,

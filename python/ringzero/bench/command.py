@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from typer.core import TyperCommand
 
 from ringzero.bench import boot as boot_bench
 from ringzero.bench import compute as compute_bench
 from ringzero.bench import guests, report
 from ringzero.bench import idle as idle_bench
+from ringzero.bench import profile as profile_bench
 from ringzero.errors import InputError
 
 __all__ = ["app"]
@@ -21,6 +23,17 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
 )
+
+
+class WithCommand(TyperCommand):
+    """What comes after `--` is the guest's: it is in the context's `obj`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Take the guest's command off before options are looked for."""
+        at = args.index("--") if "--" in args else len(args)
+        ctx.obj = args[at + 1 :]
+        return super().parse_args(ctx, args[:at])
+
 
 Runs = Annotated[int, typer.Option(min=1, help="Runs of each engine; medians want at least 5.")]
 Engine = Annotated[str, typer.Option(help="Our engine: translate or interpret.")]
@@ -114,3 +127,42 @@ def idle(
     idle_bench.show(console, measured)
     if json is not None:
         report.write_json(json, idle_bench.as_json(measured, described))
+
+
+@app.command(cls=WithCommand)
+def profile(
+    context: typer.Context,
+    image: Annotated[str, typer.Argument(metavar="[IMAGE] [-- CMD ARG...]", help="For CMD.")] = "debian",
+    workload: Annotated[
+        list[str] | None, typer.Option(help="An item of bench compute; may be repeated.")
+    ] = None,
+    linux: Annotated[str, typer.Option(help="Debian kernel series to boot.")] = "6.1",
+    kernel: Annotated[Path | None, typer.Option(help="A kernel file instead.")] = None,
+    engine: Engine = "translate",
+    memory: Annotated[int, typer.Option(min=64, help="Guest memory in MiB.")] = 512,
+    cpus: Annotated[int, typer.Option(min=1, help="Processors.")] = 1,
+    timeout: Annotated[float, typer.Option(help="Seconds that a guest may take.")] = 600.0,
+    most: Annotated[int, typer.Option(min=0, help="How many instructions and blocks to show.")] = 12,
+    json: Json = None,
+) -> None:
+    """Where a guest's time goes: a boot to power-off, items of bench compute, or a command in an image."""
+    console = Console()
+    described = report.machine()
+    command: list[str] = context.obj
+    file = None
+    if not command:
+        [(_, file)] = kernels([linux], [kernel] if kernel is not None else [])
+    bench = profile_bench.ProfileBench(
+        kernel=file,
+        items=workload or [],
+        image=image,
+        command=command,
+        engine=engine,
+        memory=memory,
+        cpus=cpus,
+        timeout=timeout,
+    )
+    reports = bench.measure(console)
+    profile_bench.show(console, reports, most)
+    if json is not None:
+        report.write_json(json, profile_bench.as_json(reports, described, engine))

@@ -126,6 +126,7 @@ def run_guest(options: RunOptions) -> int:
         shell=command is None,
         quiet=not options.verbose,
         count_instructions=options.stats,
+        profile=options.stats and "RINGZERO_PROFILE" in os.environ,
         trace=options.trace,
     )
     if image is not None:

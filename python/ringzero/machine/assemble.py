@@ -26,12 +26,14 @@ def assemble(
     devices: Iterable[Device | str] = (),
     *,
     count_instructions: bool = False,
+    profile: bool = False,
     trace: str | None = None,
 ) -> _core.Vm:
     """Return a VM that is ready to start, with the PC's slow devices and `devices` on its bus.
 
-    `trace` is the path of an instruction trace. Raises InputError for what cannot be used, and the core's own
-    CoreError when that refuses.
+    `profile` samples what the processors do, for the counters named profile; `trace` is the path of an
+    instruction trace. Raises InputError for what cannot be used, and the core's own CoreError when that
+    refuses.
     """
     if spec.kernel is None:
         raise InputError("a machine needs a kernel to start")
@@ -61,6 +63,7 @@ def assemble(
         cpus=spec.cpus,
         engine=spec.engine,
         count_instructions=count_instructions,
+        profile=profile,
         trace_path=trace,
     )
     attach_devices(vm, devices)

@@ -68,6 +68,7 @@ class Machine:
         shell: bool = True,
         quiet: bool = True,
         count_instructions: bool = False,
+        profile: bool = False,
         trace: str | os.PathLike[str] | None = None,
     ) -> None:
         """Describe a machine; nothing runs yet. Raises InputError for what can be seen to be wrong already.
@@ -80,7 +81,8 @@ class Machine:
         output. `agent` and `shell` choose what an image with our agent starts: commands for `run`, and a
         login shell on the console. Without `quiet` the kernel's messages show. With `kaslr` a bzImage unpacks
         itself, at a random address; otherwise it is unpacked before it starts, and runs where it was linked to
-        run. `trace` names a file for a trace of every instruction.
+        run. `trace` names a file for a trace of every instruction. With `profile` the counters named profile.*
+        say what the processors did, in samples.
         """
         if image is None and kernel is None:
             image = "debian"
@@ -104,6 +106,7 @@ class Machine:
         self._with_shell = shell
         self._quiet = quiet
         self._count_instructions = count_instructions
+        self._profile = profile
         self._trace = os.fspath(trace) if trace is not None else None
         self._core_vm: _core.Vm | None = None
         self._console: Console | None = None
@@ -131,6 +134,7 @@ class Machine:
                     self._completed_spec(image),
                     self._devices,
                     count_instructions=self._count_instructions,
+                    profile=self._profile,
                     trace=self._trace,
                 )
                 self._console = Console(_line(vm, CONSOLE_PORT), self._sink)

@@ -33,6 +33,7 @@ pub use self::op::Op;
 pub(crate) use self::op::segment_index;
 use crate::core::Core;
 use crate::engine::{Engine, Exit};
+use crate::profile::{self, Doing};
 use crate::{debug, deliver};
 
 /// Where an instruction leaves RIP.
@@ -58,6 +59,7 @@ pub fn execute(core: &mut Core<'_>, instruction: &Instruction) -> Result<Flow, G
 /// Runs exactly one instruction (or one turn of a repeated string instruction) with everything that may come with it:
 /// breakpoints, single-step, interrupt shadow, faults.
 pub fn step(core: &mut Core<'_>, cache: &mut DecodeCache) -> Option<Exit> {
+    core.vcpu.sampler.now(Doing::Interpret.word());
     cache.refresh(core);
     core.vcpu.interpreted += 1;
     let flags = core.vcpu.cpu.rflags;
@@ -71,7 +73,10 @@ pub fn step(core: &mut Core<'_>, cache: &mut DecodeCache) -> Option<Exit> {
         }
     }
     let exit = match cache.find(core) {
-        Ok(op) => complete(core, op, flags),
+        Ok(op) => {
+            core.vcpu.sampler.now(profile::interpreting(op.code()));
+            complete(core, op, flags)
+        }
         Err(fault) => {
             core.vcpu.checks = 0;
             deliver::fault(core, fault)
@@ -219,6 +224,7 @@ impl Engine for Interpreter {
             core.vcpu.memory_epoch = core.memory.epoch();
             core.vcpu.flush_all();
         }
+        core.vcpu.sampler.now(Doing::Interpret.word());
         loop {
             if core.vcpu.attention.is_raised() {
                 return Exit::Attention;

@@ -177,11 +177,17 @@ impl Blocks {
         self.by_page.shrink_to_fit();
     }
 
-    /// The guest instruction that the host code at `address` belongs to.
-    pub fn origin(&self, address: u64) -> Option<Origin> {
+    /// The block whose host code is at `address`.
+    pub fn holder(&self, address: u64) -> Option<&Block> {
         let after = self.all.partition_point(|block| block.start <= address);
         let block = self.all.get(after.checked_sub(1)?)?;
-        let offset = u32::try_from(address - block.start).ok().filter(|offset| *offset < block.size)?;
+        (address - block.start < u64::from(block.size)).then_some(block)
+    }
+
+    /// The guest instruction that the host code at `address` belongs to.
+    pub fn origin(&self, address: u64) -> Option<Origin> {
+        let block = self.holder(address)?;
+        let offset = (address - block.start) as u32;
         let map = &self.map[block.map as usize..][..block.map_size as usize];
         let after = map.partition_point(|entry| entry.host <= offset);
         let entry = map.get(after.checked_sub(1)?)?;

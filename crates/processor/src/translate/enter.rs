@@ -14,6 +14,7 @@ use super::frame;
 use super::lower::Mode;
 use super::refill::refill;
 use crate::code_cache::CodeCache;
+use crate::profile::Part;
 use crate::vcpu::Vcpu;
 
 /// Where each guest register lives while translated code runs: itself in most cases, so that instructions can be copied.
@@ -42,6 +43,9 @@ pub struct Stubs {
     save_simd: u64,
     /// By bank, whether for stores, and whether SIMD state is in registers.
     refill: [[[u64; 2]; 2]; 3],
+    /// Where the first refill stub begins, and where the stubs end.
+    first_refill: u64,
+    end: u64,
 }
 
 impl Stubs {
@@ -71,6 +75,16 @@ impl Stubs {
     #[must_use]
     pub fn is_fault(&self, site: u64) -> bool {
         self.fault_sites.contains(&site)
+    }
+
+    /// What the host code at an address in the code cache does, if it is that of a stub.
+    #[must_use]
+    pub fn part(&self, host: u64) -> Option<Part> {
+        match host {
+            _ if host < self.first_refill => Some(Part::Switch),
+            _ if host < self.end => Some(Part::Refill),
+            _ => None,
+        }
     }
 
     /// Emits all stubs; `None` when the cache is too small for them.
@@ -108,6 +122,7 @@ impl Stubs {
         save_simd(&mut asm);
         asm.finish();
         stubs.save_simd = cache.add(&asm.code)?;
+        stubs.first_refill = cache.next_address();
         for bank in [Bank::Kernel, Bank::User, Bank::KernelAc] {
             for (write, simd) in [(false, false), (false, true), (true, false), (true, true)] {
                 asm.restart(cache.next_address());
@@ -116,6 +131,7 @@ impl Stubs {
                 stubs.refill[bank as usize][usize::from(write)][usize::from(simd)] = cache.add(&asm.code)?;
             }
         }
+        stubs.end = cache.next_address();
         cache.keep_from_here();
         Some(stubs)
     }

@@ -20,11 +20,11 @@ mod idle;
 mod links;
 mod lower;
 mod memory;
+mod profile;
 mod refill;
 mod string;
 mod system;
 
-use std::collections::HashMap;
 use std::io;
 use std::sync::Arc;
 
@@ -45,6 +45,7 @@ use crate::code_cache::{CodeCache, Poll};
 use crate::core::Core;
 use crate::engine::{Engine, Exit};
 use crate::interpret::{self, DecodeCache};
+use crate::profile::{Doing, Part};
 
 /// Host code for one VM. A Debian boot needs about 20 MiB; when the cache is full it starts over.
 const CODE_CACHE: usize = 64 << 20;
@@ -111,8 +112,6 @@ pub struct Translator {
     rounds: u64,
     options: Options,
     counters: Counters,
-    /// How often the interpreter ran which instruction, when RINGZERO_PROFILE is in the environment.
-    profile: Option<HashMap<iced_x86::Code, u64>>,
 }
 
 /// What to do after translated code has left.
@@ -156,23 +155,15 @@ impl Translator {
             rounds: 0,
             options,
             counters: Counters::default(),
-            profile: std::env::var_os("RINGZERO_PROFILE").map(|_| HashMap::new()),
         })
     }
 
     fn interpret(&mut self, core: &mut Core<'_>) -> Option<Exit> {
-        if let Some(profile) = &mut self.profile {
-            let rip = Gva(core.vcpu.cpu.rip);
-            let mut bytes = [0; 15];
-            for (index, byte) in bytes.iter_mut().enumerate() {
-                if let Ok(value) = core.read_as(rip.add(index as u64), 1, ::memory::Access::system(false)) {
-                    *byte = value as u8;
-                }
-            }
-            let mut decoder = iced_x86::Decoder::new(64, &bytes, 0);
-            *profile.entry(decoder.decode().code()).or_default() += 1;
+        let exit = interpret::step(core, &mut self.decoder);
+        if let Some(profile) = &mut core.vcpu.profile {
+            profile.count(&core.vcpu.sampler);
         }
-        interpret::step(core, &mut self.decoder)
+        exit
     }
 
     /// Takes note of what went stale since translated code last ran.
@@ -227,6 +218,7 @@ impl Translator {
     /// Drops all translations.
     fn clear(&mut self, core: &mut Core<'_>) {
         self.counters.cache_clears += 1;
+        self.take_samples(core);
         self.cache.clear();
         self.blocks.clear();
         self.sites.clear();
@@ -295,7 +287,18 @@ impl Translator {
 
     /// Translates the block at `key`.
     fn translate(&mut self, core: &mut Core<'_>, key: Key, groups: bool) -> Option<(u64, u64)> {
+        let before = core.vcpu.sampler.now(Doing::Translate.word());
         let start = host_tsc();
+        let entries = self.translate_untold(core, key, groups);
+        let ticks = host_tsc().wrapping_sub(start);
+        if ticks < TOO_LONG {
+            self.counters.translation_ticks += ticks;
+        }
+        core.vcpu.sampler.now(before);
+        entries
+    }
+
+    fn translate_untold(&mut self, core: &mut Core<'_>, key: Key, groups: bool) -> Option<(u64, u64)> {
         if self.cache.free() < BLOCK_ROOM {
             self.clear(core);
         }
@@ -347,10 +350,6 @@ impl Translator {
         let entries = (address + u64::from(lowered.entry_host), address + u64::from(lowered.entry_slot));
         self.counters.translated_blocks += 1;
         self.counters.translated_instructions += source.insns.len() as u64;
-        let ticks = host_tsc().wrapping_sub(start);
-        if ticks < TOO_LONG {
-            self.counters.translation_ticks += ticks;
-        }
         self.blocks.add(key, second, address..end, entries, &self.scratch.map);
         Some(entries)
     }
@@ -372,7 +371,9 @@ impl Translator {
             let vcpu = &mut *core.vcpu;
             vcpu.hot.flags = vcpu.cpu.rflags;
             vcpu.hot.mode = self.mode(&vcpu.cpu).0.into();
+            vcpu.sampler.now(Doing::Translated.word());
             self.stubs.enter(vcpu, target, self.simd);
+            vcpu.sampler.now(Doing::Dispatch.word());
             self.simd = Mode(vcpu.hot.mode as u8).is_simd();
             match self.left(core) {
                 Next::Dispatch => return None,
@@ -582,6 +583,9 @@ impl Engine for Translator {
             Err(error) => return Exit::Unsupported(format!("the host refuses signal handlers: {error}")),
         };
         self.poll.disarm();
+        if core.vcpu.sampler.is_crowded() {
+            self.take_samples(core);
+        }
         loop {
             if core.vcpu.attention.is_raised() {
                 return Exit::Attention;
@@ -589,7 +593,9 @@ impl Engine for Translator {
             if core.vcpu.wants_interrupt_window && core.vcpu.cpu.can_take_interrupt() {
                 return Exit::InterruptWindow;
             }
+            core.vcpu.sampler.now(Doing::Refresh.word());
             self.refresh(core);
+            core.vcpu.sampler.now(Doing::Dispatch.word());
             if let Some(exit) = self.advance(core) {
                 if exit == Exit::Halt {
                     self.idle(core);
@@ -623,9 +629,13 @@ impl Engine for Translator {
         Some(Arc::new(move || poll.arm()))
     }
 
+    fn part(&self, host: u64) -> Option<Part> {
+        self.part_at(host)
+    }
+
     fn counters(&self) -> Vec<(&'static str, u64)> {
         let c = &self.counters;
-        let mut counters = vec![
+        vec![
             ("translate.blocks", c.translated_blocks),
             ("translate.instructions", c.translated_instructions),
             ("translate.nanoseconds", scale(c.translation_ticks, 1_000_000_000, host_tsc_hz())),
@@ -643,11 +653,6 @@ impl Engine for Translator {
             ("exits.simd", c.exits_simd),
             ("exits.fault", c.exits_fault),
             ("exits.poll", c.exits_poll),
-        ];
-        for (code, count) in self.profile.iter().flatten() {
-            // Counters are named for the life of the process; a profile adds a few hundred short names each time it is asked.
-            counters.push((format!("interpreted.{code:?}").leak(), *count));
-        }
-        counters
+        ]
     }
 }
