@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Build our own small guests with the machine's gcc and ld, and run them under QEMU as the oracle.
 
-    guests/build.py                   build every guest into build/guests/, and hello into the package
+    guests/build.py                   build every guest into build/guests/, and PACKAGED ones into the package
     guests/build.py arithmetic paging only these
     guests/build.py --qemu [NAME...]  build, then run each under QEMU TCG and report PASS or FAIL
     guests/build.py --native [NAME]   build and run as a Linux program, where a guest can (it has `HOSTED` in it): the
@@ -24,6 +24,7 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 OUT = ROOT / "build" / "guests"
 BUILTIN = ROOT / "python" / "ringzero" / "images" / "builtin"
+PACKAGED = ("hello", "nano")
 
 # -mgeneral-regs-only: the compiler itself must not touch SSE, or an interrupt handler would clobber what a guest tests.
 CFLAGS = [
@@ -142,10 +143,12 @@ def build(name: str, sources: list[Path]) -> Path:
             subprocess.run(["gcc", *CFLAGS, "-c", str(source), "-o", str(made)], check=True)
             objects.append(str(made))
         subprocess.run(["ld", *LDFLAGS, "-o", str(target), *objects], check=True)
-    if name == "hello":
+    if name in PACKAGED:
         BUILTIN.mkdir(parents=True, exist_ok=True)
         # Without its debug sections: they are nine tenths of the file, and it goes into the wheel.
-        subprocess.run(["strip", "--strip-debug", "-o", str(BUILTIN / "hello.elf"), str(target)], check=True)
+        subprocess.run(
+            ["strip", "--strip-debug", "-o", str(BUILTIN / f"{name}.elf"), str(target)], check=True
+        )
     return target
 
 

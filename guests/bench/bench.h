@@ -25,6 +25,9 @@ item_function busybox_sha256sum, busybox_gzip, busybox_bunzip2, busybox_awk, bus
 void make_data(const struct places *places);
 void remove_data(const struct places *places);
 
+/* nano.c */
+int nano(unsigned rounds);
+
 /* runner.c */
 _Noreturn void die(const char *what); /* says what failed, with errno, and ends with 1 */
 void clock_start(void);               /* an item calls these around the part that counts */

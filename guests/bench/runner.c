@@ -152,10 +152,12 @@ int main(int count, char **words)
             puts(items[index].name);
         return 0;
     }
+    if (count == 3 && strcmp(words[1], "nano") == 0)
+        return nano((unsigned)strtoul(words[2], NULL, 10));
     if (count == 4 && strcmp(words[1], "all") == 0) {
         struct places places = {words[0], words[2], words[3]};
         return run_some(&places, 0, NULL);
     }
-    fprintf(stderr, "usage: %s all BUSYBOX FOLDER | list | true\n", words[0]);
+    fprintf(stderr, "usage: %s all BUSYBOX FOLDER | nano ROUNDS | list | true\n", words[0]);
     return 2;
 }

@@ -7,8 +7,9 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
-from ringzero.bench import compute, engines, figures, guests, idle, profile
+from ringzero.bench import compute, engines, figures, guests, idle, nano, profile
 from ringzero.bench.engines import Run
 from ringzero.errors import GuestError, InputError
 from ringzero.images.newc import NewcWriter
@@ -123,6 +124,38 @@ def test_a_file_comes_out_of_an_initramfs_as_it_went_in() -> None:
     assert guests.member(out.getvalue()[:50], "init") is None
 
 
+def nano_run(*lines: str, status: int = 0) -> Run:
+    return Run(1.0, status, False, [(0.0, line) for line in (*lines, "PASS")])
+
+
+def test_nano_takes_a_median_of_each_run_and_compares_checksums() -> None:
+    results = nano.Results()
+    ours = nano_run(*(f"NANO in {cycles} 100 0000000000000007" for cycles in (1000, 9000, 2000)))
+    results.add("translate", nano.parse(ours))
+    results.add("qemu", nano.parse(nano_run("NANO in 4000 100 0000000000000007")))
+    assert results.names == ["in"]
+    cycles = results.cycles("translate", "in")
+    assert cycles is not None
+    assert (cycles.median, results.ratio("translate", "in")) == (20.0, 2.0)
+    assert results.cycles("native", "in") is None
+    assert results.complaints() == []
+    results.add("translate", nano.parse(nano_run("NANO in 4000 100 0000000000000008")))
+    assert "the checksums differ" in results.complaints()[0]
+
+
+@pytest.mark.parametrize("run", [nano_run(status=5), Run(1.0, 0, False, [(0.0, "NANO in 1 1 0")])])
+def test_a_nano_run_that_is_not_whole_gives_no_figure(run: Run) -> None:
+    with pytest.raises(GuestError):
+        nano.parse(run)
+
+
+def test_nano_computes_the_same_on_both_engines_and_natively() -> None:
+    results = nano.NanoBench(runs=1, with_qemu=False).measure(Console(quiet=True))
+    assert set(results.names) == set(nano.OPERATIONS)
+    assert set(results.runs["native"]) == {"callret", "smc"}
+    assert results.complaints() == []
+
+
 def test_shares_of_a_profile_are_of_busy_time() -> None:
     report = profile.Report("x")
     before = {"profile.user": 5, "profile.idle": 100, "exits.fault": 1}
@@ -157,8 +190,6 @@ def test_every_row_of_a_profile_has_counters_that_exist() -> None:
 
 @pytest.mark.needs_debian
 def test_a_workload_is_profiled_between_its_marks() -> None:
-    from rich.console import Console
-
     bench = profile.ProfileBench(kernel=guests.kernel("6.1"), items=["null-syscall"])
     [report] = bench.measure(Console(quiet=True))
     assert report.busy > 0

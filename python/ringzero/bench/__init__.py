@@ -1,4 +1,4 @@
-"""Published numbers, one file each: `boot`, `compute`, `idle`. Always a ratio on one machine in one run.
+"""Published numbers, one file each: `boot`, `compute`, `idle`, `nano`. Always a ratio on one machine in one run.
 
 `profile` says where the time goes.
 

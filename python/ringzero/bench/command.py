@@ -13,6 +13,7 @@ from ringzero.bench import boot as boot_bench
 from ringzero.bench import compute as compute_bench
 from ringzero.bench import guests, report
 from ringzero.bench import idle as idle_bench
+from ringzero.bench import nano as nano_bench
 from ringzero.bench import profile as profile_bench
 from ringzero.errors import InputError
 
@@ -127,6 +128,36 @@ def idle(
     idle_bench.show(console, measured)
     if json is not None:
         report.write_json(json, idle_bench.as_json(measured, described))
+
+
+@app.command()
+def nano(
+    runs: Runs = 5,
+    only: Annotated[str, typer.Option(help="Only this operation.")] = "",
+    engine: Annotated[
+        list[str] | None, typer.Option(help="Our engines; both when none is named. May be repeated.")
+    ] = None,
+    timeout: Annotated[float, typer.Option(help="Seconds that one run may take.")] = 120.0,
+    without_qemu: WithoutQemu = False,
+    json: Json = None,
+) -> None:
+    """Cycles of single operations of a kernel, under each engine, QEMU TCG, and natively where that can be."""
+    console = Console()
+    described = report.machine()
+    bench = nano_bench.NanoBench(
+        engines=engine or ["translate", "interpret"],
+        runs=runs,
+        only=only,
+        timeout=timeout,
+        with_qemu=not without_qemu,
+    )
+    report.say_machine(console, described)
+    results = bench.measure(console)
+    nano_bench.show(console, results)
+    if json is not None:
+        report.write_json(json, nano_bench.as_json(results, described))
+    if results.complaints():
+        raise typer.Exit(1)
 
 
 @app.command(cls=WithCommand)

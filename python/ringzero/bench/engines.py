@@ -27,7 +27,7 @@ class Guest:
     """One guest, the same for every engine. `memory` is in MiB."""
 
     kernel: Path
-    initrd: Path
+    initrd: Path | None
     append: str
     memory: int
 
@@ -56,7 +56,7 @@ def ringzero_command(guest: Guest, *, engine: str = "translate", kaslr: bool = F
         *this_ringzero(),
         "run",
         *("--kernel", str(guest.kernel)),
-        *("--initrd", str(guest.initrd)),
+        *(("--initrd", str(guest.initrd)) if guest.initrd is not None else ()),
         *("--append", guest.append),
         *("--memory", f"{guest.memory}M"),
         *("--engine", engine),
@@ -88,7 +88,7 @@ def qemu_command(guest: Guest) -> list[str]:
         "-no-reboot",
         *("-m", f"{guest.memory}M"),
         *("-kernel", str(guest.kernel)),
-        *("-initrd", str(guest.initrd)),
+        *(("-initrd", str(guest.initrd)) if guest.initrd is not None else ()),
         *("-append", guest.append),
     ]
 

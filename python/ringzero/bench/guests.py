@@ -9,7 +9,7 @@ from ringzero import images
 from ringzero.errors import InternalError
 from ringzero.images.newc import NewcWriter
 
-__all__ = ["POWEROFF", "boot_initramfs", "busybox", "compute_initramfs", "kernel", "program"]
+__all__ = ["POWEROFF", "boot_initramfs", "busybox", "compute_initramfs", "kernel", "nano", "program"]
 
 POWEROFF = "poweroff"
 """The argument with which the bench program, as /init, powers the machine off at once."""
@@ -21,6 +21,16 @@ def program() -> Path:
     if not path.is_file():
         raise InternalError(
             f"the bench program is missing from the package ({path}): build it with tools/dev guests"
+        )
+    return path
+
+
+def nano() -> Path:
+    """Return our guest that measures single operations (guests/nano)."""
+    path = Path(images.__file__).parent / "builtin" / "nano.elf"
+    if not path.is_file():
+        raise InternalError(
+            f"the guest 'nano' is missing from the package ({path}): build it with tools/dev guests"
         )
     return path
 
