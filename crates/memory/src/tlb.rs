@@ -220,6 +220,15 @@ impl SoftTlb {
         true
     }
 
+    /// Loads bytes that lie in one page, on a hit; says whether it did.
+    #[must_use]
+    pub fn load_bytes(&self, bank: Bank, from: Gva, buffer: &mut [u8]) -> bool {
+        let Some(from) = self.probe(bank, from, buffer.len(), false) else { return false };
+        // SAFETY: as in `load`; our own bytes are no guest memory.
+        unsafe { bytes::copy(buffer.as_mut_ptr() as u64, from, buffer.len()) };
+        true
+    }
+
     /// Whether a load or store of one byte would hit.
     #[must_use]
     pub fn allows(&self, bank: Bank, address: Gva, write: bool) -> bool {

@@ -85,6 +85,16 @@ impl Core<'_> {
         self.vcpu.tlb.store_bytes(bank, to, data) || (self.reach(to, true) && self.vcpu.tlb.store_bytes(bank, to, data))
     }
 
+    /// Loads bytes of one page; says whether it did, as [`Core::copy_block`].
+    pub fn load_block(&mut self, from: Gva, buffer: &mut [u8]) -> bool {
+        if in_page(from, buffer.len()) < buffer.len() {
+            return false;
+        }
+        let bank = self.vcpu.bank();
+        self.vcpu.tlb.load_bytes(bank, from, buffer)
+            || (self.reach(from, false) && self.vcpu.tlb.load_bytes(bank, from, buffer))
+    }
+
     /// Fills the TLB for an access; a fault is found again by whoever does the access.
     fn reach(&mut self, address: Gva, write: bool) -> bool {
         self.check_canonical(address, 1).is_ok() && self.translate(address, self.access(write)).is_ok()

@@ -227,7 +227,9 @@ impl Core<'_> {
         let mut at = address;
         let end = address.add(size as u64 - 1);
         loop {
-            self.translate(at, access)?;
+            if !self.vcpu.tlb.allows(self.vcpu.bank(), at, write) {
+                self.translate(at, access)?;
+            }
             if at.page() == end.page() {
                 return Ok(());
             }
@@ -240,6 +242,11 @@ impl Core<'_> {
         let mut done = 0;
         while done < buffer.len() {
             let at = self.wrap(address.add(done as u64));
+            let piece = in_page(at, buffer.len() - done);
+            if piece > 8 && self.vcpu.checks == 0 && self.load_block(at, &mut buffer[done..done + piece]) {
+                done += piece;
+                continue;
+            }
             let size = match buffer.len() - done {
                 8.. if in_page(at, 8) == 8 => 8,
                 4.. if in_page(at, 4) == 4 => 4,
@@ -261,6 +268,11 @@ impl Core<'_> {
         let mut done = 0;
         while done < data.len() {
             let at = self.wrap(address.add(done as u64));
+            let piece = in_page(at, data.len() - done);
+            if piece > 8 && self.vcpu.checks == 0 && self.store_block(at, &data[done..done + piece]) {
+                done += piece;
+                continue;
+            }
             let size = match data.len() - done {
                 8.. if in_page(at, 8) == 8 => 8,
                 4.. if in_page(at, 4) == 4 => 4,

@@ -80,6 +80,11 @@ struct Line {
     /// The linear address of the page, with the bits of the mode in its low bits.
     tag: u64,
     page: u32,
+    ppn: Ppn,
+}
+
+impl Line {
+    const NONE: Line = Line { tag: EMPTY, page: 0, ppn: Ppn(0) };
 }
 
 /// The decoded instructions of one page.
@@ -122,7 +127,7 @@ impl DecodeCache {
     #[must_use]
     pub fn new() -> DecodeCache {
         DecodeCache {
-            lines: Box::new([Line { tag: EMPTY, page: 0 }; LINES]),
+            lines: Box::new([Line::NONE; LINES]),
             pages: Vec::new(),
             free: Vec::new(),
             index: HashMap::new(),
@@ -137,7 +142,7 @@ impl DecodeCache {
 
     /// Forgets everything.
     pub fn clear(&mut self) {
-        self.lines.fill(Line { tag: EMPTY, page: 0 });
+        self.lines.fill(Line::NONE);
         self.pages.clear();
         self.free.clear();
         self.index.clear();
@@ -157,7 +162,7 @@ impl DecodeCache {
                 self.dropped += 1;
             }
         }
-        self.lines.fill(Line { tag: EMPTY, page: 0 });
+        self.lines.fill(Line::NONE);
     }
 
     /// Brings the cache up to the processor's mode and mappings; to be called before [`DecodeCache::find`] whenever they may
@@ -168,7 +173,7 @@ impl DecodeCache {
         let moved = (mode.base, mode.limit) != (self.mode.base, self.mode.limit);
         if moved || self.mappings != core.vcpu.mappings || core.memory.code.is_pending() {
             self.mappings = core.vcpu.mappings;
-            self.lines.fill(Line { tag: EMPTY, page: 0 });
+            self.lines.fill(Line::NONE);
         }
         self.mode = mode;
     }
@@ -177,6 +182,25 @@ impl DecodeCache {
     #[inline(always)]
     pub fn find(&mut self, core: &mut Core<'_>) -> Result<&Op, GuestFault> {
         let (page, slot) = self.locate(core)?;
+        Ok(self.at(page, slot))
+    }
+
+    /// The instruction at RIP, in 64-bit code that is known to be at `gpa` and not to have been written: spares what
+    /// [`DecodeCache::refresh`] costs when mappings change all the time.
+    pub fn find_at(&mut self, core: &mut Core<'_>, gpa: Gpa) -> Result<&Op, GuestFault> {
+        let rip = core.vcpu.cpu.rip;
+        let mode = Mode::of(&core.vcpu.cpu);
+        let line = &self.lines[(rip >> 12) as usize % LINES];
+        if line.tag == rip & !PAGE_MASK | u64::from(mode.bits) && line.ppn == gpa.ppn() {
+            let number = line.page as usize;
+            let slot = self.pages.get(number).map_or(0, |page| page.slots[(rip & PAGE_MASK) as usize]);
+            if slot != 0 {
+                return Ok(self.at(number, usize::from(slot) - 1));
+            }
+        }
+        // What is found slowly is found for the mappings of now; what other lines hold is still of those before.
+        self.mode = mode;
+        let (page, slot) = self.locate_slowly(core, Gva(rip))?;
         Ok(self.at(page, slot))
     }
 
@@ -220,7 +244,7 @@ impl DecodeCache {
         }
         let number = self.page_of(Key { ppn: gpa.ppn(), page: linear.page(), mode: self.mode });
         let tag = linear.page().0 | u64::from(self.mode.bits);
-        self.lines[(linear.0 >> 12) as usize % LINES] = Line { tag, page: number };
+        self.lines[(linear.0 >> 12) as usize % LINES] = Line { tag, page: number, ppn: gpa.ppn() };
         let page = number as usize;
         let slot = self.pages[page].slots[linear.offset() as usize];
         if slot != 0 {

@@ -25,7 +25,7 @@ mod transfer;
 mod tests;
 
 use iced_x86::{Instruction, Mnemonic};
-use x86::{GuestFault, dr6, rflags};
+use x86::{Gpa, GuestFault, dr6, rflags};
 
 pub(crate) use self::dispatch::condition_code;
 pub use self::fetch::DecodeCache;
@@ -59,8 +59,17 @@ pub fn execute(core: &mut Core<'_>, instruction: &Instruction) -> Result<Flow, G
 /// Runs exactly one instruction (or one turn of a repeated string instruction) with everything that may come with it:
 /// breakpoints, single-step, interrupt shadow, faults.
 pub fn step(core: &mut Core<'_>, cache: &mut DecodeCache) -> Option<Exit> {
-    core.vcpu.sampler.now(Doing::Interpret.word());
     cache.refresh(core);
+    step_with(core, |core| cache.find(core))
+}
+
+/// As [`step`], for a caller that knows where the 64-bit code at RIP is.
+pub fn step_at(core: &mut Core<'_>, cache: &mut DecodeCache, code: Gpa) -> Option<Exit> {
+    step_with(core, |core| cache.find_at(core, code))
+}
+
+fn step_with<'a>(core: &mut Core<'_>, find: impl FnOnce(&mut Core<'_>) -> Result<&'a Op, GuestFault>) -> Option<Exit> {
+    core.vcpu.sampler.now(Doing::Interpret.word());
     core.vcpu.interpreted += 1;
     let flags = core.vcpu.cpu.rflags;
     let resume = flags & rflags::RF != 0;
@@ -72,7 +81,7 @@ pub fn step(core: &mut Core<'_>, cache: &mut DecodeCache) -> Option<Exit> {
             return deliver::fault(core, GuestFault::debug(hits));
         }
     }
-    let exit = match cache.find(core) {
+    let exit = match find(core) {
         Ok(op) => {
             core.vcpu.sampler.now(profile::interpreting(op.code()));
             complete(core, op, flags)

@@ -30,6 +30,8 @@ pub enum Kind {
     Repeat(StringOp),
     /// BT and its kin with a bit offset in a register and the bits in memory: (log2 of the operand size).
     BitInMemory(u8),
+    /// Left to the interpreter, which comes back behind it.
+    Callout,
     /// Left to the interpreter; ends the block.
     Interpret,
 }
@@ -57,6 +59,8 @@ pub enum System {
         to: u8,
         segment: u8,
     },
+    /// From a segment selector to 16 bits of a general register or memory.
+    StoreSelector(u8),
     /// RDFSBASE and its kin, 64 bits wide.
     ReadBase {
         to: u8,
@@ -246,7 +250,10 @@ impl Default for Insn {
 
 impl Insn {
     fn leave_to_interpreter(&mut self) {
-        *self = Insn { iced: self.iced, ..Insn::default() };
+        // Most go on behind themselves. Whether this one did is seen when it has run.
+        let goes_on = !self.iced.is_invalid() && self.iced.flow_control() == FlowControl::Next;
+        let kind = if goes_on { Kind::Callout } else { Kind::Interpret };
+        *self = Insn { iced: self.iced, kind, ..Insn::default() };
     }
 
     /// Fills in all but the liveness of flags. `None` for what the interpreter shall do.
@@ -444,6 +451,11 @@ fn system_kind(iced: &Instruction, features: Features) -> Option<System> {
     if matches!(iced.code(), Code::Mov_r32m16_Sreg | Code::Mov_r64m16_Sreg) && iced.op0_kind() == OpKind::Register {
         let (to, segment) = (iced.op0_register().number() as u8, iced.op1_register().number() as u8);
         return Some(System::ReadSelector { to, segment });
+    }
+    if matches!(iced.code(), Code::Mov_rm16_Sreg | Code::Mov_r32m16_Sreg | Code::Mov_r64m16_Sreg)
+        && address_is_long(iced)
+    {
+        return Some(System::StoreSelector(iced.op1_register().number() as u8));
     }
     if features.user {
         return (features.syscall && iced.code() == Code::Syscall).then_some(System::Syscall);

@@ -65,6 +65,16 @@ impl Lowering<'_> {
         Site::Interpret { block: self.c.block, guest: self.guest(insn.iced.ip()) }
     }
 
+    /// Has the interpreter run the instruction in the middle of the block. It may change anything, TLB entries among it: what
+    /// follows depends on nothing but the mode.
+    pub(super) fn call_out(&mut self, insn: &Insn) -> Option<()> {
+        let Site::Interpret { block, guest } = self.interpret(insn) else { return None };
+        self.leave(Site::Callout { block, guest, size: insn.iced.len() as u8 });
+        self.flags = Flags::Slot;
+        self.in_t1 = None;
+        Some(())
+    }
+
     /// Notes that the host may fault at the next byte of code, on behalf of the instruction at work.
     pub(super) fn may_fault(&mut self) {
         let host = self.c.asm.position() as u32;

@@ -5,7 +5,8 @@
 //! in the TLB and keeps the host's pointer; the others use the pointer without a check. PUSH, POP, ADD and LEA that move
 //! a register by a constant keep its value known.
 //!
-//! This is sound because TLB entries are only withdrawn between blocks, never inside one.
+//! This is sound because TLB entries are only withdrawn between blocks and by what the interpreter does inside one; it ends
+//! all groups.
 
 use super::block::{Access, Insn, Kind, System};
 use super::frame::GROUPS;
@@ -73,6 +74,7 @@ impl Registers {
                 self.values[4].offset -= 8;
             }
             Kind::System(System::PopFlags) => self.values[4].offset += 8,
+            Kind::Callout => (0..16).for_each(|register| self.forget(register)),
             Kind::PopReg(register) => {
                 self.values[4].offset += 8;
                 self.forget(register.into());

@@ -54,6 +54,8 @@ pub enum Site {
     Probe { block: u32, retry: u32, guest: u16, size: u16, write: bool, grouped: bool },
     /// The interpreter shall run the instruction.
     Interpret { block: u32, guest: u16 },
+    /// The same, and code goes on behind the site if the guest goes on behind the instruction, of `size` bytes.
+    Callout { block: u32, guest: u16, size: u8 },
     /// A direct jump whose target is not linked yet: `at` is where its displacement is.
     Link { block: u32, at: u32, target: i32, flags_in_host: bool },
     /// The jump cache does not know the RIP in the first scratch register.
@@ -208,7 +210,7 @@ impl Lowering<'_> {
     /// Whether the block needs scratch flags before it reads any.
     pub(super) fn wants_flags_in_slot(&self, insns: &[Insn]) -> bool {
         for insn in insns {
-            if insn.kind == Kind::Interpret {
+            if matches!(insn.kind, Kind::Interpret | Kind::Callout) {
                 return true;
             }
             if insn.operand.is_some() || insn.stack.is_some() {
@@ -264,6 +266,7 @@ impl Lowering<'_> {
     pub(super) fn instruction(&mut self, index: usize, insn: &Insn) {
         let done = match insn.kind {
             Kind::Nop | Kind::Interpret => Some(()),
+            Kind::Callout => self.call_out(insn),
             Kind::Plain => self.plain(index, insn),
             Kind::Repeat(string) => self.repeat(insn, string),
             Kind::BitInMemory(log) => self.bit_in_memory(insn, log),

@@ -46,6 +46,7 @@ use crate::core::Core;
 use crate::engine::{Engine, Exit};
 use crate::interpret::{self, DecodeCache};
 use crate::profile::{Doing, Part};
+use crate::vcpu::Stale;
 
 /// Host code for one VM. A Debian boot needs about 20 MiB; when the cache is full it starts over.
 const CODE_CACHE: usize = 64 << 20;
@@ -122,6 +123,8 @@ enum Next {
     Enter(u64),
     /// Run one instruction in the interpreter.
     Step,
+    /// The same, and enter again at `resume` if it leaves RIP at `next` and nothing else that matters here changed.
+    Callout { resume: u64, next: u64 },
 }
 
 impl Translator {
@@ -159,11 +162,21 @@ impl Translator {
     }
 
     fn interpret(&mut self, core: &mut Core<'_>) -> Option<Exit> {
-        let exit = interpret::step(core, &mut self.decoder);
+        let exit = self.interpret_one(core);
         if let Some(profile) = &mut core.vcpu.profile {
             profile.count(&core.vcpu.sampler);
         }
         exit
+    }
+
+    fn interpret_one(&mut self, core: &mut Core<'_>) -> Option<Exit> {
+        if !must_interpret(&core.vcpu.cpu) && !core.memory.code.is_pending() {
+            let mode = self.mode(&core.vcpu.cpu);
+            if let Some(code) = self.fetches.find(core, core.vcpu.cpu.rip, mode) {
+                return interpret::step_at(core, &mut self.decoder, code);
+            }
+        }
+        interpret::step(core, &mut self.decoder)
     }
 
     /// Takes note of what went stale since translated code last ran.
@@ -379,8 +392,39 @@ impl Translator {
                 Next::Dispatch => return None,
                 Next::Enter(again) => target = again,
                 Next::Step => return self.interpret(core),
+                Next::Callout { resume, next } => {
+                    if let Some(exit) = self.interpret(core) {
+                        return Some(exit);
+                    }
+                    if !self.may_resume(core, next) {
+                        return None;
+                    }
+                    target = resume;
+                }
             }
         }
+    }
+
+    /// Whether the block that called out to the interpreter may go on at `next`: nothing wants the run loop, and the block
+    /// still is what would be found there.
+    fn may_resume(&mut self, core: &mut Core<'_>, next: u64) -> bool {
+        let vcpu = &*core.vcpu;
+        let cpu = &vcpu.cpu;
+        if cpu.rip != next
+            || self.options.single
+            || vcpu.attention.is_raised()
+            || (vcpu.wants_interrupt_window && cpu.can_take_interrupt())
+            || must_interpret(cpu)
+            || core.memory.code.is_pending()
+        {
+            return false;
+        }
+        let forgets = (self.counters.cache_clears, self.counters.kernel_forgets);
+        if vcpu.stale != Stale::default() {
+            self.refresh(core);
+        }
+        let mode = self.mode(&core.vcpu.cpu);
+        forgets == (self.counters.cache_clears, self.counters.kernel_forgets) && u32::from(mode.0) == core.vcpu.hot.mode
     }
 
     /// Finds out why translated code left, and brings RIP and flags up to date.
@@ -411,6 +455,13 @@ impl Translator {
                 self.counters.exits_interpret += 1;
                 core.vcpu.cpu.rip = rip;
                 Next::Step
+            }
+            Site::Callout { block, guest, size } => {
+                let rip = self.blocks.rip(block, guest);
+                self.counters.exits_interpret += 1;
+                core.vcpu.cpu.rip = rip;
+                // The site is five bytes of code that does nothing.
+                Next::Callout { resume: site + 5, next: rip.wrapping_add(size.into()) }
             }
             Site::Link { block, at, target, flags_in_host } => {
                 let rip = self.blocks.rip(block, 0).wrapping_add_signed(target.into());

@@ -31,9 +31,38 @@ impl Lowering<'_> {
                 self.c.asm.op_mem_raw(false, &[0x0f, 0xb7], host.0, Mem::vcpu(frame::selector(segment.into())));
                 self.store_home(to, host);
             }
+            System::StoreSelector(segment) => self.store_selector(index, insn, segment)?,
             System::WriteBase { from, segment } => self.write_base(insn, from, segment),
             System::Syscall => self.syscall(insn),
             System::Sysret => self.sysret(insn),
+        }
+        Some(())
+    }
+
+    fn store_selector(&mut self, index: usize, insn: &Insn, segment: u8) -> Option<()> {
+        let to = if insn.operand.is_some() {
+            let mem = self.operand(index, insn)?;
+            self.fold(mem)
+        } else {
+            // The other 48 bits of the register stay.
+            let number = insn.iced.op0_register().number() as u8;
+            match home(number) {
+                Some(host) => {
+                    self.c.asm.store(Mem::vcpu(frame::SPILL), host);
+                    Mem::vcpu(frame::SPILL)
+                }
+                None => Mem::vcpu(frame::gpr(number.into())),
+            }
+        };
+        let asm = &mut *self.c.asm;
+        // movzx r10d, word; mov word, r10w
+        asm.op_mem_raw(false, &[0x0f, 0xb7], T0.0, Mem::vcpu(frame::selector(segment.into())));
+        asm.byte(0x66);
+        asm.op_mem_raw(false, &[0x89], T0.0, to);
+        if insn.operand.is_none()
+            && let Some(host) = home(insn.iced.op0_register().number() as u8)
+        {
+            asm.load(host, Mem::vcpu(frame::SPILL));
         }
         Some(())
     }
