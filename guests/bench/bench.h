@@ -25,6 +25,9 @@ item_function busybox_sha256sum, busybox_gzip, busybox_bunzip2, busybox_awk, bus
 void make_data(const struct places *places);
 void remove_data(const struct places *places);
 
+/* system.c */
+void run_system(const struct places *places, unsigned rounds, const char *only); /* all items when only is NULL */
+
 /* nano.c */
 int nano(unsigned rounds);
 

@@ -96,6 +96,21 @@ static void run(size_t index, const struct places *places)
     fflush(stdout);
 }
 
+/* The guest has one processor; on the host, stay on one too, so that the pipe's two ends share it alike. */
+static void stay_on_one_processor(void)
+{
+    cpu_set_t allowed, one;
+    if (sched_getaffinity(0, sizeof allowed, &allowed) == 0) {
+        for (int cpu = CPU_SETSIZE - 1; cpu >= 0; cpu--)
+            if (CPU_ISSET(cpu, &allowed)) {
+                CPU_ZERO(&one);
+                CPU_SET(cpu, &one);
+                sched_setaffinity(0, sizeof one, &one);
+                break;
+            }
+    }
+}
+
 static int is_named(const char *name, int count, char **names)
 {
     for (int i = 0; i < count; i++)
@@ -107,23 +122,20 @@ static int is_named(const char *name, int count, char **names)
 /* Runs the named items; all of them when none is named. */
 static int run_some(const struct places *places, int count, char **names)
 {
-    /* The guest has one processor; on the host, stay on one too, so that the pipe's two ends share it alike. */
-    cpu_set_t allowed, one;
-    if (sched_getaffinity(0, sizeof allowed, &allowed) == 0) {
-        for (int cpu = CPU_SETSIZE - 1; cpu >= 0; cpu--)
-            if (CPU_ISSET(cpu, &allowed)) {
-                CPU_ZERO(&one);
-                CPU_SET(cpu, &one);
-                sched_setaffinity(0, sizeof one, &one);
-                break;
-            }
-    }
+    stay_on_one_processor();
     make_data(places);
     for (size_t index = 0; index < ITEMS; index++)
         if (count == 0 || is_named(items[index].name, count, names))
             run(index, places);
     remove_data(places);
-    say("BENCH-END");
+    return 0;
+}
+
+/* The words are the number of rounds, and the one item to run if not all. */
+static int system_items(const struct places *places, int count, char **words)
+{
+    stay_on_one_processor();
+    run_system(places, (unsigned)strtoul(words[0], NULL, 10), count > 1 ? words[1] : NULL);
     return 0;
 }
 
@@ -136,7 +148,11 @@ static int as_process_one(int count, char **words)
     mkdir("/proc", 0755);
     mount("proc", "/proc", "proc", 0, NULL);
     mkdir("/data", 0755);
-    run_some(&places, count, words);
+    if (count >= 2 && strcmp(words[0], "system") == 0)
+        system_items(&places, count - 1, words + 1);
+    else
+        run_some(&places, count, words);
+    say("BENCH-END");
     reboot(RB_POWER_OFF);
     return 1;
 }
@@ -152,12 +168,16 @@ int main(int count, char **words)
             puts(items[index].name);
         return 0;
     }
+    if (count >= 3 && strcmp(words[1], "system") == 0) {
+        struct places places = {words[0], "", ""};
+        return system_items(&places, count - 2, words + 2);
+    }
     if (count == 3 && strcmp(words[1], "nano") == 0)
         return nano((unsigned)strtoul(words[2], NULL, 10));
     if (count == 4 && strcmp(words[1], "all") == 0) {
         struct places places = {words[0], words[2], words[3]};
         return run_some(&places, 0, NULL);
     }
-    fprintf(stderr, "usage: %s all BUSYBOX FOLDER | nano ROUNDS | list | true\n", words[0]);
+    fprintf(stderr, "usage: %s all BUSYBOX FOLDER | nano ROUNDS | system ROUNDS [ITEM] | list | true\n", words[0]);
     return 2;
 }

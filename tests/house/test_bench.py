@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from ringzero.bench import compute, engines, figures, guests, idle, nano, profile
+from ringzero.bench import compute, engines, figures, guests, idle, nano, profile, rounds, system
 from ringzero.bench.engines import Run
 from ringzero.errors import GuestError, InputError
 from ringzero.images.newc import NewcWriter
@@ -128,25 +128,25 @@ def nano_run(*lines: str, status: int = 0) -> Run:
     return Run(1.0, status, False, [(0.0, line) for line in (*lines, "PASS")])
 
 
-def test_nano_takes_a_median_of_each_run_and_compares_checksums() -> None:
-    results = nano.Results()
+def test_a_run_counts_with_its_least_round_and_checksums_are_compared() -> None:
+    results = rounds.Results(nano.OPERATIONS)
     ours = nano_run(*(f"NANO in {cycles} 100 0000000000000007" for cycles in (1000, 9000, 2000)))
-    results.add("translate", nano.parse(ours))
-    results.add("qemu", nano.parse(nano_run("NANO in 4000 100 0000000000000007")))
+    results.add("translate", rounds.parse(ours, "NANO"))
+    results.add("qemu", rounds.parse(nano_run("NANO in 4000 100 0000000000000007"), "NANO"))
     assert results.names == ["in"]
-    cycles = results.cycles("translate", "in")
+    cycles = results.sample("translate", "in")
     assert cycles is not None
-    assert (cycles.median, results.ratio("translate", "in")) == (20.0, 2.0)
-    assert results.cycles("native", "in") is None
+    assert (cycles.median, results.ratio("qemu", "translate", "in")) == (10.0, 4.0)
+    assert results.sample("native", "in") is None
     assert results.complaints() == []
-    results.add("translate", nano.parse(nano_run("NANO in 4000 100 0000000000000008")))
+    results.add("translate", rounds.parse(nano_run("NANO in 4000 100 0000000000000008"), "NANO"))
     assert "the checksums differ" in results.complaints()[0]
 
 
 @pytest.mark.parametrize("run", [nano_run(status=5), Run(1.0, 0, False, [(0.0, "NANO in 1 1 0")])])
 def test_a_nano_run_that_is_not_whole_gives_no_figure(run: Run) -> None:
     with pytest.raises(GuestError):
-        nano.parse(run)
+        rounds.parse(run, "NANO")
 
 
 def test_nano_computes_the_same_on_both_engines_and_natively() -> None:
@@ -154,6 +154,32 @@ def test_nano_computes_the_same_on_both_engines_and_natively() -> None:
     assert set(results.names) == set(nano.OPERATIONS)
     assert set(results.runs["native"]) == {"callret", "smc"}
     assert results.complaints() == []
+
+
+def system_run(clock: float) -> Run:
+    lines = [(1.0, "BENCH-START"), (1.5, "[ 1.0] SYSTEM pipe 300 3 00000000000000ff"), (3.0, "BENCH-STOP")]
+    return Run(4.0, 0, False, [*lines, (3.1, f"SYSTEM-CLOCK {int(clock * 1e9)}"), (3.2, "PASS")])
+
+
+def test_a_system_run_is_read_and_its_clock_checked() -> None:
+    assert rounds.parse(system_run(2.0), "SYSTEM")["pipe"].rounds == (100.0,)
+    assert system.clock_complaint(system_run(2.0)) is None
+    assert "says 3.000 s, the host's 2.000 s" in (system.clock_complaint(system_run(3.0)) or "")
+    with pytest.raises(GuestError):
+        system.clock_complaint(nano_run())
+
+
+def test_the_system_items_are_those_of_the_program() -> None:
+    done = engines.run([str(guests.program()), "system", "1"], timeout=60)
+    assert list(rounds.parse(done, "SYSTEM")) == list(system.ITEMS)
+
+
+@pytest.mark.needs_debian
+def test_the_guest_and_the_bare_machine_compute_the_same() -> None:
+    bench = system.SystemBench(kernel=guests.kernel("6.1"), runs=1, with_qemu=False)
+    results = bench.measure(Console(quiet=True)).results
+    assert results.complaints() == []
+    assert set(results.runs["translate"]) == set(results.runs["native"]) == set(system.ITEMS)
 
 
 def test_shares_of_a_profile_are_of_busy_time() -> None:

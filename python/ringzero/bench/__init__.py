@@ -1,7 +1,6 @@
-"""Published numbers, one file each: `boot`, `compute`, `idle`, `nano`. Always a ratio on one machine in one run.
+"""Published numbers, one file each: `boot`, `compute`, `idle`, `nano`, `system`. Always a ratio on one machine in one
+run. `profile` says where the time goes.
 
-`profile` says where the time goes.
-
-`command.py` is their command line, `engines.py` starts what is compared, `guests.py` makes what runs in it,
-`figures.py` does the arithmetic, `report.py` the table and the JSON.
+`command.py` is their command line, `engines.py` starts what is compared, `guests.py` makes what runs in it, `rounds.py`
+reads what a guest measured itself, `figures.py` does the arithmetic, `report.py` the table and the JSON.
 """

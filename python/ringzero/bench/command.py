@@ -15,6 +15,7 @@ from ringzero.bench import guests, report
 from ringzero.bench import idle as idle_bench
 from ringzero.bench import nano as nano_bench
 from ringzero.bench import profile as profile_bench
+from ringzero.bench import system as system_bench
 from ringzero.errors import InputError
 
 __all__ = ["app"]
@@ -160,12 +161,46 @@ def nano(
         raise typer.Exit(1)
 
 
+@app.command()
+def system(
+    runs: Runs = 5,
+    only: Annotated[str, typer.Option(help="Only this item.")] = "",
+    linux: Annotated[str, typer.Option(help="Debian kernel series.")] = "6.1",
+    kernel: Annotated[Path | None, typer.Option(help="A kernel file instead.")] = None,
+    engine: Engine = "translate",
+    memory: Annotated[int, typer.Option(min=128, help="Guest memory in MiB.")] = 512,
+    timeout: Annotated[float, typer.Option(help="Seconds that one boot with all items may take.")] = 300.0,
+    without_qemu: WithoutQemu = False,
+    json: Json = None,
+) -> None:
+    """Latencies of the guest's kernel, as lmbench measures them, under ringzero, QEMU TCG and on the bare machine."""
+    console = Console()
+    described = report.machine()
+    [(_, file)] = kernels([linux], [kernel] if kernel is not None else [])
+    bench = system_bench.SystemBench(
+        kernel=file,
+        engine=engine,
+        runs=runs,
+        only=only,
+        memory=memory,
+        timeout=timeout,
+        with_qemu=not without_qemu,
+    )
+    report.say_machine(console, described)
+    measured = bench.measure(console)
+    system_bench.show(console, measured)
+    if json is not None:
+        report.write_json(json, system_bench.as_json(measured, described, engine))
+    if measured.complaints():
+        raise typer.Exit(1)
+
+
 @app.command(cls=WithCommand)
 def profile(
     context: typer.Context,
     image: Annotated[str, typer.Argument(metavar="[IMAGE] [-- CMD ARG...]", help="For CMD.")] = "debian",
     workload: Annotated[
-        list[str] | None, typer.Option(help="An item of bench compute; may be repeated.")
+        list[str] | None, typer.Option(help="An item of bench compute or bench system; may be repeated.")
     ] = None,
     linux: Annotated[str, typer.Option(help="Debian kernel series to boot.")] = "6.1",
     kernel: Annotated[Path | None, typer.Option(help="A kernel file instead.")] = None,

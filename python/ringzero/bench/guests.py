@@ -66,6 +66,7 @@ def _initramfs(tools: bytes | None) -> bytes:
     with NewcWriter(out) as archive:
         archive.device("dev/console", 5, 1)
         archive.device("dev/null", 1, 3, mode=0o666)
+        archive.device("dev/zero", 1, 5, mode=0o666)
         archive.file("init", program().read_bytes(), 0o755)
         if tools is not None:
             archive.file("bin/busybox", tools, 0o755)

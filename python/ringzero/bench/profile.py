@@ -1,6 +1,6 @@
 """`ringzero bench profile`: where a guest's time goes, by samples of what its processors do.
 
-The guest is a boot to power-off, items of `bench compute`, or a command in an image. Shares are of the time in which
+The guest is a boot to power-off, items of `bench compute` and `bench system`, or a command in an image. Shares are of the time in which
 the guest had something to do; a busy host makes a run longer, but hardly changes them.
 """
 
@@ -18,7 +18,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from ringzero.bench import boot, compute, guests
+from ringzero.bench import boot, compute, guests, system
 from ringzero.errors import GuestError, InputError
 from ringzero.machine.machine import Machine
 
@@ -141,7 +141,7 @@ class Report:
 
 @dataclass(frozen=True)
 class ProfileBench:
-    """What to look at: `command` in `image`, or else `items` of bench compute, or else a boot of `kernel`.
+    """What to look at: `command` in `image`, or else `items` of bench compute and bench system, or else a boot of `kernel`.
 
     `memory` is in MiB, `timeout` in seconds.
     """
@@ -157,9 +157,10 @@ class ProfileBench:
 
     def measure(self, console: Console) -> list[Report]:
         """Run the guest and return a report for each thing that was looked at."""
-        unknown = [name for name in self.items if name not in compute.CLASSES]
+        known = dict.fromkeys([*compute.CLASSES, *system.ITEMS])
+        unknown = [name for name in self.items if name not in known]
         if unknown:
-            raise InputError(f"there is no item {unknown[0]!r}: choose from {', '.join(compute.CLASSES)}")
+            raise InputError(f"there is no item {unknown[0]!r}: choose from {', '.join(known)}")
         if self.command:
             with console.status(f"{self.image}: {self.command[0]}"):
                 return [self._command()]
@@ -193,8 +194,8 @@ class ProfileBench:
 
     def _item(self, kernel: Path, initrd: Path, item: str) -> Report:
         report = Report(item)
-        words = f"{compute.APPEND} -- {item}"
-        with self._machine(kernel=kernel, initrd=initrd, append=words) as machine:
+        words = item if item in compute.CLASSES else f"system {system.ROUNDS} {item}"
+        with self._machine(kernel=kernel, initrd=initrd, append=f"{compute.APPEND} -- {words}") as machine:
             end = time.monotonic() + self.timeout
             while True:
                 mark = machine.console.expect(r"BENCH-(START|END|FAILED)", end - time.monotonic())
