@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from collections.abc import Iterator
 from functools import cache
 
 import pytest
@@ -47,6 +48,14 @@ REASONS = {
     "needs_kvm": no_kvm,
     "needs_root": no_root,
 }
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_translations(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Keep the translations of all tests in a folder of their own, for as long as they run."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RINGZERO_TRANSLATION_CACHE", str(tmp_path_factory.mktemp("kept") / "translations"))
+        yield
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -51,9 +51,14 @@ fn is_main_thread(py: Python<'_>) -> PyResult<bool> {
 impl Vm {
     #[new]
     #[pyo3(
-        signature = (memory, *, cpus = None, engine = "translate", count_instructions = false, profile = false, trace_path = None),
-        text_signature = "(memory, *, cpus=1, engine='translate', count_instructions=False, profile=False, trace_path=None)"
+        signature = (
+            memory, *, cpus = None, engine = "translate", count_instructions = false, profile = false, trace_path = None,
+            translations = None
+        ),
+        text_signature = "(memory, *, cpus=1, engine='translate', count_instructions=False, profile=False, \
+            trace_path=None, translations=None)"
     )]
+    #[expect(clippy::too_many_arguments, reason = "they are Python's keyword arguments")]
     fn new(
         py: Python<'_>,
         memory: &Bound<'_, PyAny>,
@@ -62,6 +67,7 @@ impl Vm {
         count_instructions: bool,
         profile: bool,
         trace_path: Option<PathBuf>,
+        translations: Option<PathBuf>,
     ) -> PyResult<Self> {
         let options = Options {
             memory: fit(memory, "the size of memory")?,
@@ -70,6 +76,7 @@ impl Vm {
             count_instructions,
             profile,
             trace: trace_path,
+            translations,
         };
         let machine = Arc::new(py_enter(py, || monitor::Vm::new(&options))?);
         let mut list = MACHINES.lock().unwrap_or_else(PoisonError::into_inner);
@@ -143,11 +150,6 @@ impl Vm {
         let (first, count) = (fit(first, "a port")?, fit(count, "a number of ports")?);
         let device = Box::new(PythonDevice::new(device)?);
         Ok(py_enter(py, || self.machine.add_port_device(first, count, device))?)
-    }
-
-    fn add_scratch(&self, py: Python<'_>, first: &Bound<'_, PyAny>, size: &Bound<'_, PyAny>) -> PyResult<()> {
-        let (first, size) = (Gpa(fit(first, "an address")?), fit(size, "a size")?);
-        Ok(py_enter(py, || self.machine.add_scratch(first, size))?)
     }
 
     fn serial_fd(&self, py: Python<'_>, index: &Bound<'_, PyAny>) -> PyResult<i32> {

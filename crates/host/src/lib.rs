@@ -6,6 +6,7 @@ pub mod counters;
 pub mod events;
 pub mod lock;
 pub mod map;
+pub mod private;
 pub mod random;
 pub mod sampler;
 pub mod signal;

@@ -128,8 +128,9 @@ fn serve(hall: &Hall, number: usize) -> Option<String> {
     finish(&mut place.lock())
 }
 
-/// Writes out the trace; a sentence when that fails.
+/// Writes out what is kept, and the trace; a sentence when that fails.
 fn finish(processor: &mut Processor) -> Option<String> {
+    processor.engine.finish();
     let error = processor.tracer.as_mut()?.finish().err()?;
     Some(format!("error: {error}"))
 }
@@ -159,10 +160,6 @@ fn turn(hall: &Hall, number: usize, processor: &mut Processor) -> Outcome {
     let exit = match take_events(&mut core, &hall.platform, number, activity) {
         Some(exit) => exit,
         None if *activity != Activity::Running => return Outcome::Sleep,
-        None if tracer.is_none() && behind_shadow(core.vcpu, &hall.platform, number) => {
-            core.vcpu.attention.raise();
-            engine.step(&mut core).unwrap_or(Exit::Attention)
-        }
         None => match tracer {
             None => engine.run(&mut core),
             Some(tracer) => match step(&mut core, &mut **engine, tracer) {
@@ -183,13 +180,6 @@ fn turn(hall: &Hall, number: usize, processor: &mut Processor) -> Outcome {
         Exit::Unsupported(sentence) => return Outcome::End(format!("error: {sentence}")),
     }
     Outcome::GoOn
-}
-
-/// Whether an NMI waits for the end of an interrupt shadow, which is the end of the next instruction: no interrupt window
-/// tells of it when IF is clear.
-fn behind_shadow(vcpu: &Vcpu, platform: &Platform, number: usize) -> bool {
-    let cpu = &vcpu.cpu;
-    cpu.interrupt_shadow && !cpu.nmi_blocked && platform.attention(number) & attention::NMI != 0
 }
 
 /// Runs one instruction and traces it. `Attention` also when there was no reason to come back.

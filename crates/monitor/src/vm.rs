@@ -13,6 +13,7 @@ use io::platform::{Config, Platform};
 use memory::GuestMemory;
 use memory::pmap::{HOLE_END, HOLE_START};
 use processor::interpret::Interpreter;
+use processor::translate::kept::Kept;
 use processor::translate::{self, Translator};
 use processor::{Engine, Vcpu};
 use x86::paging::PHYSICAL_BITS;
@@ -50,6 +51,8 @@ pub struct Options {
     pub profile: bool,
     /// Where the execution trace of processor 0 goes.
     pub trace: Option<PathBuf>,
+    /// The folder of translations that are kept from run to run; none are kept without one.
+    pub translations: Option<PathBuf>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -86,13 +89,17 @@ pub struct Vm {
     counters: Arc<Counters>,
 }
 
-fn engine(options: &Options) -> Result<Box<dyn Engine>, Error> {
+fn engine(options: &Options, kept: Option<&Arc<Kept>>) -> Result<Box<dyn Engine>, Error> {
     match options.engine.as_str() {
         "interpret" => Ok(Box::new(Interpreter::new())),
         "translate" => {
             let options =
                 translate::Options { count_instructions: options.count_instructions, single: options.trace.is_some() };
-            Ok(Box::new(Translator::new(options).map_err(host_error("memory for translated code"))?))
+            let mut translator = Translator::new(options).map_err(host_error("memory for translated code"))?;
+            if let Some(kept) = kept {
+                translator.keep(Arc::clone(kept));
+            }
+            Ok(Box::new(translator))
         }
         name => Err(Error::Engine { name: name.into(), known: ENGINES.to_vec() }),
     }
@@ -114,10 +121,11 @@ impl Vm {
         // 1. Memory: promised, not given.
         let memory = GuestMemory::new(options.memory)?;
         // 2. Processors, each with an engine of its own.
+        let kept = options.translations.clone().map(|place| Arc::new(Kept::new(place)));
         let mut processors = Vec::with_capacity(options.processors);
         let mut kickers = Vec::with_capacity(options.processors);
         for number in 0..options.processors {
-            let engine = engine(options)?;
+            let engine = engine(options, kept.as_ref())?;
             let mut vcpu = Vcpu::place(CpuState::reset()).map_err(host_error("memory for a processor"))?;
             vcpu.profile = options.profile.then(Box::default);
             let sampler = Arc::clone(&vcpu.sampler);
@@ -191,17 +199,6 @@ impl Vm {
         let window = self.dispatcher.add(device);
         hall.platform.add_port_device(first, count, window).inspect_err(|_| self.dispatcher.withdraw())?;
         Ok(())
-    }
-
-    /// Gives `size` bytes of guest physical addresses from `first`, where there is no RAM, to registers that keep what is
-    /// written to them.
-    ///
-    /// # Errors
-    /// [`Error::Started`], and [`Error::Platform`] when the range is taken or is none.
-    pub fn add_scratch(&self, first: Gpa, size: u64) -> Result<(), Error> {
-        let mut hall = self.hall.lock();
-        let hall = Arc::get_mut(&mut hall).ok_or(Error::Started)?;
-        Ok(hall.platform.add_scratch(first, size)?)
     }
 
     /// Our end of a serial port's line.

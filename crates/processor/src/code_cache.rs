@@ -135,6 +135,13 @@ impl CodeCache {
         self.first = self.next;
     }
 
+    /// What was added before [`CodeCache::keep_from_here`].
+    #[must_use]
+    pub fn kept(&self) -> Vec<u8> {
+        let words = (PAGE..self.first).step_by(4);
+        words.flat_map(|at| self.read_u32(self.range().start + at as u64).to_le_bytes()).collect()
+    }
+
     /// Forgets all code but what is kept, and gives its memory back.
     pub fn clear(&mut self) {
         let kept = self.first.next_multiple_of(PAGE);

@@ -64,6 +64,9 @@ pub trait Engine: Send {
         None
     }
 
+    /// The machine has ended: nothing runs any more.
+    fn finish(&mut self) {}
+
     /// Counters by dotted name, for `--stats`.
     fn counters(&self) -> Vec<(&'static str, u64)>;
 }

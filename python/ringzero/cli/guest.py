@@ -60,6 +60,7 @@ class RunOptions:
     stats: bool = False
     trace: str | None = None
     verbose: bool = False
+    no_translation_cache: bool = False
 
 
 @dataclass
@@ -128,6 +129,7 @@ def run_guest(options: RunOptions) -> int:
         count_instructions=options.stats,
         profile=options.stats and "RINGZERO_PROFILE" in os.environ,
         trace=options.trace,
+        translation_cache=not options.no_translation_cache,
     )
     if image is not None:
         _ensure(image)

@@ -30,6 +30,7 @@ OPTIONS: dict[str, tuple[str, Callable[[str], Any] | None]] = {
     "-w": ("cwd", str),
     "--stats": ("stats", None),
     "--trace": ("trace", str),
+    "--no-translation-cache": ("no_translation_cache", None),
     "--verbose": ("verbose", None),
     "-v": ("verbose", None),
 }

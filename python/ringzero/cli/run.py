@@ -84,6 +84,10 @@ def run(
     trace: Annotated[
         str | None, typer.Option(metavar="FILE", help="Write a trace of every instruction.")
     ] = None,
+    no_translation_cache: Annotated[
+        bool,
+        typer.Option("--no-translation-cache", help="Keep no translations for later runs, and use none."),
+    ] = False,
     verbose: Annotated[
         bool, typer.Option("--verbose", "-v", help="Show the kernel's messages while it boots.")
     ] = False,
@@ -108,5 +112,6 @@ def run(
         stats=stats,
         trace=trace,
         verbose=verbose,
+        no_translation_cache=no_translation_cache,
     )
     raise typer.Exit(run_guest(options))

@@ -4,7 +4,8 @@
 - 0xE4-0xE7: takes an address and does nothing: no page has to be dropped here for a fault to be seen
 - 0x2000-0x200F: interrupt line N is raised by writing something else than zero to 0x2000 + N, and lowered by
   zero
-- memory-mapped registers at 0xFF000000, 64 KiB, that keep what is written to them (the bus serves them itself)
+
+QEMU's device also has a page of memory at 0xFF000000, which this one lacks.
 """
 
 from __future__ import annotations
@@ -15,10 +16,8 @@ from typing import Final
 from ringzero.devices import ports as pc
 from ringzero.devices.device import PortRange
 
-__all__ = ["SCRATCH_MEMORY", "SCRATCH_MEMORY_SIZE", "PcTestdev"]
+__all__ = ["PcTestdev"]
 
-SCRATCH_MEMORY: Final = 0xFF00_0000
-SCRATCH_MEMORY_SIZE: Final = 64 << 10
 _SCRATCH_SIZE: Final = 4
 _LINES: Final = 16
 

@@ -28,12 +28,13 @@ def assemble(
     count_instructions: bool = False,
     profile: bool = False,
     trace: str | None = None,
+    translations: str | None = None,
 ) -> _core.Vm:
     """Return a VM that is ready to start, with the PC's slow devices and `devices` on its bus.
 
     `profile` samples what the processors do, for the counters named profile; `trace` is the path of an
-    instruction trace. Raises InputError for what cannot be used, and the core's own CoreError when that
-    refuses.
+    instruction trace, `translations` that of the folder of kept translations. Raises InputError for what
+    cannot be used, and the core's own CoreError when that refuses.
     """
     if spec.kernel is None:
         raise InputError("a machine needs a kernel to start")
@@ -65,6 +66,7 @@ def assemble(
         count_instructions=count_instructions,
         profile=profile,
         trace_path=trace,
+        translations=translations,
     )
     attach_devices(vm, devices)
     plan.load(vm)

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 from ringzero.errors import GuestEnded, GuestError, InputError, InternalError
 from ringzero.machine.console import Console, Sink
 from ringzero.machine.spec import MachineSpec
+from ringzero.machine.translations import translation_folder
 
 if TYPE_CHECKING:
     import subprocess
@@ -70,6 +71,7 @@ class Machine:
         count_instructions: bool = False,
         profile: bool = False,
         trace: str | os.PathLike[str] | None = None,
+        translation_cache: bool | str | os.PathLike[str] = True,
     ) -> None:
         """Describe a machine; nothing runs yet. Raises InputError for what can be seen to be wrong already.
 
@@ -82,7 +84,8 @@ class Machine:
         login shell on the console. Without `quiet` the kernel's messages show. With `kaslr` a bzImage unpacks
         itself, at a random address; otherwise it is unpacked before it starts, and runs where it was linked to
         run. `trace` names a file for a trace of every instruction. With `profile` the counters named profile.*
-        say what the processors did, in samples.
+        say what the processors did, in samples. `translation_cache` keeps translations for later machines: in
+        this user's cache, in a folder of its own, or not at all.
         """
         if image is None and kernel is None:
             image = "debian"
@@ -108,6 +111,7 @@ class Machine:
         self._count_instructions = count_instructions
         self._profile = profile
         self._trace = os.fspath(trace) if trace is not None else None
+        self._translations = translation_folder(translation_cache)
         self._core_vm: _core.Vm | None = None
         self._console: Console | None = None
         self._agent: AgentLink | None = None
@@ -136,6 +140,7 @@ class Machine:
                     count_instructions=self._count_instructions,
                     profile=self._profile,
                     trace=self._trace,
+                    translations=self._translations,
                 )
                 self._console = Console(_line(vm, CONSOLE_PORT), self._sink)
                 if image.agent and self._with_agent:

@@ -69,6 +69,8 @@ pub enum Alu {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Label(u32);
 
+/// Code is kept from machine to machine (see `kept`), so nothing in it may depend on where the host put anything: all that is
+/// outside of it is reached by [`Asm::relative`] or from the base register, and there are no absolute addresses of the host.
 #[derive(Debug, Default)]
 pub struct Asm {
     pub code: Vec<u8>,
@@ -76,6 +78,8 @@ pub struct Asm {
     origin: u64,
     bound: Vec<Option<u32>>,
     uses: Vec<(u32, Label)>,
+    /// Displacements to what is outside the code: where they are, and the target.
+    externals: Vec<(u32, u64)>,
 }
 
 impl Asm {
@@ -83,7 +87,18 @@ impl Asm {
         self.code.clear();
         self.bound.clear();
         self.uses.clear();
+        self.externals.clear();
         self.origin = origin;
+    }
+
+    #[must_use]
+    pub fn origin(&self) -> u64 {
+        self.origin
+    }
+
+    #[must_use]
+    pub fn externals(&self) -> &[(u32, u64)] {
+        &self.externals
     }
 
     #[must_use]
@@ -348,6 +363,9 @@ impl Asm {
 
     /// A 32-bit displacement to an absolute address, relative to the end of these four bytes.
     pub fn relative(&mut self, target: u64) {
+        if !(self.origin..=self.address()).contains(&target) {
+            self.externals.push((self.code.len() as u32, target));
+        }
         let relative = target.wrapping_sub(self.address() + 4) as i64;
         let relative = i32::try_from(relative).expect("the code cache is smaller than 2 GiB");
         self.dword(relative as u32);

@@ -43,6 +43,7 @@ impl Lowering<'_> {
         self.c.sites.push(site);
         // test eax, imm32: a number that may be run over, behind a call that comes back.
         self.c.asm.byte(0xa9);
+        self.site_uses.push(self.c.asm.position() as u32);
         self.c.asm.dword(index);
     }
 

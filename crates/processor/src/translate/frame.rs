@@ -244,3 +244,41 @@ pub fn jump_entry(mode: usize, place: usize) -> i32 {
     let caches = offset_of!(Vcpu, jumps) + offset_of!(JumpCaches, caches);
     disp(caches + (mode * JUMP_ENTRIES + place) * size_of::<JumpEntry>())
 }
+
+/// The places of all that translated code reaches: a kept translation is only right where they are the same.
+#[must_use]
+pub fn layout() -> Vec<u64> {
+    let fields = [
+        FLAGS,
+        SCRATCH,
+        SPILL,
+        MODE,
+        STAR,
+        LSTAR,
+        SFMASK,
+        STRING,
+        HOST_STACK,
+        SITE,
+        FAULT_FLAGS,
+        TLB_MISSES,
+        SHADOW_HITS,
+        ACCESSES,
+        INSTRUCTIONS,
+        HOST_MXCSR,
+        RFLAGS,
+        FPU,
+        KERNEL_GS_BASE,
+        TSC_AUX,
+        TSC_OFFSET,
+        WANTS_WINDOW,
+        USER_GENERATION,
+        TLB_READ,
+        TLB_WRITE,
+        TLB_PAGE,
+    ];
+    let computed = [group(0), gpr(0), selector(0), segment_base(0), jump_entry(0, 0), shadow(Bank::Kernel)];
+    let banks = [Bank::Kernel, Bank::User, Bank::KernelAc].map(|bank| [tlb(bank), dirty(bank), generation(bank)]);
+    let controls = [0, 2, 3, 4].map(control);
+    let all = fields.into_iter().chain(computed).chain(banks.into_iter().flatten()).chain(controls);
+    all.map(|place| place as u64).chain([size_of::<Vcpu>() as u64]).collect()
+}

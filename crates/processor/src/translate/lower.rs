@@ -68,6 +68,53 @@ pub enum Site {
 
 const _: () = assert!(size_of::<Site>() <= 16);
 
+impl Site {
+    /// Bytes of a packed site.
+    pub const PACKED: usize = 16;
+
+    /// The site as bytes, whatever its block's number is and wherever the code begins (`start`, from the code cache's start).
+    pub fn pack(self, start: u32) -> [u8; Site::PACKED] {
+        let (tag, flags, guest, size, words) = match self {
+            Site::Probe { retry, guest, size, write, grouped, .. } => {
+                (0, u8::from(write) | u8::from(grouped) << 1, guest, size, [retry.wrapping_sub(start), 0])
+            }
+            Site::Interpret { guest, .. } => (1, 0, guest, 0, [0, 0]),
+            Site::Link { at, target, flags_in_host, .. } => {
+                (2, u8::from(flags_in_host), 0, 0, [at.wrapping_sub(start), target as u32])
+            }
+            Site::Lookup => (3, 0, 0, 0, [0, 0]),
+            Site::Window { guest, .. } => (4, 0, guest, 0, [0, 0]),
+            Site::Simd { guest, .. } => (5, 0, guest, 0, [0, 0]),
+            Site::Callout { guest, size, .. } => (6, 0, guest, size.into(), [0, 0]),
+        };
+        let mut bytes = [0; Site::PACKED];
+        (bytes[0], bytes[1]) = (tag, flags);
+        bytes[2..4].copy_from_slice(&guest.to_le_bytes());
+        bytes[4..6].copy_from_slice(&size.to_le_bytes());
+        bytes[8..12].copy_from_slice(&words[0].to_le_bytes());
+        bytes[12..16].copy_from_slice(&words[1].to_le_bytes());
+        bytes
+    }
+
+    /// The site of a block with another number, whose code begins elsewhere.
+    pub fn unpack(bytes: [u8; Site::PACKED], block: u32, start: u32) -> Option<Site> {
+        let [tag, flags, g0, g1, s0, s1, _, _, a0, a1, a2, a3, b0, b1, b2, b3] = bytes;
+        let (guest, size) = (u16::from_le_bytes([g0, g1]), u16::from_le_bytes([s0, s1]));
+        let (at, other) = (u32::from_le_bytes([a0, a1, a2, a3]), u32::from_le_bytes([b0, b1, b2, b3]));
+        let at = start.wrapping_add(at);
+        Some(match tag {
+            0 => Site::Probe { block, retry: at, guest, size, write: flags & 1 != 0, grouped: flags & 2 != 0 },
+            1 => Site::Interpret { block, guest },
+            2 => Site::Link { block, at, target: other as i32, flags_in_host: flags & 1 != 0 },
+            3 => Site::Lookup,
+            4 => Site::Window { block, guest },
+            5 => Site::Simd { block, guest },
+            6 => Site::Callout { block, guest, size: u8::try_from(size).ok()? },
+            _ => return None,
+        })
+    }
+}
+
 /// Where the guest's flags are.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Flags {
@@ -94,6 +141,8 @@ pub struct Lowered {
 pub struct Scratch {
     /// The last block's host code mapped back to guest instructions.
     pub map: Vec<MapEntry>,
+    /// Where in its code the numbers of its sites are, in the sites' order.
+    pub site_uses: Vec<u32>,
     ready: Vec<bool>,
     cold: Vec<Cold>,
 }
@@ -122,6 +171,7 @@ pub(super) struct Lowering<'a> {
     pub(super) in_t1: Option<usize>,
     pub(super) cold: &'a mut Vec<Cold>,
     pub(super) map: &'a mut Vec<MapEntry>,
+    pub(super) site_uses: &'a mut Vec<u32>,
     /// The instruction at work, relative to the block.
     pub(super) current: u16,
     pub(super) unsupported: bool,
@@ -129,8 +179,9 @@ pub(super) struct Lowering<'a> {
 
 /// Emits the code of a block. What maps it back is then in `scratch`.
 pub fn lower(context: Context<'_>, source: &Source, groups: &Groups, scratch: &mut Scratch) -> Lowered {
-    let Scratch { map, ready, cold } = scratch;
+    let Scratch { map, site_uses, ready, cold } = scratch;
     map.clear();
+    site_uses.clear();
     cold.clear();
     ready.clear();
     ready.resize(groups.groups.len(), false);
@@ -142,6 +193,7 @@ pub fn lower(context: Context<'_>, source: &Source, groups: &Groups, scratch: &m
         in_t1: None,
         cold,
         map,
+        site_uses,
         current: 0,
         unsupported: false,
     };

@@ -17,10 +17,12 @@ mod flow;
 pub mod frame;
 mod groups;
 mod idle;
+pub mod kept;
 mod links;
 mod lower;
 mod memory;
 mod profile;
+mod recall;
 mod refill;
 mod string;
 mod system;
@@ -39,6 +41,7 @@ use self::enter::Stubs;
 use self::exits::jump_index;
 use self::fetch::FetchCache;
 use self::groups::Groups;
+use self::kept::record::Span;
 use self::links::Links;
 use self::lower::{Flags, Mode, Site, lower};
 use crate::code_cache::{CodeCache, Poll};
@@ -75,6 +78,7 @@ struct Counters {
     translated_blocks: u64,
     translated_instructions: u64,
     translation_ticks: u64,
+    recalled_instructions: u64,
     cache_clears: u64,
     exits_probe: u64,
     exits_interpret: u64,
@@ -100,6 +104,7 @@ pub struct Translator {
     source: BlockDecoder,
     groups: Groups,
     scratch: lower::Scratch,
+    recall: recall::Recall,
     landing: Arc<Landing>,
     fetches: FetchCache,
     decoder: DecodeCache,
@@ -148,6 +153,7 @@ impl Translator {
             source: BlockDecoder::new(),
             groups: Groups::default(),
             scratch: lower::Scratch::default(),
+            recall: recall::Recall::default(),
             landing,
             fetches: FetchCache::new(),
             decoder: DecodeCache::new(),
@@ -211,6 +217,7 @@ impl Translator {
                     jumps.forget_block(rip, mode.0.into(), jump_index(rip));
                 });
                 self.links.undo_page(write.ppn, &mut self.cache);
+                self.recall.forget(write.ppn);
                 self.decoder.drop_page(write.ppn);
             }
         }
@@ -236,6 +243,7 @@ impl Translator {
         self.blocks.clear();
         self.sites.clear();
         self.links.clear();
+        self.recall.forget_all();
         core.memory.untrace_all();
         self.decoder.clear();
         self.forget_all_jumps(core);
@@ -315,6 +323,9 @@ impl Translator {
         if self.cache.free() < BLOCK_ROOM {
             self.clear(core);
         }
+        if groups && let Some(entries) = self.recall(core, &key) {
+            return Some(entries);
+        }
         let mut code = [0; MOST_BYTES];
         let in_page = ((PAGE_SIZE - key.gpa.offset()) as usize).min(code.len());
         let page = core.memory.page(key.gpa.ppn())?;
@@ -345,6 +356,7 @@ impl Translator {
         }
         let origin = self.cache.next_address();
         self.asm.restart(origin);
+        let first_site = self.sites.len();
         self.groups.find(&source.insns, groups);
         let context = lower::Context {
             asm: &mut self.asm,
@@ -362,7 +374,12 @@ impl Translator {
         let end = address + self.asm.code.len() as u64;
         let entries = (address + u64::from(lowered.entry_host), address + u64::from(lowered.entry_slot));
         self.counters.translated_blocks += 1;
-        self.counters.translated_instructions += source.insns.len() as u64;
+        let insns = source.insns.len();
+        let span = Span { offset: key.gpa.offset() as u16, size: source.size as u16 };
+        self.counters.translated_instructions += insns as u64;
+        if second.is_none() {
+            self.note(core, &key, first_site, insns, &[span], (lowered.entry_host, lowered.entry_slot));
+        }
         self.blocks.add(key, second, address..end, entries, &self.scratch.map);
         Some(entries)
     }
@@ -675,6 +692,10 @@ impl Engine for Translator {
         }
     }
 
+    fn finish(&mut self) {
+        self.leave_kept();
+    }
+
     fn kicker(&self) -> Option<Arc<dyn Fn() + Send + Sync>> {
         let poll = self.poll.clone();
         Some(Arc::new(move || poll.arm()))
@@ -686,7 +707,7 @@ impl Engine for Translator {
 
     fn counters(&self) -> Vec<(&'static str, u64)> {
         let c = &self.counters;
-        vec![
+        let mut counters = vec![
             ("translate.blocks", c.translated_blocks),
             ("translate.instructions", c.translated_instructions),
             ("translate.nanoseconds", scale(c.translation_ticks, 1_000_000_000, host_tsc_hz())),
@@ -704,6 +725,8 @@ impl Engine for Translator {
             ("exits.simd", c.exits_simd),
             ("exits.fault", c.exits_fault),
             ("exits.poll", c.exits_poll),
-        ]
+        ];
+        self.recall_counters(&mut counters);
+        counters
     }
 }

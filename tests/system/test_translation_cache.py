@@ -1,0 +1,52 @@
+"""Translations outlive a machine: the next one of the same user takes them, and no damage to them hurts it."""
+
+import stat
+from pathlib import Path
+
+import pytest
+
+from ringzero import Machine
+
+SCRIPT = ["sh", "-c", "seq 1 2000 | sort -r | sort -n | sha256sum"]
+
+
+def _boot(folder: Path | bool) -> tuple[str, dict[str, int]]:
+    """Boot Debian, run the script, and give what it printed and the machine's counters at its end."""
+    with Machine("debian", engine="translate", translation_cache=folder) as machine:
+        text = machine.run(SCRIPT, check=True, text=True).stdout
+        machine.stop()
+        return text, machine.stats()
+
+
+@pytest.mark.needs_debian
+def test_a_second_boot_translates_next_to_nothing(tmp_path: Path) -> None:
+    folder = tmp_path / "translations"
+    first, cold = _boot(folder)
+    assert (cold["kept.blocks"], cold["kept.noted"] > 50_000) == (0, True)
+    second, warm = _boot(folder)
+    assert second == first
+    assert warm["kept.blocks"] > 50_000
+    assert warm["translate.instructions"] < cold["translate.instructions"] / 5
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    assert {stat.S_IMODE(file.stat().st_mode) for file in folder.iterdir()} == {0o600}
+
+    # Bytes changed all over the file: those groups are refused, and translated again.
+    (file,) = folder.glob("*.code")
+    data = bytearray(file.read_bytes())
+    for at in range(100_000, len(data) * 3 // 4, 100_000):
+        data[at] ^= 1
+    file.write_bytes(data)
+    third, damaged = _boot(folder)
+    assert third == first
+    assert damaged["kept.groups_refused"] > 10
+    assert warm["kept.blocks"] > damaged["kept.blocks"] > 0
+
+
+@pytest.mark.needs_debian
+def test_nothing_is_kept_where_it_must_not_or_cannot_be(tmp_path: Path) -> None:
+    text, counters = _boot(False)
+    assert counters["kept.noted"] == 0
+    open_to_all = tmp_path / "open"
+    open_to_all.mkdir(mode=0o755)
+    again, counters = _boot(open_to_all)
+    assert (again, counters["kept.noted"], list(open_to_all.iterdir())) == (text, 0, [])
