@@ -42,6 +42,28 @@ static bool count_plain(struct frame *frame)
     counts[frame->vector]++;
     return true;
 }
+static void send_nmi(void)
+{
+    u32 id = (u32)apic_read(APIC_ID);
+    if (x2apic) {
+        wrmsr(0x830, (u64)id << 32 | 0x400);
+    } else {
+        *apic(APIC_ICR_HIGH) = id;
+        *apic(APIC_ICR) = 0x400;
+    }
+}
+static volatile u64 nested_inside;
+/* The first NMI sends another, and notes how many had come when it returns. */
+static bool nest_nmi(struct frame *frame)
+{
+    if (++counts[frame->vector] == 1) {
+        send_nmi();
+        for (int i = 0; i < 100; i++)
+            pause();
+        nested_inside = counts[frame->vector];
+    }
+    return true;
+}
 
 /* Wait with interrupts on until counts[vector] reaches want; false when 5 s pass on the PIT's channel 2. */
 static bool wait_for(u32 vector, u64 want, bool halt)
@@ -184,16 +206,18 @@ static void test_apic_basics(void)
     write_cr8(0);
     /* A handler is interrupted by a higher class only: seen by EOI order. NMI by the ICR comes with IF clear. */
     trap_handlers[NMI] = count_plain;
-    u32 id = (u32)apic_read(APIC_ID);
-    if (x2apic) {
-        wrmsr(0x830, (u64)id << 32 | 0x400);
-    } else {
-        *apic(APIC_ICR_HIGH) = id;
-        *apic(APIC_ICR) = 0x400;
-    }
+    send_nmi();
     for (int i = 0; i < 100 && !counts[NMI]; i++)
         pause();
     check("nmi", counts[NMI], 1);
+    /* One that comes while its handler runs waits for the handler's IRET. */
+    trap_handlers[NMI] = nest_nmi;
+    counts[NMI] = nested_inside = 0;
+    send_nmi();
+    for (int i = 0; i < 100 && counts[NMI] < 2; i++)
+        pause();
+    check("nmi-held-back", nested_inside, 1);
+    check("nmi-after-iret", counts[NMI], 2);
     trap_handlers[NMI] = NULL;
     /* An interrupt wakes HLT, with the rip after it. */
     apic_write(APIC_ICR, 0x40000 | 0x55);

@@ -56,6 +56,9 @@ class Vm:
         """Give `count` I/O ports from `first` to a Python device. Before `start` only. An exception in the device ends
         the VM with the reason 'error: device NAME: ...'. When the VM ends, the guest reads all ones at once, even
         while the device is being called. A device that refers to its VM keeps it until the VM has ended."""
+    def add_scratch(self, first: int, size: int) -> None:
+        """Give `size` bytes (at most 1 MiB) of addresses from `first`, where no RAM is, to memory-mapped registers that
+        keep what is written to them and do nothing else. Before `start` only."""
     def serial_fd(self, index: int) -> int:
         """Return a stream socket joined to serial port `index` (0-3: ttyS0-ttyS3), once a port. The caller owns and
         closes it. Bytes written to it reach the guest in order, with back pressure; none is dropped. When the VM has

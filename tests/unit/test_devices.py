@@ -40,12 +40,16 @@ class Board:
     def __init__(self) -> None:
         self.ends = Ends()
         self.lines: list[tuple[int, bool]] = []
+        self.scratch: list[tuple[int, int]] = []
 
     def request_end(self, reason: str) -> None:
         self.ends(reason)
 
     def raise_irq(self, line: int, level: bool) -> None:
         self.lines.append((line, level))
+
+    def add_scratch(self, first: int, size: int) -> None:
+        self.scratch.append((first, size))
 
 
 # --- the protocol ---
@@ -345,6 +349,7 @@ def test_testdev_keeps_bytes_and_drives_lines() -> None:
     device.write(0x200E, 1, 2)
     device.write(0x2000, 1, 0)
     assert board.lines == [(14, True), (0, False)]
+    assert board.scratch == [(0xFF00_0000, 0x1_0000)]
 
 
 def test_names_of_devices_are_checked() -> None:

@@ -3,8 +3,10 @@
 import argparse
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from house import checks, run, setup, tests
+from house.conformance import command as conformance
 from house.shell import Failed
 
 ENGINES = ("interpret", "translate")
@@ -55,6 +57,23 @@ def parser() -> argparse.ArgumentParser:
     )
     fuzz.add_argument("--seed", type=int, default=None, help="first seed (default: from the clock)")
 
+    conform = commands.add_parser(
+        "conformance",
+        help="run kvm-unit-tests on each engine and under QEMU's TCG",
+        description="Run the 64-bit tests of a checkout of kvm-unit-tests that has been built (./configure; make), "
+        "print a table, and end with status 1 when one fails on an engine of ours. What is left out, and why, is in "
+        "docs/conformance.md.",
+    )
+    conform.add_argument("--suite", type=Path, metavar="DIR", help="the checkout")
+    conform.add_argument(
+        "--engine", action="append", choices=ENGINES, help="run only on this engine; may be repeated"
+    )
+    conform.add_argument("--no-tcg", action="store_true", help="do not run under QEMU as well")
+    conform.add_argument(
+        "--out", type=Path, metavar="DIR", default=conformance.FIGURES, help="where figures and outputs go"
+    )
+    conform.add_argument("only", nargs="*", metavar="TEST", help="run only these tests")
+
     bench = commands.add_parser(
         "bench",
         help="`ringzero bench ...` of this tree",
@@ -93,6 +112,12 @@ def main(arguments: Sequence[str]) -> int:
                 setup.guests()
             case "fuzz":
                 return tests.fuzz(options.minutes, options.seed, options.engine or ENGINES)
+            case "conformance":
+                setup.prepare()
+                columns = [where for where in conformance.COLUMNS if where not in ENGINES]
+                columns = [] if options.no_tcg else columns
+                columns += [engine for engine in ENGINES if engine in (options.engine or ENGINES)]
+                return conformance.conformance(options.suite, options.only, columns, options.out)
             case "bench":
                 setup.prepare()
                 return run.ringzero(["bench", *options.arguments])

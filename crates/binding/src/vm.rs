@@ -152,6 +152,11 @@ impl Vm {
         Ok(py_enter(py, || self.machine.add_port_device(first, count, device))?)
     }
 
+    fn add_scratch(&self, py: Python<'_>, first: &Bound<'_, PyAny>, size: &Bound<'_, PyAny>) -> PyResult<()> {
+        let (first, size) = (Gpa(fit(first, "an address")?), fit(size, "a size")?);
+        Ok(py_enter(py, || self.machine.add_scratch(first, size))?)
+    }
+
     fn serial_fd(&self, py: Python<'_>, index: &Bound<'_, PyAny>) -> PyResult<i32> {
         let index = fit(index, "a serial port")?;
         let socket = py_enter(py, || self.machine.serial(index))?;

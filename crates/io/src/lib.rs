@@ -6,6 +6,7 @@
 pub mod bus;
 pub mod irq;
 pub mod platform;
+pub mod scratch;
 pub mod serial_service;
 pub mod timer;
 pub mod uart;

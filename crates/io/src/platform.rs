@@ -13,6 +13,7 @@ use crate::bus::{AccessSize, BusError, MmioBus, MmioDevice, PortBus, PortDevice,
 use crate::irq::pic::PicPort;
 use crate::irq::ports::{IoApicPage, PicPorts};
 use crate::irq::{Fabric, IOAPIC_PAGE, Interrupt, IrqLine, Kick};
+use crate::scratch::Scratch;
 use crate::serial_service::{SerialError, SerialService};
 use crate::timer::acpi::ACPI_PORTS;
 use crate::timer::pit::SPEAKER_OFFSET;
@@ -158,6 +159,15 @@ impl Platform {
     /// [`Error::Bus`] when the range is taken or is none.
     pub fn add_mmio_device(&mut self, first: Gpa, size: u64, device: impl MmioDevice + 'static) -> Result<(), Error> {
         Ok(self.mmio.claim(first, size, shared(device))?)
+    }
+
+    /// Give `size` bytes of guest physical addresses from `first` to registers that keep what is written to them.
+    ///
+    /// # Errors
+    /// [`Error::Bus`] when the range is taken, is none or is too large.
+    pub fn add_scratch(&mut self, first: Gpa, size: u64) -> Result<(), Error> {
+        let scratch = Scratch::new(size).ok_or(BusError::Mmio { first })?;
+        self.add_mmio_device(first, size, scratch)
     }
 
     /// A stream socket joined to serial port `index` (0-3), which the caller owns. Once a port.

@@ -160,6 +160,10 @@ fn turn(hall: &Hall, number: usize, processor: &mut Processor) -> Outcome {
     let exit = match take_events(&mut core, &hall.platform, number, activity) {
         Some(exit) => exit,
         None if *activity != Activity::Running => return Outcome::Sleep,
+        None if tracer.is_none() && behind_shadow(core.vcpu, &hall.platform, number) => {
+            core.vcpu.attention.raise();
+            engine.step(&mut core).unwrap_or(Exit::Attention)
+        }
         None => match tracer {
             None => engine.run(&mut core),
             Some(tracer) => match step(&mut core, &mut **engine, tracer) {
@@ -180,6 +184,13 @@ fn turn(hall: &Hall, number: usize, processor: &mut Processor) -> Outcome {
         Exit::Unsupported(sentence) => return Outcome::End(format!("error: {sentence}")),
     }
     Outcome::GoOn
+}
+
+/// Whether an NMI waits for the end of an interrupt shadow, which is the end of the next instruction: no interrupt window
+/// tells of it when IF is clear.
+fn behind_shadow(vcpu: &Vcpu, platform: &Platform, number: usize) -> bool {
+    let cpu = &vcpu.cpu;
+    cpu.interrupt_shadow && !cpu.nmi_blocked && platform.attention(number) & attention::NMI != 0
 }
 
 /// Runs one instruction and traces it. `Attention` also when there was no reason to come back.

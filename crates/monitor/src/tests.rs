@@ -170,3 +170,27 @@ fn dropping_a_running_machine_ends_its_threads() {
     assert_eq!(vm.wait(Some(Duration::from_millis(10))).unwrap(), None);
     drop(vm);
 }
+
+#[test]
+fn an_nmi_waits_for_the_handler_of_another() {
+    const SEND_NMI: &[u8] = &[0xc7, 0x05, 0x00, 0x03, 0xe0, 0xfe, 0x00, 0x44, 0, 0]; // mov dword [0xfee00300], 0x4400
+    let mut code = SEND_NMI.to_vec();
+    // mov ecx, 1000; loop $
+    code.extend([0xb9, 0xe8, 0x03, 0, 0, 0xe2, 0xfe]);
+    code.extend(POWER_OFF);
+    for engine in ["interpret", "translate"] {
+        let vm = machine_with(&code, engine, 1);
+        // inc dword [0x3000]; cmp dword [0x3000],1; jne +20; the same again; mov eax,[0x3000]; mov [0x3004],eax; iret
+        let mut handler = vec![0xff, 0x05, 0x00, 0x30, 0, 0, 0x83, 0x3d, 0x00, 0x30, 0, 0, 1, 0x75, 20];
+        handler.extend(SEND_NMI);
+        handler.extend([0xa1, 0x00, 0x30, 0, 0, 0xa3, 0x04, 0x30, 0, 0, 0xcf]);
+        vm.write_memory(Gpa(HANDLER), &handler).unwrap();
+        let gate = HANDLER | 8 << 16 | 0x8e00 << 32;
+        vm.write_memory(Gpa(IDT + 8 * 2), &gate.to_le_bytes()).unwrap();
+        vm.set_registers(0, &[("idtr_base".into(), IDT), ("idtr_limit".into(), 0x7ff)]).unwrap();
+        vm.start().unwrap();
+        assert_eq!(vm.wait(Some(LONG)).unwrap().as_deref(), Some("poweroff"));
+        let inside = u32::from_le_bytes(vm.read_memory(Gpa(COUNT.0 + 4), 4).unwrap().try_into().unwrap());
+        assert_eq!((count(&vm), inside), (2, 1), "{engine}");
+    }
+}

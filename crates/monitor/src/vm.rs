@@ -201,6 +201,17 @@ impl Vm {
         Ok(())
     }
 
+    /// Gives `size` bytes of guest physical addresses from `first`, where there is no RAM, to registers that keep what is
+    /// written to them.
+    ///
+    /// # Errors
+    /// [`Error::Started`], and [`Error::Platform`] when the range is taken or is none.
+    pub fn add_scratch(&self, first: Gpa, size: u64) -> Result<(), Error> {
+        let mut hall = self.hall.lock();
+        let hall = Arc::get_mut(&mut hall).ok_or(Error::Started)?;
+        Ok(hall.platform.add_scratch(first, size)?)
+    }
+
     /// Our end of a serial port's line.
     ///
     /// # Errors

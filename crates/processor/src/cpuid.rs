@@ -17,6 +17,7 @@
 use std::arch::x86_64::{__cpuid, __cpuid_count};
 use std::sync::{Arc, OnceLock};
 
+use x86::msr::misc_enable;
 use x86::paging::PHYSICAL_BITS;
 use x86::registers::xcr0;
 
@@ -174,6 +175,8 @@ pub struct Now {
     pub xcr0: u64,
     pub apic_id: u32,
     pub apic_enabled: bool,
+    /// IA32_MISC_ENABLE: it can hide what is there.
+    pub misc_enable: u64,
 }
 
 /// EAX, EBX, ECX, EDX.
@@ -299,6 +302,13 @@ impl CpuidModel {
                 answer[feature.register as usize] |= 1 << feature.bit;
             }
         }
+        // SDM Vol. 4 Table 2-2: with "Limit CPUID Maxval" leaf 0 says 2, and "XD Bit Disable" clears that feature.
+        if leaf == 0 && now.misc_enable & misc_enable::LIMIT_CPUID != 0 {
+            answer[Eax as usize] = 2;
+        }
+        if leaf == 0x8000_0001 && now.misc_enable & misc_enable::XD_DISABLE != 0 {
+            answer[Edx as usize] &= !(1 << 20);
+        }
         answer
     }
 
@@ -392,7 +402,7 @@ impl CpuidModel {
     /// Every leaf and subleaf as processor 0 sees it after reset, for people and for comparisons.
     #[must_use]
     pub fn table(&self) -> Vec<(u32, u32, Registers)> {
-        let now = Now { osxsave: false, xcr0: xcr0::X87, apic_id: 0, apic_enabled: true };
+        let now = Now { osxsave: false, xcr0: xcr0::X87, apic_id: 0, apic_enabled: true, misc_enable: 0 };
         let basic = (0..=MAX_BASIC).flat_map(|leaf| {
             let last = match leaf {
                 4 => 3,
@@ -454,7 +464,7 @@ mod tests {
     #[test]
     fn state_of_the_processor_shows() {
         let asleep = model().query(1, 0, Now::default());
-        let awake = Now { osxsave: true, xcr0: 7, apic_id: 1, apic_enabled: true };
+        let awake = Now { osxsave: true, xcr0: 7, apic_id: 1, apic_enabled: true, ..Now::default() };
         let [_, ebx, ecx, edx] = model().query(1, 0, awake);
         assert_eq!((asleep[2] >> 27 & 1, ecx >> 27 & 1), (0, 1));
         assert_eq!((asleep[3] >> 9 & 1, edx >> 9 & 1), (0, 1));

@@ -37,9 +37,11 @@ pub fn software(core: &mut Core<'_>, vector: u8, next_rip: u64) -> Option<Exit> 
     deliver(core, Event { check_dpl: true, return_to: Some(next_rip), ..Event::plain(vector) })
 }
 
-/// INT1: as `software`, without the check of privilege and with what else a debug exception does, save for DR6.
+/// INT1: as `software`, without the check of privilege and with what else a debug exception does. It says nothing in DR6 but
+/// what data breakpoints of a MOV SS before it have found: those are reported by the next debug exception, and this is one.
 pub fn int1(core: &mut Core<'_>, next_rip: u64) -> Option<Exit> {
-    enter_debug(&mut core.vcpu.cpu, &mut core.vcpu.stale.mode, 0);
+    let found = u64::from(std::mem::take(&mut core.vcpu.hits));
+    enter_debug(&mut core.vcpu.cpu, &mut core.vcpu.stale.mode, found);
     deliver(core, Event { external: true, return_to: Some(next_rip), ..Event::plain(vector::DB) })
 }
 

@@ -352,7 +352,11 @@ pub fn iret(core: &mut Core<'_>, size: usize) -> Outcome {
         return unsupported("virtual-8086 mode is not supported");
     }
     // "IRET unblocks NMIs even if it faults": SDM Vol. 3A 7.7.1 "Handling Multiple NMIs".
-    cpu.nmi_blocked = false;
+    if std::mem::take(&mut cpu.nmi_blocked) {
+        // One may have come meanwhile: the run loop has to look.
+        core.vcpu.attention.raise();
+    }
+    let cpu = &mut core.vcpu.cpu;
     if cpu.rflags & rflags::NT != 0 {
         return if cpu.is_long_mode() {
             Err(GuestFault::GP0)

@@ -132,6 +132,8 @@ pub struct Vcpu {
     pub checks: u8,
     /// Breakpoints (bits 0-3 as in DR6) that the accesses of this instruction hit.
     pub hits: u8,
+    /// The last instruction was a MOV SS or POP SS that shields the next one.
+    pub behind_stack_load: bool,
     /// Counts changes of the guest's mappings: who remembers where code is compares it.
     pub mappings: u64,
     /// The epoch of guest memory that the TLB belongs to.
@@ -171,6 +173,7 @@ impl Vcpu {
             checks: 0,
             mappings: 0,
             hits: 0,
+            behind_stack_load: false,
             memory_epoch: 0,
             cpuid: CpuidModel::shared(),
             kernel_code: CodePages::new(),

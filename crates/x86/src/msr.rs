@@ -40,5 +40,19 @@ pub const GS_BASE: u32 = 0xc000_0101;
 pub const KERNEL_GS_BASE: u32 = 0xc000_0102;
 pub const TSC_AUX: u32 = 0xc000_0103;
 
+/// Bits of IA32_MISC_ENABLE, Intel SDM (2024-12) Vol. 4 Table 2-2 "IA-32 Architectural MSRs".
+pub mod misc_enable {
+    pub const FAST_STRINGS: u64 = 1 << 0;
+    pub const THERMAL_CONTROL: u64 = 1 << 3;
+    pub const PERFORMANCE_MONITORING: u64 = 1 << 7;
+    pub const BRANCH_TRACE_UNAVAILABLE: u64 = 1 << 11;
+    pub const PEBS_UNAVAILABLE: u64 = 1 << 12;
+    pub const SPEEDSTEP: u64 = 1 << 16;
+    pub const MONITOR: u64 = 1 << 18;
+    pub const LIMIT_CPUID: u64 = 1 << 22;
+    pub const NO_TPR_MESSAGES: u64 = 1 << 23;
+    pub const XD_DISABLE: u64 = 1 << 34;
+}
+
 /// What PAT holds after reset, Intel SDM Vol. 3A 13.12.4 "Programming the PAT".
 pub const PAT_RESET: u64 = 0x0007_0406_0007_0406;

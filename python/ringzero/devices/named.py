@@ -7,7 +7,7 @@ from typing import Final, Protocol
 
 from ringzero.devices.debug_exit import DebugExit
 from ringzero.devices.device import Device
-from ringzero.devices.pc_testdev import PcTestdev
+from ringzero.devices.pc_testdev import SCRATCH_MEMORY, SCRATCH_MEMORY_SIZE, PcTestdev
 from ringzero.errors import InputError
 
 __all__ = ["NAMES", "Board", "check_names", "named"]
@@ -22,10 +22,19 @@ class Board(Protocol):
     def raise_irq(self, line: int, level: bool) -> None:
         """Drive an ISA interrupt line."""
 
+    def add_scratch(self, first: int, size: int) -> None:
+        """Give a range of addresses to registers that keep what is written to them."""
+
+
+def pc_testdev(board: Board) -> PcTestdev:
+    """Return a pc-testdev; its memory-mapped registers are the board's own, since no Python is as fast."""
+    board.add_scratch(SCRATCH_MEMORY, SCRATCH_MEMORY_SIZE)
+    return PcTestdev(board.raise_irq)
+
 
 _MAKERS: Final[dict[str, Callable[[Board], Device]]] = {
     DebugExit.name: lambda board: DebugExit(board.request_end),
-    PcTestdev.name: lambda board: PcTestdev(board.raise_irq),
+    PcTestdev.name: pc_testdev,
 }
 NAMES: Final = tuple(_MAKERS)
 

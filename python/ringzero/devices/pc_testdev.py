@@ -4,8 +4,7 @@
 - 0xE4-0xE7: takes an address and does nothing: no page has to be dropped here for a fault to be seen
 - 0x2000-0x200F: interrupt line N is raised by writing something else than zero to 0x2000 + N, and lowered by
   zero
-
-QEMU's device also has a page of memory at 0xFF000000, which this one lacks.
+- memory-mapped registers at 0xFF000000, 64 KiB, that keep what is written to them (the bus serves them itself)
 """
 
 from __future__ import annotations
@@ -16,8 +15,10 @@ from typing import Final
 from ringzero.devices import ports as pc
 from ringzero.devices.device import PortRange
 
-__all__ = ["PcTestdev"]
+__all__ = ["SCRATCH_MEMORY", "SCRATCH_MEMORY_SIZE", "PcTestdev"]
 
+SCRATCH_MEMORY: Final = 0xFF00_0000
+SCRATCH_MEMORY_SIZE: Final = 64 << 10
 _SCRATCH_SIZE: Final = 4
 _LINES: Final = 16
 

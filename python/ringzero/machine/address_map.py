@@ -5,7 +5,8 @@ share.
     ┌──────────────────────┐ 4 GiB + rest
     │ RAM, the rest        │ only when memory is larger than 3 GiB
     ├──────────────────────┤ 0x1_0000_0000  4 GiB
-    │ hole for devices     │     0xFEE0_0000  local APIC
+    │ hole for devices     │     0xFF00_0000  pc-testdev, when asked for
+    │                      │     0xFEE0_0000  local APIC
     │                      │     0xFEC0_0000  I/O APIC
     │                      │     (room for PCI memory windows)
     ├──────────────────────┤ 0xC000_0000    3 GiB   LOW_RAM_LIMIT

@@ -72,7 +72,8 @@ fn step_with<'a>(core: &mut Core<'_>, find: impl FnOnce(&mut Core<'_>) -> Result
     core.vcpu.sampler.now(Doing::Interpret.word());
     core.vcpu.interpreted += 1;
     let flags = core.vcpu.cpu.rflags;
-    let resume = flags & rflags::RF != 0;
+    // An instruction breakpoint behind MOV SS or POP SS is lost: Intel SDM (2024-12) Vol. 3A 7.8.3.
+    let resume = std::mem::take(&mut core.vcpu.behind_stack_load) || flags & rflags::RF != 0;
     core.vcpu.checks = debug::checks(&core.vcpu.cpu);
     if core.vcpu.checks & debug::check::BREAKPOINTS != 0 && !resume {
         let hits = debug::instruction_hits(&core.vcpu.cpu, core.vcpu.cpu.linear_rip());
@@ -122,6 +123,7 @@ fn complete(core: &mut Core<'_>, op: &Op, before: u64) -> Option<Exit> {
     // MOV SS and POP SS hold debug traps back for one instruction, STI does not: Intel SDM (2024-12) Vol. 3A 7.8.3. What
     // their data breakpoints found is reported behind the next instruction, with what that one finds.
     if core.vcpu.cpu.interrupt_shadow && !shadow && loads_stack_segment(op) {
+        core.vcpu.behind_stack_load = true;
         return None;
     }
     let mut cause = u64::from(std::mem::take(&mut core.vcpu.hits));

@@ -14,7 +14,7 @@ mod tests;
 
 use iced_x86::{Code, Instruction, Mnemonic, OpKind};
 use x86::state::gpr;
-use x86::{CpuState, GuestFault, cr4, rflags, seg, vector};
+use x86::{CpuState, GuestFault, cr0, cr4, rflags, seg, vector};
 
 use crate::core::Core;
 use crate::deliver;
@@ -125,9 +125,8 @@ pub fn execute(core: &mut Core<'_>, instruction: &Instruction) -> Option<Outcome
         M::Ud0 | M::Ud1 | M::Ud2 => Err(GuestFault::UD),
         // CPUID offers none of these.
         M::Monitor | M::Mwait | M::Monitorx | M::Mwaitx | M::Umonitor | M::Umwait | M::Tpause => Err(GuestFault::UD),
-        M::Vmcall | M::Vmlaunch | M::Vmresume | M::Vmxoff | M::Vmxon | M::Vmclear | M::Vmptrld | M::Vmptrst => {
-            Err(GuestFault::UD)
-        }
+        M::Vmcall => hypercall(core, instruction),
+        M::Vmlaunch | M::Vmresume | M::Vmxoff | M::Vmxon | M::Vmclear | M::Vmptrld | M::Vmptrst => Err(GuestFault::UD),
         M::Vmread | M::Vmwrite | M::Vmfunc | M::Invept | M::Invvpid => Err(GuestFault::UD),
         M::Vmmcall | M::Vmrun | M::Vmload | M::Vmsave | M::Stgi | M::Clgi | M::Skinit | M::Invlpga => {
             Err(GuestFault::UD)
@@ -244,6 +243,21 @@ fn alignment_flag(core: &mut Core<'_>, on: bool) -> Outcome {
     Ok(Flow::Next)
 }
 
+/// VMCALL, by the rules of the interface that CPUID's `KVM` leaves show (Documentation/virt/kvm/x86/hypercalls.rst): the
+/// kernel gets "no such call", for there is none, and anybody else "not allowed".
+fn hypercall(core: &mut Core<'_>, instruction: &Instruction) -> Outcome {
+    const NO_SUCH_CALL: i64 = -1000;
+    const NOT_ALLOWED: i64 = -1;
+    let cpu = &mut core.vcpu.cpu;
+    if cpu.cr0 & cr0::PE == 0 || instruction.has_lock_prefix() {
+        return Err(GuestFault::UD);
+    }
+    let answer = if cpu.cpl() == 0 { NO_SUCH_CALL } else { NOT_ALLOWED };
+    let answer = answer as u64;
+    cpu.gpr[gpr::RAX] = if cpu.is_code64() { answer } else { answer & 0xffff_ffff };
+    Ok(Flow::Next)
+}
+
 fn cpuid(core: &mut Core<'_>) -> Outcome {
     let cpu = &core.vcpu.cpu;
     let (leaf, subleaf) = (cpu.gpr[gpr::RAX] as u32, cpu.gpr[gpr::RCX] as u32);
@@ -252,6 +266,7 @@ fn cpuid(core: &mut Core<'_>) -> Outcome {
         xcr0: cpu.xcr0,
         apic_id: core.outside.apic_id(),
         apic_enabled: core.outside.apic_enabled(),
+        misc_enable: cpu.misc_enable,
     };
     let [eax, ebx, ecx, edx] = core.vcpu.cpuid.query(leaf, subleaf, now);
     let registers = &mut core.vcpu.cpu.gpr;

@@ -2,6 +2,7 @@
 //! that lacks it; Linux reads such ones with accessors that expect that.
 
 use iced_x86::Instruction;
+use x86::msr::misc_enable;
 use x86::state::gpr;
 use x86::{CpuState, GuestFault, Gva, cr0, cr4, efer, msr, seg};
 
@@ -55,10 +56,17 @@ const FEATURE_CONTROL_LOCKED: u64 = 1;
 const MTRRCAP_VALUE: u64 = 8 | 1 << 8 | 1 << 10;
 /// No bank of machine-check registers: nothing can break.
 const MCG_CAP_VALUE: u64 = 0;
-/// IA32_MISC_ENABLE: fast strings, LIMIT CPUID, XD bit disable and the like can be written; branch trace and PEBS are
-/// unavailable, which reads as one.
-const MISC_ENABLE_WRITABLE: u64 = 1 | 1 << 3 | 1 << 7 | 1 << 16 | 1 << 18 | 1 << 23;
-const MISC_ENABLE_FIXED: u64 = 1 << 11 | 1 << 12;
+/// What can be written in IA32_MISC_ENABLE; branch trace and PEBS are unavailable, which reads as one. "Limit CPUID Maxval" and
+/// "XD Bit Disable" show in CPUID and in EFER, the others have nothing to switch here.
+const MISC_ENABLE_WRITABLE: u64 = misc_enable::FAST_STRINGS
+    | misc_enable::THERMAL_CONTROL
+    | misc_enable::PERFORMANCE_MONITORING
+    | misc_enable::SPEEDSTEP
+    | misc_enable::MONITOR
+    | misc_enable::LIMIT_CPUID
+    | misc_enable::NO_TPR_MESSAGES
+    | misc_enable::XD_DISABLE;
+const MISC_ENABLE_FIXED: u64 = misc_enable::BRANCH_TRACE_UNAVAILABLE | misc_enable::PEBS_UNAVAILABLE;
 /// IBRS, STIBP, SSBD, BHI_DIS_S.
 const SPEC_CTRL_WRITABLE: u64 = 7 | 1 << 10;
 /// LBR and BTF.
@@ -259,6 +267,10 @@ pub fn set_efer(core: &mut Core<'_>, value: u64) -> Result<(), GuestFault> {
     let old = cpu.efer;
     let new = value & EFER_WRITABLE | old & efer::LMA;
     if (old ^ new) & efer::LME != 0 && cpu.cr0 & cr0::PG != 0 {
+        return Err(FAULT);
+    }
+    // With the feature hidden its enable bit is reserved.
+    if new & !old & efer::NXE != 0 && cpu.misc_enable & misc_enable::XD_DISABLE != 0 {
         return Err(FAULT);
     }
     cpu.efer = new;

@@ -88,6 +88,35 @@ fn loading_ss_delays_its_data_breakpoint() {
 }
 
 #[test]
+fn a_breakpoint_behind_a_load_of_ss_is_lost() {
+    // mov ss, eax; nop; nop
+    let with = |point: u64| {
+        let mut machine = Machine::new(&[0x8e, 0xd0, 0x90, 0x90]);
+        machine.cpu().dr[0] = point;
+        machine.cpu().dr[7] = control(0, 0);
+        machine.set(RAX, 16).step();
+        assert_eq!(machine.rip(), CODE + 2);
+        machine
+    };
+    assert_eq!(with(CODE + 2).step().rip(), CODE + 3);
+    let mut machine = with(CODE + 3);
+    machine.step();
+    assert_eq!(trapped(machine.step()), (CODE + 3, 1), "the next one counts again");
+}
+
+#[test]
+fn int1_reports_what_the_breakpoint_of_the_ss_load_found() {
+    // mov ss, [rbx]; int1
+    let mut machine = Machine::new(&[0x8e, 0x13, 0xf1]);
+    machine.poke(DATA, &[16]);
+    machine.cpu().dr[0] = DATA;
+    machine.cpu().dr[7] = control(3, 0);
+    machine.set(RBX, DATA).step();
+    machine.step();
+    assert_eq!(trapped(&machine), (CODE + 3, 1), "one exception, not one inside the other");
+}
+
+#[test]
 fn a_stepped_halt_does_not_wait() {
     let mut machine = Machine::new(&[0xf4]);
     machine.cpu().rflags = FIXED | TF;

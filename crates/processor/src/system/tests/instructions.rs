@@ -48,7 +48,7 @@ fn user_code_may_not_touch_the_machine() {
         &[0x0f, 0x01, 0xca], // clac
         &[0x0f, 0x01, 0xcb], // stac
         &[0x0f, 0x0b],       // ud2
-        &[0x0f, 0x01, 0xc1], // vmcall
+        &[0x0f, 0x01, 0xd9], // vmmcall
         &[0x0f, 0x01, 0xc8], // monitor
         &[0x0f, 0x01, 0xc9], // mwait
     ];
@@ -211,6 +211,41 @@ fn msrs_refuse_unknown_numbers_and_bad_values() {
         assert_eq!(registers::read(&mut core, number), Ok(value), "{number:#x}");
     }
     assert_eq!(registers::read(&mut core, msr::APIC_BASE), Ok(0xfee0_0900));
+}
+
+#[test]
+fn misc_enable_hides_features() {
+    let mut machine = Machine::new();
+    let mut core = machine.core();
+    let all = 0x4_00c5_0889;
+    registers::write(&mut core, msr::MISC_ENABLE, all | 0x1800).unwrap();
+    assert_eq!(registers::read(&mut core, msr::MISC_ENABLE), Ok(all | 0x1800));
+    registers::write(&mut core, msr::EFER, efer::LME).unwrap();
+    assert_eq!(registers::write(&mut core, msr::EFER, efer::LME | efer::NXE), Err(GP0), "NXE is reserved now");
+    let ask = |machine: &mut Machine, leaf| {
+        machine.vcpu.cpu.gpr[gpr::RAX] = leaf;
+        assert_eq!(machine.run(&[0x0f, 0xa2]), Ran::Next);
+        (machine.vcpu.cpu.gpr[gpr::RAX], machine.vcpu.cpu.gpr[gpr::RDX] >> 20 & 1)
+    };
+    assert_eq!(ask(&mut machine, 0).0, 2, "Limit CPUID Maxval");
+    assert_eq!(ask(&mut machine, 0x8000_0001).1, 0, "XD Bit Disable");
+    registers::write(&mut machine.core(), msr::MISC_ENABLE, 1).unwrap();
+    assert!(ask(&mut machine, 0).0 > 2);
+    assert_eq!(ask(&mut machine, 0x8000_0001).1, 1);
+}
+
+#[test]
+fn there_is_no_hypercall() {
+    const VMCALL: &[u8] = &[0x0f, 0x01, 0xc1];
+    let mut machine = Machine::new();
+    assert_eq!(machine.run(VMCALL), Ran::Next);
+    assert_eq!(machine.vcpu.cpu.gpr[gpr::RAX] as i64, -1000, "no such call");
+    let mut machine = Machine::in_user_mode();
+    assert_eq!(machine.run(VMCALL), Ran::Next);
+    assert_eq!(machine.vcpu.cpu.gpr[gpr::RAX] as i64, -1, "not allowed");
+    let mut machine = Machine::in_compatibility_mode();
+    assert_eq!(machine.run(VMCALL), Ran::Next);
+    assert_eq!(machine.vcpu.cpu.gpr[gpr::RAX], 0xffff_ffff);
 }
 
 #[test]
