@@ -28,6 +28,9 @@ void remove_data(const struct places *places);
 /* system.c */
 void run_system(const struct places *places, unsigned rounds, const char *only); /* all items when only is NULL */
 
+/* programs.c */
+void run_programs(const char *folder);
+
 /* nano.c */
 int nano(unsigned rounds);
 

@@ -150,6 +150,8 @@ static int as_process_one(int count, char **words)
     mkdir("/data", 0755);
     if (count >= 2 && strcmp(words[0], "system") == 0)
         system_items(&places, count - 1, words + 1);
+    else if (count == 2 && strcmp(words[0], "programs") == 0)
+        run_programs(words[1]);
     else
         run_some(&places, count, words);
     say("BENCH-END");
@@ -168,6 +170,11 @@ int main(int count, char **words)
             puts(items[index].name);
         return 0;
     }
+    if (count == 3 && strcmp(words[1], "programs") == 0) {
+        stay_on_one_processor();
+        run_programs(words[2]);
+        return 0;
+    }
     if (count >= 3 && strcmp(words[1], "system") == 0) {
         struct places places = {words[0], "", ""};
         return system_items(&places, count - 2, words + 2);
@@ -178,6 +185,6 @@ int main(int count, char **words)
         struct places places = {words[0], words[2], words[3]};
         return run_some(&places, 0, NULL);
     }
-    fprintf(stderr, "usage: %s all BUSYBOX FOLDER | nano ROUNDS | system ROUNDS [ITEM] | list | true\n", words[0]);
+    fprintf(stderr, "usage: %s all BUSYBOX FOLDER | nano ROUNDS | system ROUNDS [ITEM] | programs FOLDER | list | true\n", words[0]);
     return 2;
 }

@@ -2,6 +2,7 @@
 
 import io
 import os
+import sqlite3
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -9,9 +10,21 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from ringzero.bench import compute, engines, figures, guests, idle, nano, profile, rounds, system
+from ringzero.bench import (
+    clocked,
+    compute,
+    engines,
+    figures,
+    guests,
+    idle,
+    nano,
+    profile,
+    programs,
+    rounds,
+    system,
+)
 from ringzero.bench.engines import Run
-from ringzero.errors import GuestError, InputError
+from ringzero.errors import FetchError, GuestError, InputError
 from ringzero.images.newc import NewcWriter
 
 
@@ -163,10 +176,10 @@ def system_run(clock: float) -> Run:
 
 def test_a_system_run_is_read_and_its_clock_checked() -> None:
     assert rounds.parse(system_run(2.0), "SYSTEM")["pipe"].rounds == (100.0,)
-    assert system.clock_complaint(system_run(2.0)) is None
-    assert "says 3.000 s, the host's 2.000 s" in (system.clock_complaint(system_run(3.0)) or "")
+    assert clocked.clock_complaint(system_run(2.0), "SYSTEM") is None
+    assert "says 3.000 s, the host's 2.000 s" in (clocked.clock_complaint(system_run(3.0), "SYSTEM") or "")
     with pytest.raises(GuestError):
-        system.clock_complaint(nano_run())
+        clocked.clock_complaint(nano_run(), "SYSTEM")
 
 
 def test_the_system_items_are_those_of_the_program() -> None:
@@ -180,6 +193,36 @@ def test_the_guest_and_the_bare_machine_compute_the_same() -> None:
     results = bench.measure(Console(quiet=True)).results
     assert results.complaints() == []
     assert set(results.runs["translate"]) == set(results.runs["native"]) == set(system.ITEMS)
+
+
+def test_openssl_says_how_fast_it_was() -> None:
+    lines = [
+        (0.0, "PROGRAM-TOLD openssl-sha256 +F:25:sha256:500000000.00"),
+        (0.0, "PROGRAM-TOLD openssl-rsa2048 +F2:2:2048:1000.000000:19560.000000"),
+        (0.0, "PROGRAM openssl-sha256 1026301012 1 cbf29ce484222325"),
+        (0.0, "PROGRAM openssl-rsa2048 2010921744 1 cbf29ce484222325"),
+        (0.0, "PASS"),
+    ]
+    items = programs.measured(Run(1.0, 0, False, lines))
+    assert (items["openssl-sha256"].rounds, items["openssl-rsa2048"].rounds) == ((2e6,), (1e6,))
+    with pytest.raises(GuestError, match="openssl-sha256 did not say"):
+        programs.measured(Run(1.0, 0, False, lines[1:]))
+
+
+@pytest.mark.needs_debian
+def test_debians_programs_run_on_the_bare_machine(tmp_path: Path) -> None:
+    bench = programs.ProgramsBench(kernel=Path("none"), only=["sqlite3", "python3"])
+    try:
+        bench.prepare(tmp_path)
+    except FetchError as error:
+        pytest.skip(f"no programs: {error}")
+    done = engines.run([str(guests.program()), "programs", str(tmp_path)], timeout=60)
+    assert set(programs.measured(done)) == {"sqlite3", "python3"}
+    # The last of them was sqlite3: Python's own must say the same.
+    *_, last = (tmp_path / "output").read_text().splitlines()
+    database = sqlite3.connect(":memory:", isolation_level=None)
+    rows = [database.execute(query).fetchall() for query in programs.QUERIES.split(";") if query.strip()]
+    assert last == "|".join(map(str, rows[-1][0]))
 
 
 def test_shares_of_a_profile_are_of_busy_time() -> None:

@@ -15,6 +15,7 @@ from ringzero.bench import guests, report
 from ringzero.bench import idle as idle_bench
 from ringzero.bench import nano as nano_bench
 from ringzero.bench import profile as profile_bench
+from ringzero.bench import programs as programs_bench
 from ringzero.bench import system as system_bench
 from ringzero.errors import InputError
 
@@ -192,6 +193,42 @@ def system(
     if json is not None:
         report.write_json(json, system_bench.as_json(measured, described, engine))
     if measured.complaints():
+        raise typer.Exit(1)
+
+
+@app.command()
+def programs(
+    runs: Runs = 5,
+    only: Annotated[list[str] | None, typer.Option(help="Only this item; may be repeated.")] = None,
+    coremark: Annotated[Path | None, typer.Option(help="Folder with the source of EEMBC's CoreMark.")] = None,
+    linux: Annotated[str, typer.Option(help="Debian kernel series.")] = "6.1",
+    kernel: Annotated[Path | None, typer.Option(help="A kernel file instead.")] = None,
+    engine: Engine = "translate",
+    memory: Annotated[int, typer.Option(min=512, help="Guest memory in MiB.")] = 1024,
+    timeout: Annotated[float, typer.Option(help="Seconds that one boot with all items may take.")] = 600.0,
+    without_qemu: WithoutQemu = False,
+    json: Json = None,
+) -> None:
+    """openssl, python3, xz, sqlite3, gcc and CoreMark under ringzero, QEMU TCG and on the bare machine."""
+    console = Console()
+    described = report.machine()
+    [(_, file)] = kernels([linux], [kernel] if kernel is not None else [])
+    bench = programs_bench.ProgramsBench(
+        kernel=file,
+        engine=engine,
+        runs=runs,
+        only=only or [],
+        coremark=coremark,
+        memory=memory,
+        timeout=timeout,
+        with_qemu=not without_qemu,
+    )
+    report.say_machine(console, described)
+    results, clocks = bench.measure(console)
+    programs_bench.show(console, results, clocks)
+    if json is not None:
+        report.write_json(json, programs_bench.as_json(results, clocks, described, engine))
+    if results.complaints() or clocks:
         raise typer.Exit(1)
 
 

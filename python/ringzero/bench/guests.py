@@ -9,7 +9,16 @@ from ringzero import images
 from ringzero.errors import InternalError
 from ringzero.images.newc import NewcWriter
 
-__all__ = ["POWEROFF", "boot_initramfs", "busybox", "compute_initramfs", "kernel", "nano", "program"]
+__all__ = [
+    "POWEROFF",
+    "basics",
+    "boot_initramfs",
+    "busybox",
+    "compute_initramfs",
+    "kernel",
+    "nano",
+    "program",
+]
 
 POWEROFF = "poweroff"
 """The argument with which the bench program, as /init, powers the machine off at once."""
@@ -64,13 +73,19 @@ def compute_initramfs() -> bytes:
 def _initramfs(tools: bytes | None) -> bytes:
     out = io.BytesIO()
     with NewcWriter(out) as archive:
-        archive.device("dev/console", 5, 1)
-        archive.device("dev/null", 1, 3, mode=0o666)
-        archive.device("dev/zero", 1, 5, mode=0o666)
-        archive.file("init", program().read_bytes(), 0o755)
+        basics(archive)
         if tools is not None:
             archive.file("bin/busybox", tools, 0o755)
     return out.getvalue()
+
+
+def basics(archive: NewcWriter) -> None:
+    """Add what every guest of a bench has: its /init and a few devices."""
+    archive.device("dev/console", 5, 1)
+    archive.device("dev/null", 1, 3, mode=0o666)
+    archive.device("dev/zero", 1, 5, mode=0o666)
+    archive.device("dev/urandom", 1, 9, mode=0o666)
+    archive.file("init", program().read_bytes(), 0o755)
 
 
 def member(archive: bytes, name: str) -> bytes | None:

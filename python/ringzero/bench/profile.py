@@ -1,7 +1,7 @@
 """`ringzero bench profile`: where a guest's time goes, by samples of what its processors do.
 
-The guest is a boot to power-off, items of `bench compute` and `bench system`, or a command in an image. Shares are of the time in which
-the guest had something to do; a busy host makes a run longer, but hardly changes them.
+The guest is a boot to power-off, items of `bench compute` and `bench system`, or a command in an image. Shares are of
+the time in which the guest had something to do; a busy host makes a run longer, but hardly changes them.
 """
 
 from __future__ import annotations
@@ -141,7 +141,7 @@ class Report:
 
 @dataclass(frozen=True)
 class ProfileBench:
-    """What to look at: `command` in `image`, or else `items` of bench compute and bench system, or else a boot of `kernel`.
+    """What to look at: `command` in `image`, or else `items` of other benches, or else a boot of `kernel`.
 
     `memory` is in MiB, `timeout` in seconds.
     """

@@ -7,7 +7,6 @@ host.
 
 from __future__ import annotations
 
-import re
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -18,12 +17,13 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from ringzero.bench import compute, guests, report
-from ringzero.bench.engines import Guest, Run, qemu_command, ringzero_command, run
+from ringzero.bench import guests, report
+from ringzero.bench.clocked import clock_complaint
+from ringzero.bench.engines import Guest, qemu_command, ringzero_command, run
 from ringzero.bench.rounds import Measured, Results, parse
 from ringzero.errors import GuestError, InputError
 
-__all__ = ["ITEMS", "SystemBench", "clock_complaint"]
+__all__ = ["ITEMS", "SystemBench"]
 
 ITEMS = {
     "null-syscall": "getppid()",
@@ -44,27 +44,8 @@ ITEMS = {
     "page-fault": "first touch of a page",
 }
 
-CLOCK = re.compile(r"SYSTEM-CLOCK (\d+)$")
 APPEND = "console=ttyS0 quiet panic=-1"
 ROUNDS = 5
-
-
-def clock_complaint(done: Run) -> str | None:
-    """Return how the clock that measured differs from the host's, when it differs by more than lines take."""
-    marks = {
-        name: moment
-        for moment, text in done.lines
-        for name in ("START", "STOP")
-        if text.endswith(f"BENCH-{name}")
-    }
-    told = [int(found[1]) / 1e9 for _, text in done.lines if (found := CLOCK.search(text))]
-    if len(marks) != 2 or len(told) != 1:
-        raise GuestError(f"its marks are missing: {done.tail()}")
-    seconds = marks["STOP"] - marks["START"]
-    item = compute.Item(told[0], seconds, "")
-    return (
-        f"the guest's clock says {told[0]:.3f} s, the host's {seconds:.3f} s" if item.clock_differs else None
-    )
 
 
 @dataclass
@@ -121,7 +102,7 @@ class SystemBench:
         """Run once; a second time when the clock was wrong, as when a guest took its clock's rate on a busy host."""
         for _ in range(2):
             done = run(command, timeout=self.timeout)
-            measured, complaint = parse(done, "SYSTEM"), clock_complaint(done)
+            measured, complaint = parse(done, "SYSTEM"), clock_complaint(done, "SYSTEM")
             if complaint is None:
                 break
         return measured, complaint
