@@ -3,10 +3,15 @@
 //! Contract: guest memory is shared with the guest (and, through devices, with other threads), so there are never
 //! references into it; every access is volatile or atomic, and every pointer is made here from a machine page of a pool
 //! that is still mapped. A [`PageRef`] borrows the pool, so it cannot outlive the mapping.
+//!
+//! Accesses of 1, 2, 4 and 8 bytes are one host instruction each. So they are as atomic, and as ordered against those of
+//! other processors, as the guest's own would be: Intel SDM (2024-12) Vol. 3A 9.1.1 "Guaranteed Atomic Operations" and
+//! 9.2.2 "Memory Ordering in P6 and More Recent Processor Families".
 
+use std::arch::asm;
 use std::marker::PhantomData;
 use std::ptr;
-use std::sync::atomic::{AtomicU8, AtomicU16, AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use host::map::Map;
 use x86::{Mpn, PAGE_SHIFT, PAGE_SIZE};
@@ -47,10 +52,52 @@ impl PageRef<'_> {
         unsafe { ptr::copy_nonoverlapping(from, buffer.as_mut_ptr(), buffer.len()) };
     }
 
+    /// Whether these bytes are there.
+    #[must_use]
+    pub fn holds(self, offset: u64, data: &[u8]) -> bool {
+        let mut now = [0; 64];
+        data.chunks(now.len()).zip((offset..).step_by(now.len())).all(|(wanted, at)| {
+            let now = &mut now[..wanted.len()];
+            self.read(at, now);
+            now == wanted
+        })
+    }
+
     pub fn write(self, offset: u64, data: &[u8]) {
         let to = self.at(offset, data.len());
         // SAFETY: as in `read`, the other way.
         unsafe { ptr::copy_nonoverlapping(data.as_ptr(), to, data.len()) };
+    }
+
+    /// Loads 1, 2, 4 or 8 bytes in one go.
+    #[must_use]
+    pub fn load(self, offset: u64, size: usize) -> u64 {
+        let from = self.at(offset, size);
+        // SAFETY: `size` bytes inside one mapped page, as `at` checked.
+        unsafe { load(from as u64, size) }
+    }
+
+    /// Stores the low 1, 2, 4 or 8 bytes of a value in one go.
+    pub fn store(self, offset: u64, size: usize, value: u64) {
+        let to = self.at(offset, size);
+        // SAFETY: as in `load`, and pages of a pool are writable.
+        unsafe { store(to as u64, size, value) }
+    }
+
+    /// Replaces 1, 2, 4 or 8 bytes if they equal `expected`, in one atomic step; gives back what was there.
+    #[must_use]
+    pub fn compare_exchange(self, offset: u64, size: usize, expected: u64, new: u64) -> u64 {
+        let at = self.at(offset, size);
+        // SAFETY: as in `store`.
+        unsafe { compare_exchange(at as u64, size, expected, new) }
+    }
+
+    /// As [`PageRef::compare_exchange`], of 16 bytes at a multiple of 16.
+    #[must_use]
+    pub fn compare_exchange16(self, offset: u64, expected: u128, new: u128) -> u128 {
+        let at = self.at(offset & !15, 16);
+        // SAFETY: as in `store`, and aligned.
+        unsafe { compare_exchange16(at as u64, expected, new) }
     }
 
     /// Reads an aligned 8-byte word in one go, as a page-table walk must.
@@ -71,36 +118,50 @@ impl PageRef<'_> {
     }
 }
 
+/// Whether an access stays in one cache line: whether LOCK is one step without locking the bus.
+#[inline]
+#[must_use]
+pub fn in_line(address: u64, size: usize) -> bool {
+    address % 64 + size as u64 <= 64
+}
+
 /// Loads `size` (1, 2, 4, 8) bytes at a host address inside one guest page.
 ///
 /// # Safety
 /// `address` .. `address + size` lies inside one mapped page of a pool.
-#[inline]
+#[inline(always)]
 pub(crate) unsafe fn load(address: u64, size: usize) -> u64 {
-    // SAFETY: by the caller's promise; unaligned volatile reads of a few bytes, which x86 allows.
+    let value: u64;
+    // SAFETY: mapped by the caller's promise. Nobody has references into the page, and the compiler takes it that any
+    // memory may be read.
     unsafe {
         match size {
-            1 => u64::from(ptr::read_volatile(address as *const u8)),
-            2 => u64::from(u16::from_le_bytes(ptr::read_volatile(address as *const [u8; 2]))),
-            4 => u64::from(u32::from_le_bytes(ptr::read_volatile(address as *const [u8; 4]))),
-            _ => u64::from_le_bytes(ptr::read_volatile(address as *const [u8; 8])),
+            1 => {
+                asm!("movzx {0:e}, byte ptr [{1}]", out(reg) value, in(reg) address, options(nostack, preserves_flags, readonly))
+            }
+            2 => {
+                asm!("movzx {0:e}, word ptr [{1}]", out(reg) value, in(reg) address, options(nostack, preserves_flags, readonly))
+            }
+            4 => asm!("mov {0:e}, [{1}]", out(reg) value, in(reg) address, options(nostack, preserves_flags, readonly)),
+            _ => asm!("mov {0}, [{1}]", out(reg) value, in(reg) address, options(nostack, preserves_flags, readonly)),
         }
     }
+    value
 }
 
 /// Stores the low `size` (1, 2, 4, 8) bytes of `value`.
 ///
 /// # Safety
 /// As for [`load`], and the page is writable.
-#[inline]
+#[inline(always)]
 pub(crate) unsafe fn store(address: u64, size: usize, value: u64) {
-    // SAFETY: by the caller's promise.
+    // SAFETY: by the caller's promise, and as in `load`.
     unsafe {
         match size {
-            1 => ptr::write_volatile(address as *mut u8, value as u8),
-            2 => ptr::write_volatile(address as *mut [u8; 2], (value as u16).to_le_bytes()),
-            4 => ptr::write_volatile(address as *mut [u8; 4], (value as u32).to_le_bytes()),
-            _ => ptr::write_volatile(address as *mut [u8; 8], value.to_le_bytes()),
+            1 => asm!("mov [{0}], {1}", in(reg) address, in(reg_byte) value as u8, options(nostack, preserves_flags)),
+            2 => asm!("mov [{0}], {1:x}", in(reg) address, in(reg) value, options(nostack, preserves_flags)),
+            4 => asm!("mov [{0}], {1:e}", in(reg) address, in(reg) value, options(nostack, preserves_flags)),
+            _ => asm!("mov [{0}], {1}", in(reg) address, in(reg) value, options(nostack, preserves_flags)),
         }
     }
 }
@@ -108,40 +169,21 @@ pub(crate) unsafe fn store(address: u64, size: usize, value: u64) {
 /// Replaces `size` bytes if they equal `expected`, in one atomic step; gives back what was there.
 ///
 /// # Safety
-/// As for [`store`]. An access that is not naturally aligned is done under no lock: x86 would split-lock it, and
-/// guests of one processor cannot tell.
+/// As for [`store`]. An access across cache lines is a split lock, which hosts may punish: callers keep guests' away.
 pub(crate) unsafe fn compare_exchange(address: u64, size: usize, expected: u64, new: u64) -> u64 {
-    if !address.is_multiple_of(size as u64) {
-        // SAFETY: by the caller's promise.
-        unsafe {
-            let old = load(address, size);
-            if old == expected {
-                store(address, size, new);
-            }
-            return old;
-        }
-    }
-    // SAFETY: mapped by the caller's promise and aligned as checked.
+    let mut old = expected;
+    // SAFETY: by the caller's promise, and as in `load`.
     unsafe {
-        macro_rules! exchange {
-            ($atomic:ty, $int:ty) => {
-                match <$atomic>::from_ptr(address as *mut $int).compare_exchange(
-                    expected as $int,
-                    new as $int,
-                    Ordering::SeqCst,
-                    Ordering::SeqCst,
-                ) {
-                    Ok(old) | Err(old) => old as u64,
-                }
-            };
-        }
         match size {
-            1 => exchange!(AtomicU8, u8),
-            2 => exchange!(AtomicU16, u16),
-            4 => exchange!(AtomicU32, u32),
-            _ => exchange!(AtomicU64, u64),
+            1 => {
+                asm!("lock cmpxchg [{0}], {1}", in(reg) address, in(reg_byte) new as u8, inout("rax") old, options(nostack))
+            }
+            2 => asm!("lock cmpxchg [{0}], {1:x}", in(reg) address, in(reg) new, inout("rax") old, options(nostack)),
+            4 => asm!("lock cmpxchg [{0}], {1:e}", in(reg) address, in(reg) new, inout("rax") old, options(nostack)),
+            _ => asm!("lock cmpxchg [{0}], {1}", in(reg) address, in(reg) new, inout("rax") old, options(nostack)),
         }
     }
+    old & u64::MAX >> (64 - 8 * size.clamp(1, 8))
 }
 
 /// As [`compare_exchange`], of 16 bytes.
@@ -155,7 +197,7 @@ pub(crate) unsafe fn compare_exchange16(address: u64, expected: u128, new: u128)
         // and is given back.
         // SAFETY: by the caller's promise, and the processor has the instruction.
         unsafe {
-            std::arch::asm!(
+            asm!(
                 "xchg rbx, rsi",
                 "lock cmpxchg16b [rdi]",
                 "mov rbx, rsi",

@@ -1,6 +1,7 @@
 //! One guest's physical memory: a pmap over a pool, read and written by guest physical address.
 
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering, fence};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use x86::{Gpa, Mpn, PAGE_SHIFT, PAGE_SIZE, Ppn};
 
@@ -9,6 +10,7 @@ use crate::bytes::PageRef;
 use crate::pmap::Pmap;
 use crate::pool::Pool;
 use crate::trace::CodeTraces;
+use crate::writers::{Processors, Seats};
 
 #[derive(Debug)]
 pub struct GuestMemory {
@@ -18,6 +20,10 @@ pub struct GuestMemory {
     pub code: CodeTraces,
     /// Counts remappings: whoever keeps host addresses (a soft TLB) drops them when it changes.
     epoch: AtomicU64,
+    /// Which processors are in guest code, and what they are asked to forget.
+    pub seats: Seats,
+    /// Held by a LOCKed instruction that no host instruction can do in one step.
+    split: Mutex<()>,
 }
 
 /// The pool is a little larger than the guest, so that a page can be moved while both copies exist.
@@ -36,6 +42,8 @@ impl GuestMemory {
             pmap: Pmap::new(pages),
             code: CodeTraces::default(),
             epoch: AtomicU64::new(0),
+            seats: Seats::default(),
+            split: Mutex::default(),
         })
     }
 
@@ -108,36 +116,36 @@ impl GuestMemory {
     pub fn write(&self, address: Gpa, data: &[u8]) -> Result<(), Error> {
         self.pieces(address, data.len(), |ppn, page, offset, range| {
             page.write(offset, &data[range.clone()]);
-            if self.pmap.get(ppn).is_some_and(|entry| entry.is_traced()) {
-                self.note_store(ppn, offset, range.len() as u64);
-            }
+            self.note_store(ppn, offset, range.len() as u64, None);
         })
     }
 
-    /// Tells the code trace of a store to a traced page; true when it hit code.
-    pub fn note_store(&self, ppn: Ppn, offset: u64, size: u64) -> bool {
-        let hit = self.code.written(ppn, offset, size);
-        if hit {
-            self.pmap.set_traced(ppn, false);
+    /// Tells the code trace of a store that went past the TLB and was just done, by a processor (`by`) or a device.
+    pub fn note_store(&self, ppn: Ppn, offset: u64, size: u64, by: Option<usize>) {
+        // Whoever makes code of the page traces it, then reads it; we wrote it, and look at the trace now. Without the
+        // fence each could miss the other.
+        fence(Ordering::SeqCst);
+        if !self.pmap.get(ppn).is_some_and(|entry| entry.is_traced()) {
+            return;
         }
-        hit
+        let hit = self.code.written(&self.pmap, ppn, offset, size);
+        self.seats.kick(by.map_or(hit, |number| hit.without(number)));
     }
 
-    /// Traces stores to `size` bytes of code; true when the page was not traced before, so that soft TLBs which may
-    /// hold it as writable must drop it.
-    pub fn trace_code(&self, ppn: Ppn, offset: u64, size: u64) -> bool {
-        let first = self.code.add(ppn, offset, size);
-        if first {
-            self.pmap.set_traced(ppn, true);
-        }
-        first
+    /// Traces stores to `size` bytes of code for a processor; gives the processors that may still store to the page
+    /// without a trap. They must be asked to stop before the code is read for good; see [`Seats::ask`].
+    pub fn trace_code(&self, processor: usize, ppn: Ppn, offset: u64, size: u64) -> Processors {
+        self.code.add(&self.pmap, processor, ppn, offset, size)
     }
 
-    /// Forgets all code traces.
-    pub fn untrace_all(&self) {
-        for ppn in self.code.clear() {
-            self.pmap.set_traced(ppn, false);
-        }
+    /// Forgets all code traces of a processor.
+    pub fn untrace_all(&self, processor: usize) {
+        self.code.clear(&self.pmap, processor);
+    }
+
+    /// The lock of LOCKed instructions that no host instruction can do in one step.
+    pub fn split_lock(&self) -> MutexGuard<'_, ()> {
+        self.split.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Moves a page to another machine page. The caller has stopped every processor of the VM between two instructions;

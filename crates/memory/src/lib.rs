@@ -12,6 +12,7 @@ pub mod shadow;
 pub mod tlb;
 pub mod trace;
 pub mod walk;
+pub mod writers;
 
 pub use error::Error;
 pub use guest::GuestMemory;

@@ -1,10 +1,14 @@
 //! The pmap of one VM: Ppn -> Mpn and the page's state. RAM is at 0 up to the hole below 4 GiB, and from 4 GiB on.
 //!
-//! An entry is one word: bit 63 says that the page has a machine page, bit 62 that writes to it are traced.
+//! An entry is one word: bit 63 says that the page has a machine page, bit 62 that writes to it are traced, bits 40 to 55
+//! which processors may have the right to store to it in a TLB. Being one word, it decides between a processor that gets
+//! the right and another that traces the page: whoever comes second sees the first.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use x86::{Mpn, PAGE_SHIFT, Ppn};
+
+use crate::writers::Processors;
 
 /// First byte of the hole for devices below 4 GiB.
 pub const HOLE_START: u64 = 0xc000_0000;
@@ -13,7 +17,9 @@ pub const HOLE_END: u64 = 1 << 32;
 
 const BACKED: u64 = 1 << 63;
 const TRACED: u64 = 1 << 62;
-const MPN: u64 = (1 << 52) - 1;
+const WRITERS_SHIFT: u32 = 40;
+const WRITERS: u64 = 0xffff << WRITERS_SHIFT;
+const MPN: u64 = (1 << WRITERS_SHIFT) - 1;
 
 #[derive(Debug)]
 pub struct Pmap {
@@ -35,6 +41,12 @@ impl Entry {
     #[must_use]
     pub fn is_traced(self) -> bool {
         self.0 & TRACED != 0
+    }
+
+    /// Processors that may have the right to store in a TLB.
+    #[must_use]
+    pub fn writers(self) -> Processors {
+        Processors((self.0 >> WRITERS_SHIFT) as u16)
     }
 }
 
@@ -77,18 +89,38 @@ impl Pmap {
     /// Points a page at another machine page; gives back the old one.
     pub fn replace(&self, ppn: Ppn, mpn: Mpn) -> Option<Mpn> {
         let entry = &self.entries[self.index(ppn)?];
-        let old = entry.fetch_update(Ordering::AcqRel, Ordering::Acquire, |word| Some(word & TRACED | BACKED | mpn.0));
+        let old = entry
+            .fetch_update(Ordering::AcqRel, Ordering::Acquire, |word| Some(word & (TRACED | WRITERS) | BACKED | mpn.0));
         old.ok().and_then(|word| Entry(word).mpn())
     }
 
-    pub fn set_traced(&self, ppn: Ppn, traced: bool) {
-        if let Some(index) = self.index(ppn) {
-            if traced {
-                self.entries[index].fetch_or(TRACED, Ordering::AcqRel);
-            } else {
-                self.entries[index].fetch_and(!TRACED, Ordering::AcqRel);
-            }
+    /// Gives a processor the right to store to a page without a trap; false when the page is traced.
+    pub fn grant_store(&self, ppn: Ppn, processor: usize) -> bool {
+        let Some(index) = self.index(ppn) else { return false };
+        let entry = &self.entries[index];
+        let known = Entry(entry.load(Ordering::Acquire));
+        if known.is_traced() || known.writers().has(processor) {
+            return !known.is_traced();
         }
+        let bit = u64::from(Processors::one(processor).0) << WRITERS_SHIFT;
+        !Entry(entry.fetch_or(bit, Ordering::SeqCst)).is_traced()
+    }
+
+    /// Notes that no TLB of the processor's has the right any more. Only its own thread may say so.
+    pub fn withdraw_store(&self, ppn: Ppn, processor: usize) {
+        if let Some(index) = self.index(ppn) {
+            let bit = u64::from(Processors::one(processor).0) << WRITERS_SHIFT;
+            self.entries[index].fetch_and(!bit, Ordering::SeqCst);
+        }
+    }
+
+    /// Traces stores to a page, or no longer; gives the processors that may still have the right to store without a trap.
+    pub fn set_traced(&self, ppn: Ppn, traced: bool) -> Processors {
+        let Some(index) = self.index(ppn) else { return Processors::default() };
+        let entry = &self.entries[index];
+        let old =
+            if traced { entry.fetch_or(TRACED, Ordering::SeqCst) } else { entry.fetch_and(!TRACED, Ordering::SeqCst) };
+        Entry(old).writers()
     }
 
     /// How many pages of RAM the guest was promised.

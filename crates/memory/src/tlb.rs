@@ -178,11 +178,11 @@ impl SoftTlb {
         true
     }
 
-    /// Compares and exchanges atomically on a hit; gives back the old value.
+    /// Compares and exchanges atomically on a hit of bytes that one host instruction can exchange; gives back the old value.
     #[inline]
     #[must_use]
     pub fn compare_exchange(&self, bank: Bank, address: Gva, size: usize, expected: u64, new: u64) -> Option<u64> {
-        let host = self.probe(bank, address, size, true)?;
+        let host = self.probe(bank, address, size, true).filter(|_| bytes::in_line(address.0, size))?;
         // SAFETY: as in `store`.
         Some(unsafe { bytes::compare_exchange(host, size, expected, new) })
     }
@@ -343,12 +343,14 @@ impl SoftTlb {
         }
     }
 
-    /// Takes the right to store to a page away from every entry that leads to it.
-    pub fn protect(&mut self, page: PageRef<'_>) {
-        for bank in &mut self.banks {
-            for entry in &mut bank.entries {
-                if entry.page == page.host_address() {
-                    entry.write = never(entry.read);
+    /// Takes the right to store to pages away from every entry that leads to one of them.
+    pub fn protect<'a>(&mut self, pages: impl Iterator<Item = PageRef<'a>>) {
+        for page in pages {
+            for bank in &mut self.banks {
+                for entry in &mut bank.entries {
+                    if entry.page == page.host_address() {
+                        entry.write = never(entry.read);
+                    }
                 }
             }
         }

@@ -185,9 +185,7 @@ fn attempt(
                 return Ok(None);
             }
             // Page tables may share a page with code in tiny guests; the walk is a store like any other.
-            if memory.pmap().get(table.ppn()).is_some_and(|entry| entry.is_traced()) {
-                memory.note_store(table.ppn(), offset, 8);
-            }
+            memory.note_store(table.ppn(), offset, 8, None);
         }
         if leaf {
             let size = 1_u64 << shift;

@@ -27,7 +27,7 @@ impl Core<'_> {
         if self.vcpu.checks != 0 {
             self.check_access(address, 16, true)?;
         }
-        self.translate(address, access)?;
+        let gpa = self.translate(address, access)?.gpa;
         let low = self.read_as(address, 8, access)?;
         let high = self.read_as(address.add(8), 8, access)?;
         let mut guess = u128::from(high) << 64 | u128::from(low);
@@ -37,7 +37,17 @@ impl Core<'_> {
             }
             guess = seen;
         }
-        // A traced page or MMIO.
+        if let Some(page) = self.memory.page(gpa.ppn()) {
+            // A traced page.
+            loop {
+                let seen = page.compare_exchange16(gpa.offset(), guess, change(guess));
+                if seen == guess {
+                    self.note_store(gpa, 16);
+                    return Ok(seen);
+                }
+                guess = seen;
+            }
+        }
         let new = change(guess);
         self.write_as(address, 8, new as u64, access)?;
         self.write_as(address.add(8), 8, (new >> 64) as u64, access)?;

@@ -1,9 +1,10 @@
 //! What an instruction works on: one VCPU, the guest's memory, and the machine outside. Every access to guest virtual
 //! memory by either engine's slow path goes through here: soft TLB, else walk, pmap, pool, else MMIO.
 
+use memory::bytes::in_line;
 use memory::tlb::Bank;
 use memory::{Access, GuestMemory, Paging, Translation, walk};
-use x86::{Gpa, GuestFault, Gva, PAGE_SIZE, vector};
+use x86::{Gpa, GuestFault, Gva, PAGE_SIZE, Ppn, vector};
 
 use crate::engine::Outside;
 use crate::profile::Doing;
@@ -14,6 +15,9 @@ pub struct Core<'a> {
     pub memory: &'a GuestMemory,
     pub outside: &'a mut dyn Outside,
 }
+
+/// To give up the right to store to more pages at once, it is cheaper to forget the whole TLB.
+const MANY_PAGES: usize = 16;
 
 /// How many of `size` bytes at `address` lie in its page.
 pub(crate) fn in_page(address: Gva, size: usize) -> usize {
@@ -65,9 +69,8 @@ impl Core<'_> {
         if !access.fetch
             && let Some(page) = self.memory.page(ppn)
         {
-            let traced = self.memory.pmap().get(ppn).is_some_and(|entry| entry.is_traced());
             let bank = self.bank_of(access);
-            let writable = translation.writable && !traced;
+            let writable = translation.writable && self.memory.pmap().grant_store(ppn, self.vcpu.number);
             self.vcpu.tlb.fill(bank, address, page, writable, translation.global);
             if translation.page_size > PAGE_SIZE {
                 self.vcpu.tlb.note_large(address, translation.page_size);
@@ -136,11 +139,7 @@ impl Core<'_> {
         }
         let translation = self.translate(address, access)?;
         match self.memory.page(translation.gpa.ppn()) {
-            Some(page) => {
-                let mut bytes = [0; 8];
-                page.read(translation.gpa.offset(), &mut bytes[..size]);
-                Ok(u64::from_le_bytes(bytes))
-            }
+            Some(page) => Ok(page.load(translation.gpa.offset(), size)),
             None => Ok(self.outside.mmio_read(translation.gpa, size as u8) & mask(size)),
         }
     }
@@ -168,7 +167,7 @@ impl Core<'_> {
         let gpa = translation.gpa;
         match self.memory.page(gpa.ppn()) {
             Some(page) => {
-                page.write(gpa.offset(), &value.to_le_bytes()[..size]);
+                page.store(gpa.offset(), size, value);
                 self.note_store(gpa, size);
             }
             None => self.outside.mmio_write(gpa, size as u8, value & mask(size)),
@@ -177,9 +176,47 @@ impl Core<'_> {
     }
 
     /// Tells the code trace of a store that went past the TLB.
-    fn note_store(&mut self, gpa: Gpa, size: usize) {
-        if self.memory.pmap().get(gpa.ppn()).is_some_and(|entry| entry.is_traced()) {
-            self.memory.note_store(gpa.ppn(), gpa.offset(), size as u64);
+    pub(crate) fn note_store(&mut self, gpa: Gpa, size: usize) {
+        self.memory.note_store(gpa.ppn(), gpa.offset(), size as u64, Some(self.vcpu.number));
+    }
+
+    /// Watches for stores to `code`, which was just read at `gpa` in one page. No processor can store there unnoticed any
+    /// more; says whether the bytes are still these, so that something may be made of them. Only between two blocks: TLB
+    /// entries are withdrawn.
+    #[must_use]
+    pub(crate) fn trace_code(&mut self, gpa: Gpa, code: &[u8]) -> bool {
+        let (me, ppn) = (self.vcpu.number, gpa.ppn());
+        let writers = self.memory.trace_code(me, ppn, gpa.offset(), code.len() as u64);
+        if writers.has(me) {
+            self.forget_stores([ppn]);
+        }
+        let others = writers.without(me);
+        if !others.is_empty() {
+            self.memory.seats.ask(me, others, ppn);
+            self.obey();
+        }
+        self.memory.page(ppn).is_some_and(|page| page.holds(gpa.offset(), code))
+    }
+
+    /// Gives up the right to store to pages of which other processors make code. Called before guest code runs, and
+    /// whenever others were let pass meanwhile.
+    pub fn obey(&mut self) {
+        let me = self.vcpu.number;
+        if self.memory.seats.is_asked(me) {
+            let pages = self.memory.seats.take(me);
+            self.forget_stores(pages);
+        }
+    }
+
+    fn forget_stores(&mut self, pages: impl IntoIterator<Item = Ppn>) {
+        let pages: Vec<Ppn> = pages.into_iter().collect();
+        if pages.len() > MANY_PAGES {
+            self.vcpu.tlb.flush_all();
+        } else {
+            self.vcpu.tlb.protect(pages.iter().filter_map(|ppn| self.memory.page(*ppn)));
+        }
+        for ppn in pages {
+            self.memory.pmap().withdraw_store(ppn, self.vcpu.number);
         }
     }
 
@@ -193,27 +230,32 @@ impl Core<'_> {
         if self.vcpu.checks != 0 {
             self.check_access(address, size, true)?;
         }
-        if in_page(address, size) == size {
-            for attempt in 0.. {
-                if let Some(old) = self.vcpu.tlb.load(bank, address, size) {
-                    match self.vcpu.tlb.compare_exchange(bank, address, size, old, change(old)) {
-                        Some(seen) if seen == old => return Ok(old),
-                        Some(_) => continue,
-                        None => {}
-                    }
-                }
-                if attempt > 0 {
-                    break;
-                }
-                self.translate(address, access)?;
+        while let Some(old) = self.vcpu.tlb.load(bank, address, size) {
+            match self.vcpu.tlb.compare_exchange(bank, address, size, old, change(old)) {
+                Some(seen) if seen == old => return Ok(old),
+                Some(_) => {}
+                None => break,
             }
         }
-        // Traced pages, MMIO and accesses across pages.
+        let gpa = self.translate(address, access)?.gpa;
+        if in_line(address.0, size)
+            && let Some(page) = self.memory.page(gpa.ppn())
+        {
+            loop {
+                let old = page.load(gpa.offset(), size);
+                if page.compare_exchange(gpa.offset(), size, old, change(old)) == old {
+                    self.note_store(gpa, size);
+                    return Ok(old);
+                }
+            }
+        }
+        // MMIO, and what would lock the host's bus.
         let first = in_page(address, size);
-        self.translate(address, access)?;
         if first < size {
             self.translate(self.wrap(address.add(first as u64)), access)?;
         }
+        let memory = self.memory;
+        let _alone = memory.split_lock();
         let old = self.read_as(address, size, access)?;
         self.write_as(address, size, change(old), access)?;
         Ok(old)

@@ -261,6 +261,12 @@ impl CpuidModel {
         self.tsc_hz / (1 << 32) + 1
     }
 
+    /// Processors of the machine.
+    #[must_use]
+    pub fn cpus(&self) -> u32 {
+        self.cpus
+    }
+
     #[must_use]
     pub fn tsc_hz(&self) -> u64 {
         self.tsc_hz

@@ -138,6 +138,10 @@ pub struct Vcpu {
     pub mappings: u64,
     /// The epoch of guest memory that the TLB belongs to.
     pub memory_epoch: u64,
+    /// Which of the machine's processors this is.
+    pub number: usize,
+    /// PAUSE instructions that ran, where the machine has several processors.
+    pub pauses: u64,
     /// What CPUID tells this guest.
     pub cpuid: Arc<CpuidModel>,
     pub kernel_code: CodePages,
@@ -175,6 +179,8 @@ impl Vcpu {
             hits: 0,
             behind_stack_load: false,
             memory_epoch: 0,
+            number: 0,
+            pauses: 0,
             cpuid: CpuidModel::shared(),
             kernel_code: CodePages::new(),
             user_code: CodePages::new(),

@@ -374,16 +374,16 @@ fn transfer_rest(op: &Op) -> Option<Run> {
         Mnemonic::Loope => wide!(count_size(op.code()), branch::loop_while, [1]),
         Mnemonic::Loopne => wide!(count_size(op.code()), branch::loop_while, [0]),
         Mnemonic::Clflush | Mnemonic::Clflushopt | Mnemonic::Clwb => transfer::flush_line,
+        Mnemonic::Pause => transfer::pause,
+        Mnemonic::Mfence => transfer::fence,
         Mnemonic::Nop
         | Mnemonic::Reservednop
-        | Mnemonic::Pause
         | Mnemonic::Endbr32
         | Mnemonic::Endbr64
         // Without shadow stacks these read nothing and leave their destination: Intel SDM (2024-12) Vol. 2B "RDSSPD".
         | Mnemonic::Rdsspd
         | Mnemonic::Rdsspq
         | Mnemonic::Lfence
-        | Mnemonic::Mfence
         | Mnemonic::Sfence
         | Mnemonic::Prefetch
         | Mnemonic::Prefetchw

@@ -171,7 +171,7 @@ impl DecodeCache {
     pub fn refresh(&mut self, core: &Core<'_>) {
         let mode = Mode::of(&core.vcpu.cpu);
         let moved = (mode.base, mode.limit) != (self.mode.base, self.mode.limit);
-        if moved || self.mappings != core.vcpu.mappings || core.memory.code.is_pending() {
+        if moved || self.mappings != core.vcpu.mappings || core.memory.code.is_pending(core.vcpu.number) {
             self.mappings = core.vcpu.mappings;
             self.lines.fill(Line::NONE);
         }
@@ -237,9 +237,9 @@ impl DecodeCache {
     #[inline(never)]
     fn locate_slowly(&mut self, core: &mut Core<'_>, linear: Gva) -> Result<Place, GuestFault> {
         let gpa = core.translate_fetch(linear)?;
-        if core.memory.code.is_pending() || !core.memory.is_ram(gpa.ppn()) {
+        if core.memory.code.is_pending(core.vcpu.number) || !core.memory.is_ram(gpa.ppn()) {
             // Code was written and whoever takes note of that has not yet, or the code is not in memory.
-            self.loose = Op::new(&decode(core, self.mode, linear, gpa)?.0);
+            self.loose = Op::new(&decode(core, self.mode, linear, gpa)?.instruction);
             return Ok((LOOSE, 0));
         }
         let number = self.page_of(Key { ppn: gpa.ppn(), page: linear.page(), mode: self.mode });
@@ -250,16 +250,17 @@ impl DecodeCache {
         if slot != 0 {
             return Ok((page, usize::from(slot) - 1));
         }
-        let (instruction, crosses) = decode(core, self.mode, linear, gpa)?;
+        let decoded = decode(core, self.mode, linear, gpa)?;
         self.decoded += 1;
-        if crosses {
-            // Its second page may be mapped elsewhere the next time.
-            self.loose = Op::new(&instruction);
+        let op = Op::new(&decoded.instruction);
+        // The second page of an instruction across pages may be mapped elsewhere the next time. What another processor
+        // changes while we look may run as it was, but not be kept.
+        if decoded.crosses || !core.trace_code(gpa, &decoded.bytes[..decoded.instruction.len().min(LONGEST)]) {
+            self.loose = op;
             return Ok((LOOSE, 0));
         }
-        trace(core, gpa, instruction.len() as u64);
         let ops = &mut self.pages[page].ops;
-        ops.push(Op::new(&instruction));
+        ops.push(op);
         let count = ops.len();
         self.ops += 1;
         self.pages[page].slots[linear.offset() as usize] = count as u16;
@@ -284,15 +285,6 @@ impl DecodeCache {
     }
 }
 
-/// Watches for stores to code.
-fn trace(core: &mut Core<'_>, gpa: Gpa, size: u64) {
-    if core.memory.trace_code(gpa.ppn(), gpa.offset(), size)
-        && let Some(page) = core.memory.page(gpa.ppn())
-    {
-        core.vcpu.tlb.protect(page);
-    }
-}
-
 /// Reads up to the end of the page.
 fn read_code(core: &mut Core<'_>, gpa: Gpa, buffer: &mut [u8]) -> usize {
     let count = buffer.len().min((PAGE_SIZE - gpa.offset()) as usize);
@@ -307,8 +299,15 @@ fn read_code(core: &mut Core<'_>, gpa: Gpa, buffer: &mut [u8]) -> usize {
     count
 }
 
-/// Decodes the instruction at RIP; says whether it goes on in the next page.
-fn decode(core: &mut Core<'_>, mode: Mode, linear: Gva, gpa: Gpa) -> Result<(Instruction, bool), GuestFault> {
+struct Decoded {
+    instruction: Instruction,
+    bytes: [u8; LONGEST],
+    /// It goes on in the next page.
+    crosses: bool,
+}
+
+/// Decodes the instruction at RIP.
+fn decode(core: &mut Core<'_>, mode: Mode, linear: Gva, gpa: Gpa) -> Result<Decoded, GuestFault> {
     let rip = core.vcpu.cpu.rip;
     let mut bytes = [0; LONGEST];
     let first = read_code(core, gpa, &mut bytes);
@@ -328,7 +327,7 @@ fn decode(core: &mut Core<'_>, mode: Mode, linear: Gva, gpa: Gpa) -> Result<(Ins
     if too_long || beyond_limit {
         return Err(GuestFault::GP0);
     }
-    Ok((instruction, crosses))
+    Ok(Decoded { instruction, bytes, crosses })
 }
 
 fn decode_bytes(mode: Mode, rip: u64, bytes: &[u8]) -> (Instruction, DecoderError) {

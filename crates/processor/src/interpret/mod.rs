@@ -171,8 +171,8 @@ impl Interpreter {
     /// Takes note of what changed since the last instruction.
     fn drop_stale(&mut self, core: &mut Core<'_>) {
         core.vcpu.stale = crate::vcpu::Stale::default();
-        if core.memory.code.is_pending() {
-            for write in core.memory.code.take() {
+        if core.memory.code.is_pending(core.vcpu.number) {
+            for write in core.memory.code.take(core.vcpu.number) {
                 self.cache.drop_page(write.ppn);
             }
         }
@@ -191,7 +191,7 @@ impl Interpreter {
                 if op.start != rip {
                     continue 'look;
                 }
-                if count >= BURST || core.memory.code.is_pending() {
+                if count >= BURST || core.memory.code.is_pending(core.vcpu.number) {
                     break 'look None;
                 }
                 count += 1;

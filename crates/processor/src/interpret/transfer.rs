@@ -208,6 +208,27 @@ pub fn nothing(_: &mut Core<'_>, _: &Op) -> Result<Flow, GuestFault> {
     Ok(Flow::Next)
 }
 
+/// MFENCE: the host's stores are the guest's, and so must its barrier be.
+pub fn fence(_: &mut Core<'_>, _: &Op) -> Result<Flow, GuestFault> {
+    std::sync::atomic::fence(std::sync::atomic::Ordering::SeqCst);
+    Ok(Flow::Next)
+}
+
+/// After so many PAUSEs the processor gives its host core away: the one that it waits for may have none.
+const PATIENCE: u64 = 32;
+
+pub fn pause(core: &mut Core<'_>, _: &Op) -> Result<Flow, GuestFault> {
+    if core.vcpu.cpuid.cpus() > 1 {
+        core.vcpu.pauses += 1;
+        if core.vcpu.pauses.is_multiple_of(PATIENCE) {
+            std::thread::yield_now();
+        } else {
+            std::hint::spin_loop();
+        }
+    }
+    Ok(Flow::Next)
+}
+
 /// CLFLUSH, CLFLUSHOPT, CLWB, CLDEMOTE: no cache to flush, but the address is checked as that of a load.
 pub fn flush_line(core: &mut Core<'_>, op: &Op) -> Result<Flow, GuestFault> {
     let address = op.address.linear(core, 1, false)?;

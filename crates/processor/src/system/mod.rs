@@ -66,6 +66,10 @@ fn delivered(exit: Option<Exit>) -> Outcome {
 /// Executes a system instruction; `None` says that it is not one.
 pub fn execute(core: &mut Core<'_>, instruction: &Instruction) -> Option<Outcome> {
     use Mnemonic as M;
+    if is_serializing(instruction.mnemonic()) {
+        // Other processors see all earlier stores before this one reads anything later.
+        std::sync::atomic::fence(std::sync::atomic::Ordering::SeqCst);
+    }
     let outcome = match instruction.mnemonic() {
         M::Mov => return moves(core, instruction),
         M::Jmp if is_far_branch(instruction.code()) => far::jump(core, instruction),
@@ -135,6 +139,30 @@ pub fn execute(core: &mut Core<'_>, instruction: &Instruction) -> Option<Outcome
         _ => return None,
     };
     Some(outcome)
+}
+
+/// Intel SDM (2024-12) Vol. 3A 9.3 "Serializing Instructions".
+/// MOV to a control or debug register stands for all of MOV that comes here.
+fn is_serializing(mnemonic: Mnemonic) -> bool {
+    use Mnemonic as M;
+    matches!(
+        mnemonic,
+        M::Cpuid
+            | M::Iret
+            | M::Iretd
+            | M::Iretq
+            | M::Serialize
+            | M::Mov
+            | M::Wrmsr
+            | M::Invlpg
+            | M::Invpcid
+            | M::Invd
+            | M::Wbinvd
+            | M::Lgdt
+            | M::Lidt
+            | M::Lldt
+            | M::Ltr
+    )
 }
 
 fn is_far_branch(code: Code) -> bool {

@@ -161,6 +161,8 @@ pub struct Features {
     pub fsgsbase: bool,
     /// SYSCALL and SYSRET are enabled (EFER.SCE).
     pub syscall: bool,
+    /// The machine has no other processor, so that nobody needs the core that a PAUSE could give away.
+    pub is_alone: bool,
 }
 
 /// What [`decode`] keeps from block to block.
@@ -394,7 +396,8 @@ fn other_kind(iced: &Instruction, is_simd: bool, features: Features) -> Option<K
             _ => return None,
         },
         M::Leave if iced.code() == Code::Leaveq => Kind::Leave,
-        M::Nop | M::Endbr64 | M::Endbr32 | M::Pause => Kind::Nop,
+        M::Nop | M::Endbr64 | M::Endbr32 => Kind::Nop,
+        M::Pause if features.is_alone => Kind::Nop,
         M::Prefetchnta | M::Prefetcht0 | M::Prefetcht1 | M::Prefetcht2 | M::Prefetchw | M::Prefetch => Kind::Nop,
         M::Bt | M::Btc | M::Btr | M::Bts if is_memory(0) && iced.op1_kind() == OpKind::Register => {
             match iced.memory_size().size() {

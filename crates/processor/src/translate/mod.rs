@@ -32,7 +32,7 @@ use std::sync::Arc;
 
 use host::clock::{host_tsc, host_tsc_hz, scale};
 use host::signal::{self, Landing};
-use x86::{CpuState, Gva, PAGE_SIZE, cr0, cr4, dr7, registers::xcr0, rflags};
+use x86::{CpuState, Gva, PAGE_SIZE, Ppn, cr0, cr4, dr7, registers::xcr0, rflags};
 
 use self::asm::Asm;
 use self::block::{BlockDecoder, Features};
@@ -62,6 +62,8 @@ const TOO_LONG: u64 = 200_000;
 const BLOCK_ROOM: usize = 64 << 10;
 /// Kernels use SIMD in short stretches; with its state in registers every leave costs more.
 const KERNEL_SIMD_LEAVES: u32 = 16;
+/// How often code is read again because another processor changed it meanwhile.
+const READS: u32 = 4;
 /// After so many failed checks of a group, a block is translated again without groups.
 const PATIENCE: u32 = 16;
 
@@ -102,6 +104,8 @@ pub struct Translator {
     links: Links,
     asm: Asm,
     source: BlockDecoder,
+    /// The guest's bytes of the block at work.
+    bytes: Box<[u8; MOST_BYTES]>,
     groups: Groups,
     scratch: lower::Scratch,
     recall: recall::Recall,
@@ -151,6 +155,7 @@ impl Translator {
             links: Links::default(),
             asm: Asm::default(),
             source: BlockDecoder::new(),
+            bytes: Box::new([0; MOST_BYTES]),
             groups: Groups::default(),
             scratch: lower::Scratch::default(),
             recall: recall::Recall::default(),
@@ -176,7 +181,7 @@ impl Translator {
     }
 
     fn interpret_one(&mut self, core: &mut Core<'_>) -> Option<Exit> {
-        if !must_interpret(&core.vcpu.cpu) && !core.memory.code.is_pending() {
+        if !must_interpret(&core.vcpu.cpu) && !core.memory.code.is_pending(core.vcpu.number) {
             let mode = self.mode(&core.vcpu.cpu);
             if let Some(code) = self.fetches.find(core, core.vcpu.cpu.rip, mode) {
                 return interpret::step_at(core, &mut self.decoder, code);
@@ -205,14 +210,14 @@ impl Translator {
             self.counters.kernel_forgets += 1;
             self.forget_kernel_jumps(core);
         }
-        let features = features(&core.vcpu.cpu);
+        let features = features(&core.vcpu.cpu, core.vcpu.cpuid.cpus());
         if features != self.features {
             self.features = features;
             self.clear(core);
         }
-        if core.memory.code.is_pending() {
+        if core.memory.code.is_pending(core.vcpu.number) {
             let jumps = &mut core.vcpu.jumps;
-            for write in core.memory.code.take() {
+            for write in core.memory.code.take(core.vcpu.number) {
                 self.blocks.drop_page(write.ppn, |Key { rip, mode, .. }| {
                     jumps.forget_block(rip, mode.0.into(), jump_index(rip));
                 });
@@ -244,7 +249,7 @@ impl Translator {
         self.sites.clear();
         self.links.clear();
         self.recall.forget_all();
-        core.memory.untrace_all();
+        core.memory.untrace_all(core.vcpu.number);
         self.decoder.clear();
         self.forget_all_jumps(core);
     }
@@ -306,6 +311,43 @@ impl Translator {
         (host, slot)
     }
 
+    /// Decodes the block at `key`, whose bytes go to `bytes`, and watches for stores to it; gives the second page that it reaches
+    /// into, if it does. `None` when the code cannot be read, or another processor changes it all the time.
+    fn read_block(&mut self, core: &mut Core<'_>, key: Key) -> Option<Option<Ppn>> {
+        let most = if self.options.single { 1 } else { usize::MAX };
+        let features = Features { user: key.mode.is_user(), ..self.features };
+        let in_page = ((PAGE_SIZE - key.gpa.offset()) as usize).min(MOST_BYTES);
+        for _ in 0..READS {
+            let page = core.memory.page(key.gpa.ppn())?;
+            let code = &mut self.bytes;
+            // Most blocks are short.
+            let few = in_page.min(FEW_BYTES);
+            page.read(key.gpa.offset(), &mut code[..few]);
+            if !self.source.decode(&code[..few], key.rip, most, features) && few < in_page {
+                page.read(key.gpa.offset(), &mut code[..in_page]);
+                self.source.decode(&code[..in_page], key.rip, most, features);
+            }
+            let mut second = None;
+            if in_page < 15 && self.source.source.insns.first().is_none_or(|insn| insn.iced.is_invalid()) {
+                let next = self.fetches.find(core, key.rip.wrapping_add(in_page as u64), key.mode)?;
+                core.memory.page(next.ppn())?.read(0, &mut code[in_page..15]);
+                self.source.decode(&code[..15], key.rip, 1, features);
+                second = Some(next.ppn());
+            }
+            // Only what is read while the stores of all processors are watched can be kept.
+            let size = self.source.source.size;
+            let first = size.min(in_page);
+            let mut same = core.trace_code(key.gpa, &code[..first]);
+            if let Some(page) = second {
+                same &= core.trace_code(page.gpa(), &code[first..size]);
+            }
+            if same {
+                return Some(second);
+            }
+        }
+        None
+    }
+
     /// Translates the block at `key`.
     fn translate(&mut self, core: &mut Core<'_>, key: Key, groups: bool) -> Option<(u64, u64)> {
         let before = core.vcpu.sampler.now(Doing::Translate.word());
@@ -326,34 +368,8 @@ impl Translator {
         if groups && let Some(entries) = self.recall(core, &key) {
             return Some(entries);
         }
-        let mut code = [0; MOST_BYTES];
-        let in_page = ((PAGE_SIZE - key.gpa.offset()) as usize).min(code.len());
-        let page = core.memory.page(key.gpa.ppn())?;
-        let most = if self.options.single { 1 } else { usize::MAX };
-        let features = Features { user: key.mode.is_user(), ..self.features };
-        // Most blocks are short.
-        let few = in_page.min(FEW_BYTES);
-        page.read(key.gpa.offset(), &mut code[..few]);
-        if !self.source.decode(&code[..few], key.rip, most, features) && few < in_page {
-            page.read(key.gpa.offset(), &mut code[..in_page]);
-            self.source.decode(&code[..in_page], key.rip, most, features);
-        }
-        let mut second = None;
-        if in_page < 15 && self.source.source.insns.first().is_none_or(|insn| insn.iced.is_invalid()) {
-            let next = self.fetches.find(core, key.rip.wrapping_add(in_page as u64), key.mode)?;
-            core.memory.page(next.ppn())?.read(0, &mut code[in_page..15]);
-            self.source.decode(&code[..15], key.rip, 1, features);
-            second = Some(next.ppn());
-        }
+        let second = self.read_block(core, key)?;
         let source = &self.source.source;
-        if core.memory.trace_code(key.gpa.ppn(), key.gpa.offset(), source.size.min(in_page) as u64) {
-            core.vcpu.tlb.protect(core.memory.page(key.gpa.ppn())?);
-        }
-        if let Some(page) = second
-            && core.memory.trace_code(page, 0, (source.size.saturating_sub(in_page)) as u64)
-        {
-            core.vcpu.tlb.protect(core.memory.page(page)?);
-        }
         let origin = self.cache.next_address();
         self.asm.restart(origin);
         let first_site = self.sites.len();
@@ -378,7 +394,7 @@ impl Translator {
         let span = Span { offset: key.gpa.offset() as u16, size: source.size as u16 };
         self.counters.translated_instructions += insns as u64;
         if second.is_none() {
-            self.note(core, &key, first_site, insns, &[span], (lowered.entry_host, lowered.entry_slot));
+            self.note(&key, first_site, insns, &[span], (lowered.entry_host, lowered.entry_slot));
         }
         self.blocks.add(key, second, address..end, entries, &self.scratch.map);
         Some(entries)
@@ -432,7 +448,7 @@ impl Translator {
             || vcpu.attention.is_raised()
             || (vcpu.wants_interrupt_window && cpu.can_take_interrupt())
             || must_interpret(cpu)
-            || core.memory.code.is_pending()
+            || core.memory.code.is_pending(core.vcpu.number)
         {
             return false;
         }
@@ -489,7 +505,7 @@ impl Translator {
                 }
                 let clears = self.counters.cache_clears;
                 let Some((host, slot)) = self.find(core) else { return Next::Step };
-                if self.counters.cache_clears == clears && !core.memory.code.is_pending() {
+                if self.counters.cache_clears == clears && !core.memory.code.is_pending(core.vcpu.number) {
                     let at = self.cache.range().start + u64::from(at);
                     self.link(core, block, at, if flags_in_host { host } else { slot });
                 }
@@ -622,7 +638,7 @@ fn must_interpret(cpu: &CpuState) -> bool {
         || (cpu.cpl() == 3 && cpu.rflags & rflags::AC != 0 && cpu.cr0 & cr0::AM != 0)
 }
 
-fn features(cpu: &CpuState) -> Features {
+fn features(cpu: &CpuState, processors: u32) -> Features {
     let sse = cpu.cr4 & cr4::OSFXSR != 0 && cpu.cr0 & cr0::EM == 0;
     let all = xcr0::X87 | xcr0::SSE | xcr0::AVX;
     Features {
@@ -632,6 +648,7 @@ fn features(cpu: &CpuState) -> Features {
         tsc_disabled: cpu.cr4 & cr4::TSD != 0,
         fsgsbase: cpu.cr4 & cr4::FSGSBASE != 0,
         syscall: cpu.efer & x86::efer::SCE != 0,
+        is_alone: processors == 1,
     }
 }
 

@@ -65,8 +65,8 @@ impl Translator {
 
     /// The group of a block's translation.
     fn group(&self, key: &Key) -> GroupKey {
-        let Features { sse, avx, user: _, tsc_disabled, fsgsbase, syscall } = self.features;
-        let flags = [sse, avx, tsc_disabled, fsgsbase, syscall, self.options.count_instructions];
+        let Features { sse, avx, user: _, tsc_disabled, fsgsbase, syscall, is_alone } = self.features;
+        let flags = [sse, avx, tsc_disabled, fsgsbase, syscall, is_alone, self.options.count_instructions];
         let flags = flags.iter().fold(0, |flags, flag| flags << 1 | u32::from(*flag));
         GroupKey { page: key.rip >> 12, kind: flags << 8 | u32::from(key.mode.0) }
     }
@@ -88,7 +88,7 @@ impl Translator {
         store.read(group, place, &mut records);
         let (mut rest, first) = (&records[..], self.sites.len());
         while let Some(record) = Record::take(&mut rest) {
-            if record.is_of(&page) && self.install(core, key, &record).is_none() {
+            if record.is_of(&page) && self.install(core, key, &record, &page).is_none() {
                 break;
             }
         }
@@ -97,8 +97,15 @@ impl Translator {
         self.blocks.find(key).map(|known| (known.entry_host, known.entry_slot))
     }
 
-    /// Makes a block of a record whose guest code is in the page of `beside`. `None` when there is no room.
-    fn install(&mut self, core: &mut Core<'_>, beside: &Key, record: &Record<'_>) -> Option<()> {
+    /// Makes a block of a record whose guest code is in the page of `beside`, which held `page` a moment ago. `None` when there
+    /// is no room.
+    fn install(
+        &mut self,
+        core: &mut Core<'_>,
+        beside: &Key,
+        record: &Record<'_>,
+        page: &[u8; PAGE_SIZE as usize],
+    ) -> Option<()> {
         let offset = u64::from(record.offset());
         let gpa = Gpa(beside.gpa.0 & !PAGE_MASK | offset);
         let key = Key { gpa, rip: beside.rip & !PAGE_MASK | offset, mode: beside.mode };
@@ -109,8 +116,10 @@ impl Translator {
             return None;
         }
         for part in record.parts() {
-            if core.memory.trace_code(gpa.ppn(), part.offset.into(), part.size.into()) {
-                core.vcpu.tlb.protect(core.memory.page(gpa.ppn())?);
+            let code = &page[usize::from(part.offset)..][..usize::from(part.size)];
+            if !core.trace_code(Gpa(gpa.0 & !PAGE_MASK | u64::from(part.offset)), code) {
+                // Another processor is at it.
+                return Some(());
             }
         }
         let base = self.cache.range().start;
@@ -164,17 +173,8 @@ impl Translator {
     }
 
     /// Keeps the block that was just translated, whose code is in the assembler and whose sites begin at `first`.
-    pub(super) fn note(
-        &mut self,
-        core: &Core<'_>,
-        key: &Key,
-        first: usize,
-        insns: usize,
-        parts: &[Span],
-        entries: (u32, u32),
-    ) {
+    pub(super) fn note(&mut self, key: &Key, first: usize, insns: usize, parts: &[Span], entries: (u32, u32)) {
         let Some(store) = self.recall.kept.as_ref().and_then(|kept| kept.store()) else { return };
-        let Some(guest) = core.memory.page(key.gpa.ppn()) else { return };
         let base = self.cache.range().start;
         let start = (self.asm.origin() - base) as u32;
         self.recall.externals.clear();
@@ -182,9 +182,12 @@ impl Translator {
             self.asm.externals().iter().map(|(at, target)| External { at: *at, target: (target - base) as u32 }),
         );
         let mut page = [0; PAGE_SIZE as usize];
+        // What was translated, and not what other processors have made of it since.
+        let mut bytes = &self.bytes[..];
         for part in parts {
-            let range = usize::from(part.offset)..usize::from(part.offset) + usize::from(part.size);
-            guest.read(part.offset.into(), &mut page[range]);
+            let (these, rest) = bytes.split_at(part.size.into());
+            page[usize::from(part.offset)..][..these.len()].copy_from_slice(these);
+            bytes = rest;
         }
         let block = Block {
             parts,
