@@ -1,6 +1,6 @@
 //! Delivery of exceptions and interrupts through the IDT: Intel SDM (2024-12) Vol. 3A ch. 7 "Interrupt and Exception
-//! Handling", and the operation of INT n in Vol. 2A. Long mode is complete; 32-bit protected mode without a change of
-//! privilege is there for early boot code.
+//! Handling", and the operation of INT n in Vol. 2A. Long mode is complete; real mode and 32-bit protected mode without a
+//! change of privilege are there for early boot code.
 
 use memory::Access;
 use x86::{CpuState, GuestFault, Gva, Segment, cr0, dr6, dr7, rflags, seg, vector};
@@ -8,6 +8,7 @@ use x86::{CpuState, GuestFault, Gva, Segment, cr0, dr6, dr7, rflags, seg, vector
 use crate::core::Core;
 use crate::engine::Exit;
 use crate::profile::Doing;
+use crate::real;
 use crate::segment::{self, Descriptor, Stack, is_null, selector_fault, system_type};
 
 /// IA32_DEBUGCTL bits that a debug exception clears: LBR and BTF.
@@ -205,7 +206,8 @@ fn enter_debug(cpu: &mut CpuState, mode_is_stale: &mut bool, cause: u64) {
 fn attempt(core: &mut Core<'_>, event: &Event) -> Result<(), Refusal> {
     let cpu = &core.vcpu.cpu;
     if cpu.cr0 & cr0::PE == 0 {
-        Err(Refusal::Unsupported("an interrupt or exception in real mode is not supported yet"))
+        let return_to = event.return_to.unwrap_or(cpu.rip);
+        Ok(real::deliver(core, event.vector, return_to)?)
     } else if cpu.is_long_mode() {
         attempt_long(core, event)
     } else if cpu.rflags & rflags::VM != 0 {

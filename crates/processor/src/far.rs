@@ -8,6 +8,7 @@ use crate::core::Core;
 use crate::deliver;
 use crate::engine::Exit;
 use crate::interpret::{Flow, operand};
+use crate::real;
 use crate::segment::{self, Descriptor, Stack, is_null, rpl, selector_fault, system_type};
 
 type Outcome = Result<Flow, GuestFault>;
@@ -77,7 +78,7 @@ fn check_direct_code(core: &Core<'_>, code: &Descriptor, selector: u16) -> Resul
 pub fn jump(core: &mut Core<'_>, instruction: &Instruction) -> Outcome {
     let to = pointer(core, instruction)?;
     if core.vcpu.cpu.cr0 & cr0::PE == 0 {
-        return unsupported("a far jump in real mode is not supported yet");
+        return real::jump(core, to.selector, to.offset).map(|()| Flow::Done);
     }
     if is_null(to.selector) {
         return Err(GuestFault::GP0);
@@ -144,13 +145,13 @@ fn call_gate(core: &mut Core<'_>, selector: u16) -> Result<CallGate, GuestFault>
 /// CALL ptr16:16/32 and m16:16/32/64.
 pub fn call(core: &mut Core<'_>, instruction: &Instruction) -> Outcome {
     let to = pointer(core, instruction)?;
+    let return_to = next_rip(core, instruction);
     if core.vcpu.cpu.cr0 & cr0::PE == 0 {
-        return unsupported("a far call in real mode is not supported yet");
+        return real::call(core, to.selector, to.offset, to.size, return_to).map(|()| Flow::Done);
     }
     if is_null(to.selector) {
         return Err(GuestFault::GP0);
     }
-    let return_to = next_rip(core, instruction);
     let descriptor = Descriptor::fetch(core, to.selector, vector::GP)?;
     if descriptor.is_system() {
         if !core.vcpu.cpu.is_long_mode() {
@@ -294,9 +295,6 @@ impl Return {
 
 /// RETF and RETF imm16; `size` is that of the popped words.
 pub fn ret(core: &mut Core<'_>, instruction: &Instruction) -> Outcome {
-    if core.vcpu.cpu.cr0 & cr0::PE == 0 {
-        return unsupported("a far return in real mode is not supported yet");
-    }
     let size = match instruction.code() {
         Code::Retfw | Code::Retfw_imm16 => 2,
         Code::Retfq | Code::Retfq_imm16 => 8,
@@ -306,6 +304,9 @@ pub fn ret(core: &mut Core<'_>, instruction: &Instruction) -> Outcome {
         0 => 0,
         _ => u64::from(instruction.immediate16()),
     };
+    if core.vcpu.cpu.cr0 & cr0::PE == 0 {
+        return real::ret(core, size, parameters).map(|()| Flow::Done);
+    }
     let mut stack = Stack::current(core);
     let rip = stack.pop(core, size)?;
     let code_selector = stack.pop(core, size)? as u16;
@@ -346,7 +347,8 @@ fn returned_flags(cpu: &CpuState, image: u64, size: usize) -> u64 {
 pub fn iret(core: &mut Core<'_>, size: usize) -> Outcome {
     let cpu = &mut core.vcpu.cpu;
     if cpu.cr0 & cr0::PE == 0 {
-        return unsupported("IRET in real mode is not supported yet");
+        cpu.nmi_blocked = false;
+        return real::iret(core, size, |cpu, image| returned_flags(cpu, image, size)).map(|()| Flow::Done);
     }
     if cpu.rflags & rflags::VM != 0 {
         return unsupported("virtual-8086 mode is not supported");

@@ -12,6 +12,7 @@ pub mod far;
 pub mod interpret;
 pub mod native;
 pub mod profile;
+pub mod real;
 pub mod segment;
 pub mod simd;
 pub mod system;

@@ -5,5 +5,6 @@ mod flags;
 mod machine;
 mod memory_forms;
 mod modes;
+mod real;
 mod stack;
 mod strings;
