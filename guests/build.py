@@ -38,7 +38,7 @@ LDFLAGS = [
 ]  # fmt: skip
 QEMU = [
     "qemu-system-x86_64", "-accel", "tcg", "-M", "pc", "-cpu", "max,vendor=GenuineIntel", "-m", "256M", "-nodefaults",
-    "-display", "none", "-serial", "stdio", "-no-reboot",
+    "-display", "none", "-serial", "stdio", "-no-reboot", "-smp", "4",
 ]  # fmt: skip
 
 # Where QEMU 7.2 itself is wrong and the bare processor (--native, or the manual) is right.
@@ -125,7 +125,7 @@ def guests() -> dict[str, list[Path]]:
 def library() -> list[Path]:
     """What every guest is linked with."""
     lib = HERE / "lib"
-    return [lib / "start.S", lib / "traps.S", lib / "lib.c"]
+    return [lib / "start.S", lib / "traps.S", lib / "lib.c", lib / "smp_start.S", lib / "smp.c"]
 
 
 def build(name: str, sources: list[Path]) -> Path:

@@ -103,7 +103,7 @@ def test_memory_map_has_a_hole_below_4_gib() -> None:
         ({"memory": -1}, "the size of memory cannot be -1"),
         ({"memory": 1 << 80}, "the size of memory cannot be"),
         ({"cpus": 0}, "machines of 0 processors"),
-        ({"cpus": 1000}, "machines of 1000 processors are not supported yet: give a number from 1 to 1"),
+        ({"cpus": 1000}, "machines of 1000 processors are not supported: give a number from 1 to 16"),
         ({"cpus": -1}, "the number of processors cannot be -1"),
         ({"engine": "turbo"}, "there is no engine 'turbo' here: choose one of"),
         ({"trace_path": "/nowhere/trace"}, "the trace file /nowhere/trace cannot be written"),

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 pub enum Error {
     #[error(transparent)]
     Memory(#[from] memory::Error),
-    #[error("machines of {wanted} processors are not supported yet: give a number from 1 to {most}")]
+    #[error("machines of {wanted} processors are not supported: give a number from 1 to {most}")]
     Processors { wanted: usize, most: usize },
     #[error("there is no engine '{name}' here: choose one of {}", .known.join(", "))]
     Engine { name: String, known: Vec<&'static str> },

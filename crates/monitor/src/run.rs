@@ -156,7 +156,9 @@ fn turn(hall: &Hall, number: usize, processor: &mut Processor) -> Outcome {
         hall.platform.set_tsc_ahead(number, ahead);
     }
     let mut view = View { platform: &hall.platform, processor: number, visits, sampler };
+    let _running = hall.memory.seats.enter(number);
     let mut core = Core { vcpu, memory: &hall.memory, outside: &mut view };
+    core.obey();
     let exit = match take_events(&mut core, &hall.platform, number, activity) {
         Some(exit) => exit,
         None if *activity != Activity::Running => return Outcome::Sleep,

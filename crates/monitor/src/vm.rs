@@ -12,6 +12,7 @@ use host::lock::{Rank, RankedMutex};
 use io::platform::{Config, Platform};
 use memory::GuestMemory;
 use memory::pmap::{HOLE_END, HOLE_START};
+use processor::cpuid::CpuidModel;
 use processor::interpret::Interpreter;
 use processor::translate::kept::Kept;
 use processor::translate::{self, Translator};
@@ -30,9 +31,7 @@ use crate::trace::Tracer;
 /// The engines that this build has; the first is the default.
 pub const ENGINES: &[&str] = &["translate", "interpret"];
 
-/// The hall and the platform know of more, but the engines do not yet: real mode, in which the others start, is missing,
-/// and a store to code is told to one engine only.
-pub const MOST_PROCESSORS: usize = 1;
+pub use memory::writers::MOST_PROCESSORS;
 
 /// How long a device that is being called may keep its machine from being taken apart.
 const DEVICE_PATIENCE: Duration = Duration::from_secs(2);
@@ -124,9 +123,15 @@ impl Vm {
         let kept = options.translations.clone().map(|place| Arc::new(Kept::new(place)));
         let mut processors = Vec::with_capacity(options.processors);
         let mut kickers = Vec::with_capacity(options.processors);
+        let cpuid = match options.processors {
+            1 => CpuidModel::shared(),
+            several => Arc::new(CpuidModel::of_host(several as u32)),
+        };
         for number in 0..options.processors {
             let engine = engine(options, kept.as_ref())?;
             let mut vcpu = Vcpu::place(CpuState::reset()).map_err(host_error("memory for a processor"))?;
+            vcpu.number = number;
+            vcpu.cpuid = Arc::clone(&cpuid);
             vcpu.profile = options.profile.then(Box::default);
             let sampler = Arc::clone(&vcpu.sampler);
             // 3. How to wake them.
@@ -140,6 +145,8 @@ impl Vm {
             processors.push(Processor { vcpu, engine, activity, exits, visits, tracer, sampler, tsc_ahead: 0 });
         }
         let control = Arc::new(Control::new(kickers));
+        let kicked = Arc::clone(&control);
+        memory.seats.set_kick(Box::new(move |number| kicked.kick(number)));
         // 4. The platform: interrupt hardware, timers, ports; it wakes processors and ends the machine.
         let (kicked, ended) = (Arc::clone(&control), Arc::clone(&control));
         let clock = Clock::new();
@@ -147,7 +154,7 @@ impl Vm {
         let config = Config {
             cpus: options.processors,
             // CPUID leaf 0x15 names this frequency, and Linux believes it.
-            apic_timer_hz: processor::cpuid::CpuidModel::shared().apic_timer_hz(),
+            apic_timer_hz: cpuid.apic_timer_hz(),
             address_bits: PHYSICAL_BITS,
         };
         let platform = Platform::new(
@@ -424,6 +431,7 @@ impl Vm {
         list.push(("memory.ram_bytes".into(), hall.memory.pmap().pages() * PAGE_SIZE));
         list.push(("memory.touched_bytes".into(), hall.memory.pool().in_use() * PAGE_SIZE));
         list.push(("memory.remappings".into(), hall.memory.epoch()));
+        list.push(("memory.waits_for_processors".into(), hall.memory.seats.waits()));
         list
     }
 

@@ -32,7 +32,7 @@ LEAST_MEMORY: Final = 1 * address_map.MIB
 """What any machine needs: below this lie the tables that every start needs."""
 MOST_MEMORY: Final = 256 * address_map.GIB
 """A sanity limit: the pmap alone would need half a GiB here, at 8 bytes a page."""
-MOST_CPUS: Final = 64
+MOST_CPUS: Final = 16
 ENGINES: Final = ("translate", "interpret")
 
 _UNITS: Final = {
