@@ -20,6 +20,8 @@ pub enum Doing {
     /// Takes note of what went stale.
     Refresh,
     Translate,
+    /// Takes in translations that an earlier machine kept.
+    Recall,
     /// A walk of the guest's page tables, and the fill of the TLB and the shadow.
     Walk,
     Interpret,
@@ -34,12 +36,13 @@ pub enum Doing {
 }
 
 impl Doing {
-    const ALL: [Doing; 12] = [
+    const ALL: [Doing; 13] = [
         Doing::Monitor,
         Doing::Translated,
         Doing::Dispatch,
         Doing::Refresh,
         Doing::Translate,
+        Doing::Recall,
         Doing::Walk,
         Doing::Interpret,
         Doing::Deliver,
@@ -62,6 +65,7 @@ impl Doing {
             Doing::Dispatch => "dispatch",
             Doing::Refresh => "refresh",
             Doing::Translate => "translate",
+            Doing::Recall => "recall",
             Doing::Walk => "walk",
             Doing::Interpret => "interpret",
             Doing::Deliver => "deliver",

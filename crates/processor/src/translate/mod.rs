@@ -365,8 +365,13 @@ impl Translator {
         if self.cache.free() < BLOCK_ROOM {
             self.clear(core);
         }
-        if groups && let Some(entries) = self.recall(core, &key) {
-            return Some(entries);
+        if groups {
+            let before = core.vcpu.sampler.now(Doing::Recall.word());
+            let known = self.recall(core, &key);
+            core.vcpu.sampler.now(before);
+            if known.is_some() {
+                return known;
+            }
         }
         let second = self.read_block(core, key)?;
         let source = &self.source.source;
