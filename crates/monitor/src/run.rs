@@ -130,6 +130,7 @@ fn serve(hall: &Hall, number: usize) -> Option<String> {
 
 /// Writes out what is kept, and the trace; a sentence when that fails.
 fn finish(processor: &mut Processor) -> Option<String> {
+    processor.sampler.now(Doing::Recall.word());
     processor.engine.finish();
     let error = processor.tracer.as_mut()?.finish().err()?;
     Some(format!("error: {error}"))

@@ -20,7 +20,7 @@ pub enum Doing {
     /// Takes note of what went stale.
     Refresh,
     Translate,
-    /// Takes in translations that an earlier machine kept.
+    /// Takes in translations that an earlier machine kept, or keeps those of this one.
     Recall,
     /// A walk of the guest's page tables, and the fill of the TLB and the shadow.
     Walk,

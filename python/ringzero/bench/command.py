@@ -245,6 +245,7 @@ def profile(
     memory: Annotated[int, typer.Option(min=64, help="Guest memory in MiB.")] = 512,
     cpus: Annotated[int, typer.Option(min=1, help="Processors.")] = 1,
     timeout: Annotated[float, typer.Option(help="Seconds that a guest may take.")] = 600.0,
+    cold: Annotated[bool, typer.Option("--cold", help="Without translations of earlier runs.")] = False,
     most: Annotated[int, typer.Option(min=0, help="How many instructions and blocks to show.")] = 12,
     json: Json = None,
 ) -> None:
@@ -263,6 +264,7 @@ def profile(
         engine=engine,
         memory=memory,
         cpus=cpus,
+        cold=cold,
         timeout=timeout,
     )
     reports = bench.measure(console)

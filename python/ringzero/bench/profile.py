@@ -31,6 +31,7 @@ ROWS: dict[str, tuple[str, tuple[str, ...]]] = {
     "refill": ("TLB refills from the shadow", ("tlb.misses",)),
     "walk": ("walks of guest page tables", ("tlb.fills",)),
     "translate": ("translation", ("translate.blocks",)),
+    "recall": ("kept translations, in and out", ("kept.blocks",)),
     "switch": (
         "into translated code and out",
         ("exits.probe", "exits.interpret", "exits.link", "exits.lookup", "exits.simd", "exits.fault"),
@@ -143,7 +144,7 @@ class Report:
 class ProfileBench:
     """What to look at: `command` in `image`, or else `items` of other benches, or else a boot of `kernel`.
 
-    `memory` is in MiB, `timeout` in seconds.
+    `memory` is in MiB, `timeout` in seconds. `cold` takes and keeps no translations of other runs.
     """
 
     kernel: Path | None = None
@@ -153,6 +154,7 @@ class ProfileBench:
     engine: str = "translate"
     memory: int = 512
     cpus: int = 1
+    cold: bool = False
     timeout: float = 600.0
 
     def measure(self, console: Console) -> list[Report]:
@@ -179,7 +181,14 @@ class ProfileBench:
             return reports
 
     def _machine(self, **options: Any) -> Machine:
-        return Machine(engine=self.engine, memory=f"{self.memory}M", cpus=self.cpus, profile=True, **options)
+        return Machine(
+            engine=self.engine,
+            memory=f"{self.memory}M",
+            cpus=self.cpus,
+            profile=True,
+            translation_cache=not self.cold,
+            **options,
+        )
 
     def _boot(self, kernel: Path, initrd: Path) -> Report:
         report = Report(f"boot of {kernel.name}")
