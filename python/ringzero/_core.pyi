@@ -37,6 +37,7 @@ class Vm:
         profile: bool = False,
         trace_path: str | None = None,
         translations: str | None = None,
+        translation_bytes: int | None = None,
     ) -> Self: ...
     def memory_map(self) -> list[tuple[int, int, str]]:
         """Return (first address, size, kind) rows; kind is 'ram' or 'mmio'. RAM has a hole below 4 GiB."""

@@ -53,10 +53,10 @@ impl Vm {
     #[pyo3(
         signature = (
             memory, *, cpus = None, engine = "translate", count_instructions = false, profile = false, trace_path = None,
-            translations = None
+            translations = None, translation_bytes = None
         ),
         text_signature = "(memory, *, cpus=1, engine='translate', count_instructions=False, profile=False, \
-            trace_path=None, translations=None)"
+            trace_path=None, translations=None, translation_bytes=None)"
     )]
     #[expect(clippy::too_many_arguments, reason = "they are Python's keyword arguments")]
     fn new(
@@ -68,6 +68,7 @@ impl Vm {
         profile: bool,
         trace_path: Option<PathBuf>,
         translations: Option<PathBuf>,
+        translation_bytes: Option<&Bound<'_, PyAny>>,
     ) -> PyResult<Self> {
         let options = Options {
             memory: fit(memory, "the size of memory")?,
@@ -77,6 +78,7 @@ impl Vm {
             profile,
             trace: trace_path,
             translations,
+            translation_bytes: translation_bytes.map(|bytes| fit(bytes, "memory for translations")).transpose()?,
         };
         let machine = Arc::new(py_enter(py, || monitor::Vm::new(&options))?);
         let mut list = MACHINES.lock().unwrap_or_else(PoisonError::into_inner);

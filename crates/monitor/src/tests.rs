@@ -32,6 +32,7 @@ fn machine_with(code: &[u8], engine: &str, processors: usize) -> Vm {
         profile: false,
         trace: None,
         translations: None,
+        translation_bytes: None,
     };
     let vm = Vm::assemble(&options).unwrap();
     vm.write_memory(Gpa(CODE), code).unwrap();

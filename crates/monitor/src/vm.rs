@@ -50,6 +50,8 @@ pub struct Options {
     pub profile: bool,
     /// Where the execution trace of processor 0 goes.
     pub trace: Option<PathBuf>,
+    /// Bytes that translated code may take, with all that is known of it; by the size of RAM without a number.
+    pub translation_bytes: Option<u64>,
     /// The folder of translations that are kept from run to run; none are kept without one.
     pub translations: Option<PathBuf>,
 }
@@ -92,8 +94,11 @@ fn engine(options: &Options, kept: Option<&Arc<Kept>>) -> Result<Box<dyn Engine>
     match options.engine.as_str() {
         "interpret" => Ok(Box::new(Interpreter::new())),
         "translate" => {
-            let options =
-                translate::Options { count_instructions: options.count_instructions, single: options.trace.is_some() };
+            let options = translate::Options {
+                count_instructions: options.count_instructions,
+                single: options.trace.is_some(),
+                budget: translation_budget(options),
+            };
             let mut translator = Translator::new(options).map_err(host_error("memory for translated code"))?;
             if let Some(kept) = kept {
                 translator.keep(Arc::clone(kept));
@@ -102,6 +107,15 @@ fn engine(options: &Options, kept: Option<&Arc<Kept>>) -> Result<Box<dyn Engine>
         }
         name => Err(Error::Engine { name: name.into(), known: ENGINES.to_vec() }),
     }
+}
+
+/// What each processor's translations may take: together an eighth of the guest's memory, 32 MiB for 256, or what the
+/// operator says; but with less than 8 MiB a processor would do little else than translate.
+fn translation_budget(options: &Options) -> usize {
+    let all = options.translation_bytes.unwrap_or_else(|| (options.memory / 8).clamp(16 << 20, 512 << 20));
+    let each = all / options.processors.max(1) as u64;
+    let least = if options.translation_bytes.is_some() { 1 } else { 8 << 20 };
+    usize::try_from(each).unwrap_or(usize::MAX).clamp(least, 1 << 30)
 }
 
 impl Vm {

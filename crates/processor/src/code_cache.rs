@@ -16,8 +16,12 @@ use host::map::{Map, PAGE, Protection, memfd, punch_hole};
 pub struct CodeCache {
     writable: Map,
     executable: Arc<Map>,
-    /// First free byte.
+    /// Where the next code goes, and where it must end.
     next: usize,
+    limit: usize,
+    /// The end of the highest code so far, and how much was added in all.
+    highest: usize,
+    added: u64,
     /// Where code starts after [`CodeCache::clear`]: behind the poll page and the stubs.
     first: usize,
     file: File,
@@ -49,7 +53,7 @@ impl CodeCache {
         let writable = Map::shared(&file, size, Protection::ReadWrite)?;
         let executable = Arc::new(Map::shared(&file, size, Protection::ReadExecute)?);
         executable.protect(0, PAGE, Protection::Read)?;
-        Ok(CodeCache { writable, executable, next: PAGE, first: PAGE, file })
+        Ok(CodeCache { writable, executable, next: PAGE, limit: size, highest: PAGE, added: 0, first: PAGE, file })
     }
 
     #[must_use]
@@ -70,24 +74,43 @@ impl CodeCache {
         self.range().start + self.next as u64
     }
 
-    #[must_use]
-    pub fn free(&self) -> usize {
-        self.executable.size() - self.next
+    /// Code is added in a ring, behind what was added last and before the `oldest` that is still wanted. Moves to the start
+    /// when there is no room at the end; says whether there is room for `size` bytes then.
+    pub fn make_room(&mut self, size: usize, oldest: Option<u64>) -> bool {
+        let oldest = oldest.map(|address| (address - self.range().start) as usize);
+        if oldest.is_none() {
+            self.next = self.first;
+        }
+        self.limit = oldest.filter(|oldest| *oldest >= self.next).unwrap_or(self.executable.size());
+        if self.limit - self.next < size && self.limit == self.executable.size() {
+            self.next = self.first;
+            self.limit = oldest.unwrap_or(self.limit);
+        }
+        self.limit - self.next >= size
     }
 
+    /// Bytes that hold code or held it since the last [`CodeCache::clear`].
     #[must_use]
     pub fn used(&self) -> usize {
-        self.next
+        self.highest
     }
 
-    /// Adds code made for [`CodeCache::next_address`]. `None` when the cache is full.
+    /// Bytes that were ever added.
+    #[must_use]
+    pub fn added(&self) -> u64 {
+        self.added
+    }
+
+    /// Adds code made for [`CodeCache::next_address`], for which there is room. `None` when there is not.
     pub fn add(&mut self, code: &[u8]) -> Option<u64> {
-        if code.len() > self.free() {
+        if code.len() > self.limit - self.next {
             return None;
         }
         let address = self.next_address();
         self.write(address, code);
-        self.next = (self.next + code.len()).next_multiple_of(ALIGNMENT).min(self.executable.size());
+        self.next = (self.next + code.len()).next_multiple_of(ALIGNMENT).min(self.limit);
+        self.highest = self.highest.max(self.next);
+        self.added += code.len() as u64;
         Some(address)
     }
 
@@ -135,6 +158,12 @@ impl CodeCache {
         self.first = self.next;
     }
 
+    /// The addresses of code that is not kept.
+    #[must_use]
+    pub fn code(&self) -> std::ops::Range<u64> {
+        self.range().start + self.first as u64..self.range().end
+    }
+
     /// What was added before [`CodeCache::keep_from_here`].
     #[must_use]
     pub fn kept(&self) -> Vec<u8> {
@@ -145,10 +174,11 @@ impl CodeCache {
     /// Forgets all code but what is kept, and gives its memory back.
     pub fn clear(&mut self) {
         let kept = self.first.next_multiple_of(PAGE);
-        if self.next > kept {
+        if self.highest > kept {
             // A refusal only means that the memory stays in use.
-            let _ = punch_hole(&self.file, kept as u64, (self.next - kept) as u64);
+            let _ = punch_hole(&self.file, kept as u64, (self.highest - kept) as u64);
         }
-        self.next = self.first;
+        (self.next, self.highest) = (self.first, self.first);
+        self.limit = self.executable.size();
     }
 }

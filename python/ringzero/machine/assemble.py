@@ -29,12 +29,14 @@ def assemble(
     profile: bool = False,
     trace: str | None = None,
     translations: str | None = None,
+    translation_bytes: int | None = None,
 ) -> _core.Vm:
     """Return a VM that is ready to start, with the PC's slow devices and `devices` on its bus.
 
     `profile` samples what the processors do, for the counters named profile; `trace` is the path of an
-    instruction trace, `translations` that of the folder of kept translations. Raises InputError for what
-    cannot be used, and the core's own CoreError when that refuses.
+    instruction trace, `translations` that of the folder of kept translations; `translation_bytes` limits what
+    translated code takes, where the default does not suit. Raises InputError for what cannot be used, and the
+    core's own CoreError when that refuses.
     """
     if spec.kernel is None:
         raise InputError("a machine needs a kernel to start")
@@ -67,6 +69,7 @@ def assemble(
         profile=profile,
         trace_path=trace,
         translations=translations,
+        translation_bytes=translation_bytes,
     )
     attach_devices(vm, devices)
     plan.load(vm)

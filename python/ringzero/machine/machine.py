@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 
 from ringzero.errors import GuestEnded, GuestError, InputError, InternalError
 from ringzero.machine.console import Console, Sink
-from ringzero.machine.spec import MachineSpec
+from ringzero.machine.spec import MachineSpec, parse_size
 from ringzero.machine.translations import translation_folder
 
 if TYPE_CHECKING:
@@ -72,6 +72,7 @@ class Machine:
         profile: bool = False,
         trace: str | os.PathLike[str] | None = None,
         translation_cache: bool | str | os.PathLike[str] = True,
+        translation_memory: str | int | None = None,
     ) -> None:
         """Describe a machine; nothing runs yet. Raises InputError for what can be seen to be wrong already.
 
@@ -85,7 +86,8 @@ class Machine:
         itself, at a random address; otherwise it is unpacked before it starts, and runs where it was linked to
         run. `trace` names a file for a trace of every instruction. With `profile` the counters named profile.*
         say what the processors did, in samples. `translation_cache` keeps translations for later machines: in
-        this user's cache, in a folder of its own, or not at all.
+        this user's cache, in a folder of its own, or not at all. `translation_memory` (bytes, or a size) limits
+        what translated code takes of the host; by itself it is an eighth of `memory`.
         """
         if image is None and kernel is None:
             image = "debian"
@@ -112,6 +114,7 @@ class Machine:
         self._profile = profile
         self._trace = os.fspath(trace) if trace is not None else None
         self._translations = translation_folder(translation_cache)
+        self._translation_bytes = None if translation_memory is None else parse_size(translation_memory)
         self._core_vm: _core.Vm | None = None
         self._console: Console | None = None
         self._agent: AgentLink | None = None
@@ -141,6 +144,7 @@ class Machine:
                     profile=self._profile,
                     trace=self._trace,
                     translations=self._translations,
+                    translation_bytes=self._translation_bytes,
                 )
                 self._console = Console(_line(vm, CONSOLE_PORT), self._sink)
                 if image.agent and self._with_agent:

@@ -1,6 +1,6 @@
 //! The translated blocks: found by physical address, RIP and mode; dropped when the code they were made of is written.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::hash::{BuildHasherDefault, Hasher};
 
 use x86::{Gpa, Ppn};
@@ -25,9 +25,11 @@ pub struct Block {
     start: u64,
     size: u32,
     /// Where its part of the map begins, and how long it is.
-    map: u32,
+    map: u64,
     map_size: u32,
-    /// The next block of the same page, and of the second page.
+    /// The number of its first site.
+    first_site: u32,
+    /// The next older block of the same page, and of the second page. When that is gone, so are all that follow it.
     next: [u32; 2],
     /// How often a check of several accesses at once failed where a single one might not have.
     pub group_misses: u32,
@@ -70,16 +72,17 @@ pub struct Known {
     pub entry_slot: u64,
 }
 
-/// The end of a list of blocks.
-const NONE: u32 = u32::MAX;
-
 #[derive(Debug, Default)]
 pub struct Blocks {
-    all: Vec<Block>,
-    /// The maps of all blocks, one behind the other.
-    map: Vec<MapEntry>,
+    /// In the order in which they were made, which is that of their numbers; the oldest go first.
+    all: VecDeque<Block>,
+    /// The number of the oldest.
+    oldest: u32,
+    /// The maps of all blocks, one behind the other, and how many entries went with their blocks.
+    map: VecDeque<MapEntry>,
+    map_gone: u64,
     by_key: AddressMap<Key, Known>,
-    /// The first block of each page.
+    /// The newest block of each page.
     by_page: AddressMap<u64, u32>,
     pub dropped: u64,
 }
@@ -98,19 +101,57 @@ impl Blocks {
 
     /// The number that the next added block will have.
     pub fn next_index(&self) -> u32 {
-        self.all.len() as u32
+        self.oldest.wrapping_add(self.all.len() as u32)
+    }
+
+    /// How many blocks there are, and entries in their maps.
+    pub fn sizes(&self) -> (usize, usize) {
+        (self.all.len(), self.map.len())
     }
 
     pub fn by_index(&mut self, index: u32) -> Option<&mut Block> {
-        self.all.get_mut(index as usize)
+        self.all.get_mut(index.wrapping_sub(self.oldest) as usize)
+    }
+
+    fn get(&self, index: u32) -> Option<&Block> {
+        self.all.get(index.wrapping_sub(self.oldest) as usize)
+    }
+
+    /// Whether the block of that number still has its code.
+    pub fn is_there(&self, index: u32) -> bool {
+        self.get(index).is_some()
+    }
+
+    /// The host address of the oldest block.
+    pub fn oldest_address(&self) -> Option<u64> {
+        Some(self.all.front()?.start)
+    }
+
+    /// The key and second page of the oldest block.
+    pub fn oldest(&self) -> Option<(Key, Option<Ppn>)> {
+        self.all.front().map(|block| (block.key, block.second))
+    }
+
+    /// Gives the oldest block up, of which nothing is found any more, and its code; tells the number of the first site that
+    /// is still wanted.
+    pub fn pop_oldest(&mut self, next_site: u32) -> u32 {
+        if let Some(block) = self.all.pop_front() {
+            if self.by_key.get(&block.key).is_some_and(|known| known.index == self.oldest) {
+                self.by_key.remove(&block.key);
+            }
+            self.map.drain(..block.map_size as usize);
+            self.map_gone += u64::from(block.map_size);
+            self.oldest = self.oldest.wrapping_add(1);
+        }
+        self.all.front().map_or(next_site, |block| block.first_site)
     }
 
     /// The RIP of an instruction, given relative to its block.
     pub fn rip(&self, block: u32, guest: u16) -> u64 {
-        self.all[block as usize].key.rip.wrapping_add(guest.into())
+        self.all[block.wrapping_sub(self.oldest) as usize].key.rip.wrapping_add(guest.into())
     }
 
-    /// Adds a block. Blocks come in the order of their host addresses.
+    /// Adds a block. Blocks come in the order of their host addresses, which go round.
     pub fn add(
         &mut self,
         key: Key,
@@ -118,6 +159,7 @@ impl Blocks {
         host: std::ops::Range<u64>,
         entries: (u64, u64),
         map: &[MapEntry],
+        first_site: u32,
     ) {
         let index = self.next_index();
         let (entry_host, entry_slot) = entries;
@@ -127,27 +169,42 @@ impl Blocks {
             // Two neighbours in virtual memory may be the same page.
             second.filter(|page| *page != key.gpa.ppn()).and_then(|page| self.by_page.insert(page.0, index)),
         ];
-        self.all.push(Block {
+        // A block that is gone ends a list.
+        let gone = self.oldest.wrapping_sub(1);
+        self.all.push_back(Block {
             key,
             second,
             entry_host,
             entry_slot,
             start,
             size,
-            map: self.map.len() as u32,
+            map: self.map_gone + self.map.len() as u64,
             map_size: map.len() as u32,
-            next: next.map(|next| next.unwrap_or(NONE)),
+            first_site,
+            next: next.map(|next| next.unwrap_or(gone)),
             group_misses: 0,
         });
-        self.map.extend_from_slice(map);
+        self.map.extend(map);
         self.by_key.insert(key, Known { index, is_single: second.is_none(), entry_host, entry_slot });
+    }
+
+    /// The numbers of the sites of each block of a page, up to `next_site`.
+    pub fn sites_of_page(&self, page: Ppn, next_site: u32) -> impl Iterator<Item = std::ops::Range<u32>> {
+        let mut index = self.by_page.get(&page.0).copied();
+        std::iter::from_fn(move || {
+            let here = index?;
+            let block = self.get(here)?;
+            index = Some(block.next[usize::from(block.key.gpa.ppn() != page)]);
+            let end = self.get(here.wrapping_add(1)).map_or(next_site, |next| next.first_site);
+            Some(block.first_site..end)
+        })
     }
 
     /// Forgets the blocks of a page and tells of each. Their host code stays until the code cache is cleared, but nothing
     /// leads to it once the jump caches have forgotten it: direct links stay inside a page.
     pub fn drop_page(&mut self, page: Ppn, mut forget: impl FnMut(Key)) {
-        let mut index = self.by_page.remove(&page.0).unwrap_or(NONE);
-        while let Some(block) = self.all.get(index as usize) {
+        let Some(mut index) = self.by_page.remove(&page.0) else { return };
+        while let Some(block) = self.all.get(index.wrapping_sub(self.oldest) as usize) {
             let key = block.key;
             if self.by_key.get(&key).is_some_and(|known| known.index == index) {
                 self.by_key.remove(&key);
@@ -163,7 +220,9 @@ impl Blocks {
     }
 
     pub fn clear(&mut self) {
+        self.oldest = self.next_index();
         self.all.clear();
+        self.map_gone += self.map.len() as u64;
         self.map.clear();
         self.by_key.clear();
         self.by_page.clear();
@@ -179,18 +238,21 @@ impl Blocks {
 
     /// The block whose host code is at `address`.
     pub fn holder(&self, address: u64) -> Option<&Block> {
-        let after = self.all.partition_point(|block| block.start <= address);
+        // The order of addresses, with what is below the oldest block behind what is above it.
+        let oldest = self.all.front()?.start;
+        let place = |address: u64| address.wrapping_sub(oldest);
+        let after = self.all.partition_point(|block| place(block.start) <= place(address));
         let block = self.all.get(after.checked_sub(1)?)?;
-        (address - block.start < u64::from(block.size)).then_some(block)
+        address.checked_sub(block.start).is_some_and(|offset| offset < u64::from(block.size)).then_some(block)
     }
 
     /// The guest instruction that the host code at `address` belongs to.
     pub fn origin(&self, address: u64) -> Option<Origin> {
         let block = self.holder(address)?;
         let offset = (address - block.start) as u32;
-        let map = &self.map[block.map as usize..][..block.map_size as usize];
-        let after = map.partition_point(|entry| entry.host <= offset);
-        let entry = map.get(after.checked_sub(1)?)?;
+        let first = (block.map - self.map_gone) as usize;
+        let map = self.map.range(first..first + block.map_size as usize);
+        let entry = map.take_while(|entry| entry.host <= offset).last()?;
         Some(Origin { rip: block.key.rip + u64::from(entry.guest), flags: entry.flags })
     }
 }

@@ -39,7 +39,7 @@ pub(super) enum Cold {
 
 impl Lowering<'_> {
     pub(super) fn site(&mut self, site: Site) {
-        let index = self.c.sites.len() as u32;
+        let index = self.c.sites.next_number();
         self.c.sites.push(site);
         // test eax, imm32: a number that may be run over, behind a call that comes back.
         self.c.asm.byte(0xa9);

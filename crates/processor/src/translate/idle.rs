@@ -10,7 +10,7 @@ use super::Translator;
 use crate::core::Core;
 
 /// Code that was written since the last look does not count as quiet when it is more than this.
-const STIR: usize = 64 << 10;
+const STIR: u64 = 64 << 10;
 /// How long a guest must have been quiet.
 const QUIET: Duration = Duration::from_millis(1500);
 /// How much code makes the first drop worth while.
@@ -19,7 +19,7 @@ const WORTH: usize = 4 << 20;
 #[derive(Debug)]
 pub struct Idle {
     since: Instant,
-    used: usize,
+    added: u64,
     worth: usize,
     has_rested: bool,
 }
@@ -27,16 +27,16 @@ pub struct Idle {
 impl Idle {
     pub fn new() -> Idle {
         host::map::keep_heap_small();
-        Idle { since: Instant::now(), used: 0, worth: WORTH, has_rested: false }
+        Idle { since: Instant::now(), added: 0, worth: WORTH, has_rested: false }
     }
 }
 
 impl Translator {
     /// Called at every halt.
     pub(super) fn idle(&mut self, core: &mut Core<'_>) {
-        let used = self.cache.used();
-        if used.abs_diff(self.idle.used) > STIR {
-            self.idle.used = used;
+        let (used, added) = (self.cache.used(), self.cache.added());
+        if added - self.idle.added > STIR {
+            self.idle.added = added;
             self.idle.since = Instant::now();
             self.idle.has_rested = false;
             return;
@@ -48,9 +48,8 @@ impl Translator {
         if used > self.idle.worth {
             self.idle.worth = 2 * used;
             self.clear(core);
-            self.sites.shrink_to_fit();
+            self.sites.shrink();
             self.blocks.shrink();
-            self.idle.used = self.cache.used();
         }
         self.cache.rest();
         host::map::trim_heap();

@@ -12,6 +12,7 @@ use super::enter::{Stubs, home};
 use super::exits::Cold;
 use super::frame;
 use super::groups::Groups;
+use super::sites::Sites;
 
 /// What translated code depends on besides its bytes and addresses.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -150,7 +151,7 @@ pub struct Scratch {
 pub struct Context<'a> {
     pub asm: &'a mut Asm,
     pub stubs: &'a Stubs,
-    pub sites: &'a mut Vec<Site>,
+    pub sites: &'a mut Sites,
     /// The start of the code cache, which is the poll page.
     pub base: u64,
     pub mode: Mode,

@@ -24,6 +24,8 @@ mod memory;
 mod profile;
 mod recall;
 mod refill;
+mod room;
+mod sites;
 mod string;
 mod system;
 
@@ -44,6 +46,7 @@ use self::groups::Groups;
 use self::kept::record::Span;
 use self::links::Links;
 use self::lower::{Flags, Mode, Site, lower};
+use self::sites::Sites;
 use crate::code_cache::{CodeCache, Poll};
 use crate::core::Core;
 use crate::engine::{Engine, Exit};
@@ -51,8 +54,6 @@ use crate::interpret::{self, DecodeCache};
 use crate::profile::{Doing, Part};
 use crate::vcpu::Stale;
 
-/// Host code for one VM. A Debian boot needs about 20 MiB; when the cache is full it starts over.
-const CODE_CACHE: usize = 64 << 20;
 /// Bytes of guest code that are read for a block at first, and at most.
 const FEW_BYTES: usize = 96;
 const MOST_BYTES: usize = 1024;
@@ -73,6 +74,8 @@ pub struct Options {
     pub count_instructions: bool,
     /// Leave after every instruction, for traces.
     pub single: bool,
+    /// Bytes that code and all that is known of it may take; 0 stands for [`room::BUDGET`].
+    pub budget: usize,
 }
 
 #[derive(Debug, Default)]
@@ -82,6 +85,7 @@ struct Counters {
     translation_ticks: u64,
     recalled_instructions: u64,
     cache_clears: u64,
+    evictions: u64,
     exits_probe: u64,
     exits_interpret: u64,
     exits_link: u64,
@@ -98,9 +102,10 @@ struct Counters {
 pub struct Translator {
     cache: CodeCache,
     poll: Poll,
+    limits: room::Limits,
     stubs: Stubs,
     blocks: Blocks,
-    sites: Vec<Site>,
+    sites: Sites,
     links: Links,
     asm: Asm,
     source: BlockDecoder,
@@ -141,17 +146,19 @@ impl Translator {
         if !std::is_x86_feature_detected!("avx") || !std::is_x86_feature_detected!("xsave") {
             return Err(io::Error::other("this processor has no AVX, so use --engine interpret"));
         }
-        let mut cache = CodeCache::new(CODE_CACHE)?;
+        let limits = room::Limits::of(options.budget);
+        let mut cache = CodeCache::new(limits.code)?;
         let stubs = Stubs::emit(&mut cache).ok_or_else(|| io::Error::other("the code cache is too small"))?;
         let range = cache.range();
         let landing = Arc::new(Landing::new(range));
         landing.set_place(stubs.fault());
         Ok(Translator {
             poll: cache.poll(),
+            limits,
             cache,
             stubs,
             blocks: Blocks::default(),
-            sites: Vec::new(),
+            sites: Sites::default(),
             links: Links::default(),
             asm: Asm::default(),
             source: BlockDecoder::new(),
@@ -216,13 +223,8 @@ impl Translator {
             self.clear(core);
         }
         if core.memory.code.is_pending(core.vcpu.number) {
-            let jumps = &mut core.vcpu.jumps;
             for write in core.memory.code.take(core.vcpu.number) {
-                self.blocks.drop_page(write.ppn, |Key { rip, mode, .. }| {
-                    jumps.forget_block(rip, mode.0.into(), jump_index(rip));
-                });
-                self.links.undo_page(write.ppn, &mut self.cache);
-                self.recall.forget(write.ppn);
+                self.drop_page(core, write.ppn);
                 self.decoder.drop_page(write.ppn);
             }
         }
@@ -257,7 +259,7 @@ impl Translator {
     fn forget_kernel_jumps(&mut self, core: &mut Core<'_>) {
         self.fetches.forget_kernel();
         core.vcpu.jumps.clear(false);
-        self.links.undo_all(&mut self.cache);
+        self.links.undo_all(&self.blocks, &mut self.cache);
     }
 
     fn forget_all_jumps(&mut self, core: &mut Core<'_>) {
@@ -362,9 +364,6 @@ impl Translator {
     }
 
     fn translate_untold(&mut self, core: &mut Core<'_>, key: Key, groups: bool) -> Option<(u64, u64)> {
-        if self.cache.free() < BLOCK_ROOM {
-            self.clear(core);
-        }
         if groups {
             let before = core.vcpu.sampler.now(Doing::Recall.word());
             let known = self.recall(core, &key);
@@ -373,11 +372,12 @@ impl Translator {
                 return known;
             }
         }
+        self.make_room(core);
         let second = self.read_block(core, key)?;
         let source = &self.source.source;
         let origin = self.cache.next_address();
         self.asm.restart(origin);
-        let first_site = self.sites.len();
+        let first_site = self.sites.next_number();
         self.groups.find(&source.insns, groups);
         let context = lower::Context {
             asm: &mut self.asm,
@@ -391,17 +391,18 @@ impl Translator {
             count: self.options.count_instructions,
         };
         let lowered = lower(context, source, &self.groups, &mut self.scratch);
+        let insns = source.insns.len();
+        let span = Span { offset: key.gpa.offset() as u16, size: source.size as u16 };
         let address = self.cache.add(&self.asm.code)?;
+        self.note_unlinked(first_site);
         let end = address + self.asm.code.len() as u64;
         let entries = (address + u64::from(lowered.entry_host), address + u64::from(lowered.entry_slot));
         self.counters.translated_blocks += 1;
-        let insns = source.insns.len();
-        let span = Span { offset: key.gpa.offset() as u16, size: source.size as u16 };
         self.counters.translated_instructions += insns as u64;
         if second.is_none() {
             self.note(&key, first_site, insns, &[span], (lowered.entry_host, lowered.entry_slot));
         }
-        self.blocks.add(key, second, address..end, entries, &self.scratch.map);
+        self.blocks.add(key, second, address..end, entries, &self.scratch.map, first_site);
         Some(entries)
     }
 
@@ -473,8 +474,11 @@ impl Translator {
         }
         set_flags(&mut core.vcpu.cpu, core.vcpu.hot.flags);
         // Behind the opcode of an instruction that carries it.
-        let index = self.cache.read_u32(site + 1) as usize;
-        match self.sites[index] {
+        let index = self.cache.read_u32(site + 1);
+        let Some(found) = self.sites.get(index) else {
+            panic!("no site has the number {index}");
+        };
+        match found {
             Site::Probe { block, retry, guest, size, write, grouped } => {
                 self.counters.exits_probe += 1;
                 core.vcpu.cpu.rip = self.blocks.rip(block, guest);
@@ -508,9 +512,9 @@ impl Translator {
                 if self.options.single || core.vcpu.attention.is_raised() {
                     return Next::Dispatch;
                 }
-                let clears = self.counters.cache_clears;
+                let gone = self.code_gone();
                 let Some((host, slot)) = self.find(core) else { return Next::Step };
-                if self.counters.cache_clears == clears && !core.memory.code.is_pending(core.vcpu.number) {
+                if self.code_gone() == gone && !core.memory.code.is_pending(core.vcpu.number) {
                     let at = self.cache.range().start + u64::from(at);
                     self.link(core, block, at, if flags_in_host { host } else { slot });
                 }
@@ -553,13 +557,14 @@ impl Translator {
         let mode = self.mode(&core.vcpu.cpu);
         let rip = core.vcpu.cpu.rip;
         let Some(gpa) = self.fetches.find(core, rip, mode) else { return };
-        let from = self.blocks.by_index(from).map(|block| block.key);
+        let source = from;
+        let from = self.blocks.by_index(source).map(|block| block.key);
         let known = self.blocks.find(&Key { gpa, rip, mode });
         let (Some(from), Some(known)) = (from, known) else { return };
         // `second` is where the end of the target's instruction is, when that is another page.
         let second = self.blocks.by_index(known.index).and_then(|block| block.second);
         if from.rip >> 12 != rip >> 12 {
-            self.links.note(gpa.ppn(), at, &self.cache);
+            self.links.note(source, gpa.ppn(), at, &self.cache);
         } else if from.gpa.ppn() != gpa.ppn() {
             // The page was remapped since `from` was translated: then the two do not belong together.
             return;
@@ -569,7 +574,7 @@ impl Translator {
                 // That page may be remapped without our knowing which links it concerns.
                 return;
             }
-            self.links.note(second, at, &self.cache);
+            self.links.note(source, second, at, &self.cache);
         }
         self.cache.set_displacement(at, target);
     }
@@ -598,10 +603,10 @@ impl Translator {
         if !is_current || !is_single || self.fetches.find(core, key.rip, key.mode) != Some(key.gpa) {
             return;
         }
-        let clears = self.counters.cache_clears;
+        let gone = self.code_gone();
         self.blocks.forget(&key);
         let Some(new) = self.translate(core, key, false) else { return };
-        if self.counters.cache_clears == clears {
+        if self.code_gone() == gone {
             // Links and jump caches lead to the old block: it passes on. Its entries are the same one, or the code between
             // them is longer than a jump.
             self.cache.write_jump(old.0, new.0);
@@ -735,6 +740,7 @@ impl Engine for Translator {
             ("translate.nanoseconds", scale(c.translation_ticks, 1_000_000_000, host_tsc_hz())),
             ("translate.code_bytes", self.cache.used() as u64),
             ("translate.cache_clears", c.cache_clears),
+            ("translate.evictions", c.evictions),
             ("translate.blocks_dropped", self.blocks.dropped),
             ("translate.lookups", c.lookups),
             ("translate.user_forgets", c.user_forgets),

@@ -20,11 +20,14 @@ use crate::cpuid;
 pub struct Recall {
     kept: Option<Arc<Kept>>,
     has_left: bool,
+    /// Blocks had to make way since all were dropped.
+    pub is_crowded: bool,
     /// Groups that were taken in for a page, and nothing was dropped since.
     taken: HashMap<Ppn, Vec<u32>>,
     /// The records of the group at work.
     records: Vec<u8>,
     externals: Vec<External>,
+    sites: Vec<Site>,
     pub blocks: u64,
 }
 
@@ -39,6 +42,7 @@ impl Recall {
     /// All blocks are gone.
     pub fn forget_all(&mut self) {
         self.taken.clear();
+        self.is_crowded = false;
     }
 }
 
@@ -86,7 +90,7 @@ impl Translator {
         core.memory.page(key.gpa.ppn())?.read(0, &mut page);
         let mut records = std::mem::take(&mut self.recall.records);
         store.read(group, place, &mut records);
-        let (mut rest, first) = (&records[..], self.sites.len());
+        let (mut rest, first) = (&records[..], self.sites.next_number());
         while let Some(record) = Record::take(&mut rest) {
             if record.is_of(&page) && self.install(core, key, &record, &page).is_none() {
                 break;
@@ -112,9 +116,10 @@ impl Translator {
         if self.blocks.find(&key).is_some() {
             return Some(());
         }
-        if self.cache.free() < BLOCK_ROOM.max(record.code.len()) {
-            return None;
+        if record.code.len() > BLOCK_ROOM {
+            return Some(());
         }
+        self.make_room(core);
         for part in record.parts() {
             let code = &page[usize::from(part.offset)..][..usize::from(part.size)];
             if !core.trace_code(Gpa(gpa.0 & !PAGE_MASK | u64::from(part.offset)), code) {
@@ -134,31 +139,32 @@ impl Translator {
             let after = address + u64::from(external.at) + 4;
             put(external.at, (base + u64::from(external.target)).wrapping_sub(after) as u32);
         }
-        let sites = self.sites.len();
+        let sites = self.sites.next_number();
         for site in record.sites(self.blocks.next_index(), (address - base) as u32) {
             let Some(site) = site else {
                 self.sites.truncate(sites);
                 return Some(());
             };
-            put(site.at, self.sites.len() as u32);
+            put(site.at, self.sites.next_number());
             self.sites.push(site.site);
         }
         let address = self.cache.add(&self.asm.code)?;
+        self.note_unlinked(sites);
         let map = &mut self.scratch.map;
         map.clear();
         map.extend(record.map());
         let entries = (address + u64::from(record.entry_host), address + u64::from(record.entry_slot));
-        self.blocks.add(key, None, address..address + record.code.len() as u64, entries, &self.scratch.map);
+        self.blocks.add(key, None, address..address + record.code.len() as u64, entries, &self.scratch.map, sites);
         self.recall.blocks += 1;
         self.counters.recalled_instructions += u64::from(record.insns);
         Some(())
     }
 
     /// Links the direct jumps among the sites from `first` on whose targets are known, in the page of `beside`.
-    fn link_inside_page(&mut self, beside: &Key, first: usize) {
+    fn link_inside_page(&mut self, beside: &Key, first: u32) {
         let base = self.cache.range().start;
-        for index in first..self.sites.len() {
-            let Site::Link { block, at, target, flags_in_host } = self.sites[index] else { continue };
+        for site in self.sites.since(first) {
+            let Site::Link { block, at, target, flags_in_host } = site else { continue };
             let rip = self.blocks.rip(block, 0).wrapping_add_signed(target.into());
             if rip >> 12 != beside.rip >> 12 {
                 continue;
@@ -173,10 +179,16 @@ impl Translator {
     }
 
     /// Keeps the block that was just translated, whose code is in the assembler and whose sites begin at `first`.
-    pub(super) fn note(&mut self, key: &Key, first: usize, insns: usize, parts: &[Span], entries: (u32, u32)) {
+    pub(super) fn note(&mut self, key: &Key, first: u32, insns: usize, parts: &[Span], entries: (u32, u32)) {
         let Some(store) = self.recall.kept.as_ref().and_then(|kept| kept.store()) else { return };
+        let group = self.group(key);
+        if self.recall.is_crowded && store.find(group).is_some() {
+            return;
+        }
         let base = self.cache.range().start;
         let start = (self.asm.origin() - base) as u32;
+        self.recall.sites.clear();
+        self.recall.sites.extend(self.sites.since(first));
         self.recall.externals.clear();
         self.recall.externals.extend(
             self.asm.externals().iter().map(|(at, target)| External { at: *at, target: (target - base) as u32 }),
@@ -198,11 +210,11 @@ impl Translator {
             start,
             code: &self.asm.code,
             externals: &self.recall.externals,
-            sites: &self.sites[first..],
+            sites: &self.recall.sites,
             site_uses: &self.scratch.site_uses,
             map: &self.scratch.map,
         };
-        store.note(self.group(key), &block);
+        store.note(group, &block);
     }
 
     /// The machine has ended.
