@@ -59,12 +59,13 @@ def parser() -> argparse.ArgumentParser:
 
     conform = commands.add_parser(
         "conformance",
-        help="run kvm-unit-tests on each engine and under QEMU's TCG",
-        description="Run the 64-bit tests of a checkout of kvm-unit-tests that has been built (./configure; make), "
-        "print a table, and end with status 1 when one fails on an engine of ours. What is left out, and why, is in "
-        "docs/conformance.md.",
+        help="run kvm-unit-tests and Linux's selftests on each engine",
+        description="Run the 64-bit tests of a checkout of kvm-unit-tests that has been built (./configure; make) on "
+        "each engine and under QEMU's TCG, or Linux's selftests of x86 natively and in a guest, print a table, and end "
+        "with status 1 when one fails on an engine of ours. What is left out, and why, is in docs/conformance.md.",
     )
-    conform.add_argument("--suite", type=Path, metavar="DIR", help="the checkout")
+    conform.add_argument("--suite", type=Path, metavar="DIR", help="the checkout of kvm-unit-tests")
+    conform.add_argument("--linux", type=Path, metavar="DIR", help="a Linux source tree, for its selftests")
     conform.add_argument(
         "--engine", action="append", choices=ENGINES, help="run only on this engine; may be repeated"
     )
@@ -117,7 +118,9 @@ def main(arguments: Sequence[str]) -> int:
                 columns = [where for where in conformance.COLUMNS if where not in ENGINES]
                 columns = [] if options.no_tcg else columns
                 columns += [engine for engine in ENGINES if engine in (options.engine or ENGINES)]
-                return conformance.conformance(options.suite, options.only, columns, options.out)
+                return conformance.conformance(
+                    options.suite, options.linux, options.only, columns, options.out
+                )
             case "bench":
                 setup.prepare()
                 return run.ringzero(["bench", *options.arguments])

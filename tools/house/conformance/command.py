@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from house.conformance.running import TCG, Result, run
+from house.conformance.selftests import selftests
 from house.conformance.unittests import Case, read_list
 from house.shell import ROOT, Failed, say, which
 
@@ -14,15 +15,24 @@ COLUMNS = (TCG, "interpret", "translate")
 FIGURES = ROOT / "build/conformance"
 
 
-def conformance(suite: Path | None, only: Sequence[str], columns: Sequence[str], out: Path) -> int:
-    """Run the suite's 64-bit tests; return 0 when none fails on an engine of ours that should pass."""
-    if suite is None:
+def conformance(
+    suite: Path | None, linux: Path | None, only: Sequence[str], columns: Sequence[str], out: Path
+) -> int:
+    """Run the tests of what is given: kvm-unit-tests, Linux's selftests, or both; return 0 when none fails."""
+    if suite is None and linux is None:
         raise Failed(
-            "which checkout of kvm-unit-tests? Clone it, run ./configure and make in it, and name it: "
-            "tools/dev conformance --suite DIR",
+            "which tests? Clone kvm-unit-tests, run ./configure and make in it, and name it: tools/dev "
+            "conformance --suite DIR; or name a Linux source tree for its selftests: --linux DIR",
             2,
         )
-    suite = suite.resolve()
+    status = unit_tests(suite.resolve(), only, columns, out) if suite is not None else 0
+    if linux is not None:
+        status |= selftests(linux, [where for where in columns if where != TCG], out)
+    return status
+
+
+def unit_tests(suite: Path, only: Sequence[str], columns: Sequence[str], out: Path) -> int:
+    """Run kvm-unit-tests' 64-bit tests; return 0 when none fails on an engine of ours that should pass."""
     tests = read_list(suite)
     unknown = sorted(set(only) - {test.name for test in tests})
     if unknown:

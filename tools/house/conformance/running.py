@@ -72,20 +72,22 @@ def on_ours(test: Case, suite: Path, engine: str, settings: str) -> list[str]:
     return [*words, *([f"--append={' '.join(test.arguments)}"] if test.arguments else [])]
 
 
-def timed(command: Sequence[str], limit: float) -> tuple[int, str, float]:
-    """Run a command; return its status (124 when it was stopped after `limit` seconds), output and seconds."""
+def timed(command: Sequence[str], limit: float, given: bytes = b"") -> tuple[int, str, float]:
+    """Run a command, with `given` on its standard input; return its status (124 when it was stopped after `limit`
+    seconds), output and seconds.
+    """
     began = time.monotonic()
     process = subprocess.Popen(
         command,
         cwd=ROOT,
         env=environment(),
-        stdin=subprocess.DEVNULL,
+        stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         start_new_session=True,
     )
     try:
-        output, _ = process.communicate(timeout=limit)
+        output, _ = process.communicate(given, timeout=limit)
         status = process.returncode
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
