@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from house.conformance import command, selftests
+from house.conformance import command, programs, selftests, tcgtests
+from house.conformance.command import Trees
 from house.conformance.running import Result, on_ours, read, under_qemu
 from house.conformance.unittests import Case, read_list
 from house.shell import Failed
@@ -103,9 +104,9 @@ def test_one_failure_on_an_engine_fails_the_command_but_not_one_under_tcg(
 
     monkeypatch.setattr(command, "run", run)
     monkeypatch.setattr(command, "which", lambda _: "/usr/bin/true")
-    assert command.conformance(suite, None, [], command.COLUMNS, tmp_path / "out") == 0
+    assert command.conformance(Trees(suite), [], command.COLUMNS, tmp_path / "out") == 0
     verdicts["translate"] = 3
-    assert command.conformance(suite, None, ["plain"], command.COLUMNS, tmp_path / "out") == 1
+    assert command.conformance(Trees(suite), ["plain"], command.COLUMNS, tmp_path / "out") == 1
     said = capsys.readouterr().out
     assert "vmx_thing  " not in said, "left out"
     assert "plain on translate: fail" in said
@@ -120,31 +121,41 @@ def test_what_is_no_checkout_is_refused(tmp_path: Path, suite: Path) -> None:
         (suite, ["nonsense"], "no test 'nonsense'"),
     ):
         with pytest.raises(Failed, match=words):
-            command.conformance(where, None, only, ["translate"], tmp_path / "out")
+            command.conformance(Trees(where), only, ["translate"], tmp_path / "out")
     (suite / "x86/plain.flat").unlink()
     with pytest.raises(Failed, match=r"run \./configure and make"):
-        command.conformance(suite, None, ["plain"], ["translate"], tmp_path / "out")
+        command.conformance(Trees(suite), ["plain"], ["translate"], tmp_path / "out")
 
 
 def test_outcomes_in_a_guest_are_compared_with_native_ones(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    told = "noise\nselftest one_64 0 0\nselftest two_64 1 2\n[FAIL]\tit\n"
-    assert {name: str(outcome) for name, outcome in selftests.read(told).items()} == {
-        "one_64": "pass",
-        "two_64": "status 1, 2 failed",
-    }
-    native = selftests.read(told) | {"three_64": selftests.Outcome(0, 0)}
+    quiet, loud = "0" * 64, "1" * 64
+    told = f"noise\nprogram one_64 0 0 {quiet}\nprogram two_64 1 2 {loud}\n[FAIL]\tit\n"
+    suite = programs.Suite("suite", [], frozenset({"one_64"}))
+    native = programs.read(suite, told)
+    assert native == {"one_64": programs.Outcome(0, 0, quiet), "two_64": programs.Outcome(1, 2, None)}
     inside = dict(native)
-    monkeypatch.setattr(selftests, "build", lambda linux, out: [])
-    monkeypatch.setattr(selftests, "run_natively", lambda programs: native)
-    monkeypatch.setattr(selftests, "run_in_guest", lambda programs, engine: (inside, told))
-    assert command.conformance(None, tmp_path, [], ["tcg", "translate"], tmp_path) == 0
-    del inside["three_64"]
-    assert command.conformance(None, tmp_path, [], ["tcg", "translate"], tmp_path) == 1
+    monkeypatch.setattr(programs, "run_natively", lambda suite: native)
+    monkeypatch.setattr(programs, "run_in_guest", lambda suite, engine: (inside, told))
+    assert programs.compare(suite, ["translate"], tmp_path) == 0
+    inside["one_64"] = programs.Outcome(0, 0, loud)
+    assert programs.compare(suite, ["translate"], tmp_path) == 1
+    del inside["one_64"]
+    assert programs.compare(suite, ["translate"], tmp_path) == 1
     assert "did not run" in capsys.readouterr().out
 
 
-def test_a_tree_without_selftests_is_refused(tmp_path: Path) -> None:
+def test_programs_run_natively_as_they_are(tmp_path: Path) -> None:
+    program = tmp_path / "one_64"
+    program.write_text("#!/bin/sh\necho '[FAIL] it'\nexit 3\n")
+    program.chmod(0o755)
+    suite = programs.Suite("suite", [program], frozenset())
+    assert programs.run_natively(suite) == {"one_64": programs.Outcome(3, 1, None)}
+
+
+def test_trees_without_tests_are_refused(tmp_path: Path) -> None:
     with pytest.raises(Failed, match="no Linux source tree"):
         selftests.build(tmp_path, tmp_path / "out")
+    with pytest.raises(Failed, match="no QEMU source tree"):
+        tcgtests.build(tmp_path, tmp_path / "out")

@@ -59,13 +59,15 @@ def parser() -> argparse.ArgumentParser:
 
     conform = commands.add_parser(
         "conformance",
-        help="run kvm-unit-tests and Linux's selftests on each engine",
+        help="run other projects' tests of an x86 processor on each engine",
         description="Run the 64-bit tests of a checkout of kvm-unit-tests that has been built (./configure; make) on "
-        "each engine and under QEMU's TCG, or Linux's selftests of x86 natively and in a guest, print a table, and end "
-        "with status 1 when one fails on an engine of ours. What is left out, and why, is in docs/conformance.md.",
+        "each engine and under QEMU's TCG, or Linux's selftests of x86 or QEMU's tests of its translator natively and "
+        "in a guest, print a table, and end with status 1 when one fails on an engine of ours. "
+        "What is left out, and why, is in docs/conformance.md.",
     )
     conform.add_argument("--suite", type=Path, metavar="DIR", help="the checkout of kvm-unit-tests")
     conform.add_argument("--linux", type=Path, metavar="DIR", help="a Linux source tree, for its selftests")
+    conform.add_argument("--qemu", type=Path, metavar="DIR", help="a QEMU source tree, for its tests/tcg")
     conform.add_argument(
         "--engine", action="append", choices=ENGINES, help="run only on this engine; may be repeated"
     )
@@ -118,9 +120,8 @@ def main(arguments: Sequence[str]) -> int:
                 columns = [where for where in conformance.COLUMNS if where not in ENGINES]
                 columns = [] if options.no_tcg else columns
                 columns += [engine for engine in ENGINES if engine in (options.engine or ENGINES)]
-                return conformance.conformance(
-                    options.suite, options.linux, options.only, columns, options.out
-                )
+                trees = conformance.Trees(options.suite, options.linux, options.qemu)
+                return conformance.conformance(trees, options.only, columns, options.out)
             case "bench":
                 setup.prepare()
                 return run.ringzero(["bench", *options.arguments])

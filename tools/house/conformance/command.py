@@ -4,10 +4,12 @@ import json
 import platform
 import subprocess
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
+from house.conformance import selftests, tcgtests
+from house.conformance.programs import compare
 from house.conformance.running import TCG, Result, run
-from house.conformance.selftests import selftests
 from house.conformance.unittests import Case, read_list
 from house.shell import ROOT, Failed, say, which
 
@@ -15,19 +17,29 @@ COLUMNS = (TCG, "interpret", "translate")
 FIGURES = ROOT / "build/conformance"
 
 
-def conformance(
-    suite: Path | None, linux: Path | None, only: Sequence[str], columns: Sequence[str], out: Path
-) -> int:
-    """Run the tests of what is given: kvm-unit-tests, Linux's selftests, or both; return 0 when none fails."""
-    if suite is None and linux is None:
+@dataclass(frozen=True)
+class Trees:
+    """Where the tests are: a built kvm-unit-tests, a Linux and a QEMU source tree, each only if wanted."""
+
+    suite: Path | None = None
+    linux: Path | None = None
+    qemu: Path | None = None
+
+
+def conformance(trees: Trees, only: Sequence[str], columns: Sequence[str], out: Path) -> int:
+    """Run the tests of the trees that are given; return 0 when none fails on an engine of ours."""
+    if trees == Trees():
         raise Failed(
             "which tests? Clone kvm-unit-tests, run ./configure and make in it, and name it: tools/dev "
-            "conformance --suite DIR; or name a Linux source tree for its selftests: --linux DIR",
+            "conformance --suite DIR; or name a source tree with other tests: --linux DIR, --qemu DIR",
             2,
         )
-    status = unit_tests(suite.resolve(), only, columns, out) if suite is not None else 0
-    if linux is not None:
-        status |= selftests(linux, [where for where in columns if where != TCG], out)
+    engines = [where for where in columns if where != TCG]
+    status = unit_tests(trees.suite.resolve(), only, columns, out) if trees.suite is not None else 0
+    if trees.linux is not None:
+        status |= compare(selftests.build(trees.linux, out / "selftests"), engines, out)
+    if trees.qemu is not None:
+        status |= compare(tcgtests.build(trees.qemu, out / "tcgtests"), engines, out)
     return status
 
 

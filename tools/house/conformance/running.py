@@ -49,7 +49,8 @@ def run(test: Case, suite: Path, where: str) -> Result:
         settings.write(f"NR_CPUS={test.processors}\nMEMSIZE=256\nTEST_DEVICE=1\nBOOTLOADER=0\n")
         settings.flush()
         command = under_qemu(test, suite) if where == TCG else on_ours(test, suite, where, settings.name)
-        return read(*timed(command, test.timeout * PATIENCE[where]))
+        status, output, seconds = timed(command, test.timeout * PATIENCE[where])
+        return read(status, output.decode(errors="replace").replace("\r", ""), seconds)
 
 
 def under_qemu(test: Case, suite: Path) -> list[str]:
@@ -72,7 +73,7 @@ def on_ours(test: Case, suite: Path, engine: str, settings: str) -> list[str]:
     return [*words, *([f"--append={' '.join(test.arguments)}"] if test.arguments else [])]
 
 
-def timed(command: Sequence[str], limit: float, given: bytes = b"") -> tuple[int, str, float]:
+def timed(command: Sequence[str], limit: float, given: bytes = b"") -> tuple[int, bytes, float]:
     """Run a command, with `given` on its standard input; return its status (124 when it was stopped after `limit`
     seconds), output and seconds.
     """
@@ -93,7 +94,7 @@ def timed(command: Sequence[str], limit: float, given: bytes = b"") -> tuple[int
         os.killpg(process.pid, signal.SIGKILL)
         output, _ = process.communicate()
         status = LATE
-    return status, output.decode(errors="replace").replace("\r", ""), time.monotonic() - began
+    return status, output, time.monotonic() - began
 
 
 def read(status: int, output: str, seconds: float) -> Result:
