@@ -268,6 +268,11 @@ impl Platform {
         self.fabric.take_nmi(cpu)
     }
 
+    /// The processor cannot take [`Interrupt::Nmi`] since it handles one.
+    pub fn merge_nmis(&self, cpu: usize) {
+        self.fabric.merge_nmis(cpu);
+    }
+
     /// Confirm [`Interrupt::Init`].
     #[must_use]
     pub fn take_init(&self, cpu: usize) -> bool {

@@ -248,6 +248,9 @@ fn take_events(core: &mut Core<'_>, platform: &Platform, number: usize, activity
             }
             continue;
         }
+        if waiting & attention::NMI != 0 && core.vcpu.cpu.nmi_blocked {
+            platform.merge_nmis(number);
+        }
         if waiting & attention::EXTERNAL == 0 {
             return None;
         }

@@ -283,6 +283,13 @@ impl Fabric {
         self.cpus.get(cpu).is_some_and(|cpu| cpu.take_nmi())
     }
 
+    /// The processor handles an NMI still, and keeps one of those that came meanwhile for later.
+    pub fn merge_nmis(&self, cpu: usize) {
+        if let Some(cpu) = self.cpus.get(cpu) {
+            cpu.merge_nmis();
+        }
+    }
+
     /// Take the INIT: the local APIC resets itself, the caller resets the processor.
     #[must_use]
     pub fn take_init(&self, cpu: usize) -> bool {

@@ -120,6 +120,10 @@ impl LocalApic {
         self.with(State::take_nmi)
     }
 
+    pub fn merge_nmis(&self) {
+        self.with(State::merge_nmis);
+    }
+
     pub fn take_init(&self) -> bool {
         self.with(State::take_init)
     }

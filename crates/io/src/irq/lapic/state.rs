@@ -141,7 +141,10 @@ pub struct State {
     lint0: bool,
     /// An I/O APIC pin in ExtINT mode has sent for the PIC.
     pic_message: bool,
-    nmi: bool,
+    /// Waiting for the processor, 0 to 2.
+    nmis: u8,
+    /// The processor has seen one while it handled another: no more than that one waits.
+    one_nmi: bool,
     init: bool,
     startup: Option<u8>,
     waits_for_startup: bool,
@@ -168,7 +171,8 @@ impl State {
             timer: Countdown::new(timer_hz),
             lint0: false,
             pic_message: false,
-            nmi: false,
+            nmis: 0,
+            one_nmi: false,
             init: false,
             startup: None,
             waits_for_startup: !bootstrap,
@@ -234,7 +238,7 @@ impl State {
             word |= attention::STARTUP;
         }
         if !self.waits_for_startup {
-            if self.nmi {
+            if self.nmis != 0 {
                 word |= attention::NMI;
             }
             if self.pic_waits() {
@@ -261,7 +265,22 @@ impl State {
     }
 
     pub fn take_nmi(&mut self) -> bool {
-        std::mem::take(&mut self.nmi)
+        let waits = self.nmis != 0;
+        self.nmis = self.nmis.saturating_sub(1);
+        self.one_nmi = false;
+        waits
+    }
+
+    /// Another NMI. A processor takes the first at its next instruction, and then has room for one more (Intel SDM (2024-12)
+    /// Vol. 3A 7.7.1 "Handling Multiple NMIs"): ours may be late to take the first, and must not lose the second for that.
+    fn latch_nmi(&mut self) {
+        self.nmis = (self.nmis + 1).min(if self.one_nmi { 1 } else { 2 });
+    }
+
+    /// The processor handles an NMI: of those that come meanwhile one waits.
+    pub fn merge_nmis(&mut self) {
+        self.nmis = self.nmis.min(1);
+        self.one_nmi = self.nmis == 1;
     }
 
     /// The processor obeys an INIT: the APIC is as after reset but for its identity and base (12.4.7.3), and it waits
@@ -294,7 +313,7 @@ impl State {
         match message.mode {
             DeliveryMode::Fixed | DeliveryMode::LowestPriority => self.accept_vector(message.vector, message.level),
             DeliveryMode::Nmi => {
-                self.nmi = true;
+                self.latch_nmi();
                 true
             }
             DeliveryMode::Init => {
@@ -377,7 +396,7 @@ impl State {
                 DeliveryMode::Fixed => {
                     self.accept_vector(entry as u8, false);
                 }
-                DeliveryMode::Nmi => self.nmi = true,
+                DeliveryMode::Nmi => self.latch_nmi(),
                 _ => {}
             }
         }
@@ -598,9 +617,9 @@ impl State {
         if !enabled {
             // 12.4.3: after it is enabled again it is as after reset.
             let hz = self.timer.hz();
-            let kept = (self.lint0, self.nmi, self.init, self.startup, self.waits_for_startup, self.base);
+            let kept = (self.lint0, self.nmis, self.init, self.startup, self.waits_for_startup, self.base);
             *self = State::new(self.id, hz);
-            (self.lint0, self.nmi, self.init, self.startup, self.waits_for_startup, self.base) = kept;
+            (self.lint0, self.nmis, self.init, self.startup, self.waits_for_startup, self.base) = kept;
         }
         self.base = value & !BASE_BSP | self.base & BASE_BSP;
         if self.is_x2apic() && !was_x2apic {

@@ -103,6 +103,14 @@ fn software_disabled_takes_no_vectors_and_masks_its_own() {
     assert_eq!(state.attention(), attention::NMI);
     assert!(state.take_nmi());
     assert!(!state.take_nmi());
+    let nmi = Message { mode: DeliveryMode::Nmi, ..fixed(0, false) };
+    let taken = |state: &mut State| std::iter::from_fn(|| state.take_nmi().then_some(())).count();
+    (0..3).for_each(|_| assert!(state.accept(&nmi)));
+    assert_eq!(taken(&mut state), 2, "one for the next instruction, and one behind it");
+    (0..2).for_each(|_| assert!(state.accept(&nmi)));
+    state.merge_nmis();
+    assert!(state.accept(&nmi));
+    assert_eq!(taken(&mut state), 1, "one is handled, so one waits");
 }
 
 #[test]
