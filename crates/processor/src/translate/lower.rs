@@ -70,6 +70,20 @@ pub enum Site {
 const _: () = assert!(size_of::<Site>() <= 16);
 
 impl Site {
+    /// Where the displacement of the jump is, from the code cache's start, for a site whose jump may be made to lead to a
+    /// block directly. Such jumps are undone when the block goes.
+    pub fn displacement(self) -> Option<u32> {
+        match self {
+            Site::Link { at, .. } => Some(at),
+            Site::Probe { .. }
+            | Site::Interpret { .. }
+            | Site::Callout { .. }
+            | Site::Lookup
+            | Site::Window { .. }
+            | Site::Simd { .. } => None,
+        }
+    }
+
     /// Bytes of a packed site.
     pub const PACKED: usize = 16;
 

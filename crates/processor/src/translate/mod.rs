@@ -84,7 +84,8 @@ struct Counters {
     translated_instructions: u64,
     translation_ticks: u64,
     recalled_instructions: u64,
-    cache_clears: u64,
+    /// Whether code is still there is told by [`Translator::code_gone`], not by this.
+    clears: u64,
     evictions: u64,
     exits_probe: u64,
     exits_interpret: u64,
@@ -244,7 +245,7 @@ impl Translator {
 
     /// Drops all translations.
     fn clear(&mut self, core: &mut Core<'_>) {
-        self.counters.cache_clears += 1;
+        self.counters.clears += 1;
         self.take_samples(core);
         self.cache.clear();
         self.blocks.clear();
@@ -458,12 +459,12 @@ impl Translator {
         {
             return false;
         }
-        let forgets = (self.counters.cache_clears, self.counters.kernel_forgets);
+        let forgets = (self.counters.clears, self.counters.kernel_forgets);
         if vcpu.stale != Stale::default() {
             self.refresh(core);
         }
         let mode = self.mode(&core.vcpu.cpu);
-        forgets == (self.counters.cache_clears, self.counters.kernel_forgets) && u32::from(mode.0) == core.vcpu.hot.mode
+        forgets == (self.counters.clears, self.counters.kernel_forgets) && u32::from(mode.0) == core.vcpu.hot.mode
     }
 
     /// Finds out why translated code left, and brings RIP and flags up to date.
@@ -739,7 +740,7 @@ impl Engine for Translator {
             ("translate.instructions", c.translated_instructions),
             ("translate.nanoseconds", scale(c.translation_ticks, 1_000_000_000, host_tsc_hz())),
             ("translate.code_bytes", self.cache.used() as u64),
-            ("translate.cache_clears", c.cache_clears),
+            ("translate.cache_clears", c.clears),
             ("translate.evictions", c.evictions),
             ("translate.blocks_dropped", self.blocks.dropped),
             ("translate.lookups", c.lookups),

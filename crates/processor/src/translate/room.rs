@@ -53,10 +53,11 @@ impl Translator {
 
     /// Changes whenever code goes whose address or number somebody may still hold.
     pub(super) fn code_gone(&self) -> u64 {
-        self.counters.cache_clears + self.counters.evictions
+        self.counters.clears + self.counters.evictions
     }
 
-    /// Gives up the oldest blocks.
+    /// Gives up the oldest blocks. Whatever holds addresses of code forgets them here: jump caches, links that are written
+    /// down, and the jumps of sites with a [`Site::displacement`].
     fn evict(&mut self, core: &mut Core<'_>) {
         self.counters.evictions += 1;
         self.take_samples(core);
@@ -106,7 +107,7 @@ impl Translator {
         let base = self.cache.range().start;
         let count = self.sites.since(first).len() as u32;
         for number in (0..count).map(|index| first.wrapping_add(index)) {
-            if let Some(Site::Link { at, .. }) = self.sites.get(number) {
+            if let Some(at) = self.sites.get(number).and_then(Site::displacement) {
                 let at = base + u64::from(at);
                 let distance = self.cache.displacement_target(at).wrapping_sub(at);
                 self.sites.set_unlinked(number, distance as u16);

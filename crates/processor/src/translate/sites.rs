@@ -47,7 +47,7 @@ impl Sites {
         let place = |number: u32| number.wrapping_sub(self.oldest) as usize;
         let range = place(range.start)..place(range.end);
         let both = self.all.range(range.clone()).zip(self.unlinked.range(range));
-        both.filter_map(|(site, distance)| if let Site::Link { at, .. } = site { Some((*at, *distance)) } else { None })
+        both.filter_map(|(site, distance)| Some((site.displacement()?, *distance)))
     }
 
     /// Forgets those from a number on.
