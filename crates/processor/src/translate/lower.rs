@@ -47,12 +47,24 @@ impl Mode {
     }
 }
 
+/// What a failed probe says of its instruction.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Check {
+    /// The instruction makes exactly this access, and does nothing before it that could fault: a fault of the access is that
+    /// of the instruction, unless the operand has to be aligned and is not.
+    Exact,
+    /// The access is one of several that were checked at once.
+    Group,
+    /// Only running the instruction shows what it does first.
+    Part,
+}
+
 /// Why translated code left. The word behind the leaving call is an index into the list of sites, of which there is one
 /// for every access to memory: so they are small. RIPs are relative to the block's, addresses to the code cache's start.
 #[derive(Clone, Copy, Debug)]
 pub enum Site {
     /// A TLB probe failed; the address is in the first scratch register.
-    Probe { block: u32, retry: u32, guest: u16, size: u16, write: bool, grouped: bool },
+    Probe { block: u32, retry: u32, guest: u16, size: u16, write: bool, check: Check },
     /// The interpreter shall run the instruction.
     Interpret { block: u32, guest: u16 },
     /// The same, and code goes on behind the site if the guest goes on behind the instruction, of `size` bytes.
