@@ -4,7 +4,7 @@ use std::mem::offset_of;
 
 use memory::SoftTlb;
 use memory::tlb::{Bank, TlbBank, TlbEntry};
-use x86::{CpuState, Segment};
+use x86::{CpuState, DescriptorTable, Segment};
 
 use super::exits::jump_index;
 use super::lower::Mode;
@@ -199,6 +199,10 @@ pub const STAR: i32 = disp(CPU + offset_of!(CpuState, star));
 pub const LSTAR: i32 = disp(CPU + offset_of!(CpuState, lstar));
 pub const SFMASK: i32 = disp(CPU + offset_of!(CpuState, sfmask));
 pub const STRING: i32 = disp(offset_of!(Hot, string));
+pub const GDT_BASE: i32 = disp(CPU + offset_of!(CpuState, gdtr) + offset_of!(DescriptorTable, base));
+pub const GDT_LIMIT: i32 = disp(CPU + offset_of!(CpuState, gdtr) + offset_of!(DescriptorTable, limit));
+pub const DR7: i32 = disp(CPU + offset_of!(CpuState, dr) + 8 * 7);
+pub const NMI_BLOCKED: i32 = disp(CPU + offset_of!(CpuState, nmi_blocked));
 pub const HOST_STACK: i32 = disp(offset_of!(Hot, host_stack));
 pub const SITE: i32 = disp(offset_of!(Hot, site));
 pub const FAULT_FLAGS: i32 = disp(offset_of!(Hot, fault_flags));
@@ -293,6 +297,10 @@ pub fn layout() -> Vec<u64> {
         LSTAR,
         SFMASK,
         STRING,
+        GDT_BASE,
+        GDT_LIMIT,
+        DR7,
+        NMI_BLOCKED,
         HOST_STACK,
         SITE,
         FAULT_FLAGS,

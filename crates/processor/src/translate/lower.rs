@@ -49,6 +49,7 @@ impl Mode {
 
 /// What a failed probe says of its instruction.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
 pub enum Check {
     /// The instruction makes exactly this access, and does nothing before it that could fault: a fault of the access is that
     /// of the instruction, unless the operand has to be aligned and is not.
@@ -102,8 +103,8 @@ impl Site {
     /// The site as bytes, whatever its block's number is and wherever the code begins (`start`, from the code cache's start).
     pub fn pack(self, start: u32) -> [u8; Site::PACKED] {
         let (tag, flags, guest, size, words) = match self {
-            Site::Probe { retry, guest, size, write, grouped, .. } => {
-                (0, u8::from(write) | u8::from(grouped) << 1, guest, size, [retry.wrapping_sub(start), 0])
+            Site::Probe { retry, guest, size, write, check, .. } => {
+                (0, u8::from(write) | (check as u8) << 1, guest, size, [retry.wrapping_sub(start), 0])
             }
             Site::Interpret { guest, .. } => (1, 0, guest, 0, [0, 0]),
             Site::Link { at, target, flags_in_host, .. } => {
@@ -130,7 +131,15 @@ impl Site {
         let (at, other) = (u32::from_le_bytes([a0, a1, a2, a3]), u32::from_le_bytes([b0, b1, b2, b3]));
         let at = start.wrapping_add(at);
         Some(match tag {
-            0 => Site::Probe { block, retry: at, guest, size, write: flags & 1 != 0, grouped: flags & 2 != 0 },
+            0 => {
+                let check = match flags >> 1 {
+                    0 => Check::Exact,
+                    1 => Check::Group,
+                    2 => Check::Part,
+                    _ => return None,
+                };
+                Site::Probe { block, retry: at, guest, size, write: flags & 1 != 0, check }
+            }
             1 => Site::Interpret { block, guest },
             2 => Site::Link { block, at, target: other as i32, flags_in_host: flags & 1 != 0 },
             3 => Site::Lookup,

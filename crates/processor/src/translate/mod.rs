@@ -17,6 +17,7 @@ mod flow;
 pub mod frame;
 mod groups;
 mod idle;
+mod iret;
 pub mod kept;
 mod links;
 mod lower;
