@@ -77,6 +77,9 @@ QEMU_DEFECTS = {
         "compat-limit",
         "compat-null",  # no segment limits
         "compat-syscall",  # whatever the vendor
+        "iret-cs-two-sizes",
+        "iret-ss-absent",  # found later, or as another fault
+        "iret-marks-accessed",
     },
     "debug": {
         "two-at-once",  # only one breakpoint of an access is reported

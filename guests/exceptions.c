@@ -9,6 +9,9 @@
 
 CODE(divide_zero, "xorl %ecx, %ecx\nmovl $1, %eax\nxorl %edx, %edx\ndivide_zero_at: divl %ecx\nret");
 LABEL(divide_zero_at);
+CODE(divide_zero_r10, "movl $0x1234, %ecx\nmovl $1, %eax\nxorl %r10d, %r10d\nmovl %r10d, %edx\nstc\n"
+                      "divide_zero_r10_at: divq %r10\nret");
+LABEL(divide_zero_r10_at);
 CODE(divide_overflow, "movl $2, %edx\nmovl $1, %ecx\ndivide_overflow_at: divl %ecx\nret");
 LABEL(divide_overflow_at);
 CODE(divide_minimum, "movabsq $0x8000000000000000, %rax\ncqto\nmovq $-1, %rcx\ndivide_minimum_at: idivq %rcx\nret");
@@ -68,6 +71,9 @@ LABEL(interrupt_return_nt_at);
 static void test_simple(void)
 {
     expect_trap("divide-by-zero", divide_zero, NULL, DE, 0, (u64)divide_zero_at);
+    expect_trap("divide-zero-r10", divide_zero_r10, NULL, DE, 0, (u64)divide_zero_r10_at);
+    check("divide-zero-keeps-rcx", last_trap.frame.rcx, 0x1234);
+    check("divide-zero-keeps-flags", last_trap.frame.rflags & 0x8d5, 0x45);
     expect_trap("divide-overflow", divide_overflow, NULL, DE, 0, (u64)divide_overflow_at);
     check("divide-registers-kept", last_trap.frame.rdx << 8 | last_trap.frame.rcx, 0x201);
     expect_trap("divide-minimum", divide_minimum, NULL, DE, 0, (u64)divide_minimum_at);

@@ -376,6 +376,37 @@ CODE(iretl, "movq %rsp, %rcx\nsubq $20, %rsp\nmovl $0x18, 16(%rsp)\nmovl %ecx, 1
 
 CODE(user_segments, "movl %ds, %eax\nmovl %es, %ebx\nmovl %fs, %ecx\nmovl %gs, %edx\nint $0x80");
 
+CODE(iret_user, "pushq $0x2b\npushq $0x1000\npushq $2\npushq $0x33\npushq $0x1000\niret_user_at: iretq");
+LABEL(iret_user_at);
+
+/* The descriptors are read anew at each IRET, whatever it found the last time. */
+static void test_iret_descriptors(void)
+{
+    u64 code = gdt[USER_CS / 8], stack = gdt[USER_DS / 8];
+    asm volatile("movl %0, %%ds; movl %0, %%es; movl %0, %%fs; movl %0, %%gs" ::"r"(0));
+    for (int round = 0; round < 3; round++) {
+        run_user((u64)user_segments, user_top(), USER_CS, FLAG_CF, NULL);
+        check("iret-user", last_trap.frame.cs << 8 | last_trap.frame.ss, USER_CS << 8 | USER_DS);
+        check("iret-user-flags", last_trap.frame.rflags & 0xfff, FLAG_CF | 2);
+        gdt[USER_CS / 8] = code & ~(1ull << 47);
+        expect_trap("iret-cs-absent", iret_user, NULL, NP, USER_CS & ~3u, (u64)iret_user_at);
+        gdt[USER_CS / 8] = code | 1ull << 54;
+        expect_trap("iret-cs-two-sizes", iret_user, NULL, GP, USER_CS & ~3u, (u64)iret_user_at);
+        gdt[USER_CS / 8] = code & ~(3ull << 45);
+        expect_trap("iret-cs-inner", iret_user, NULL, GP, USER_CS & ~3u, (u64)iret_user_at);
+        gdt[USER_CS / 8] = code;
+        gdt[USER_DS / 8] = stack & ~(1ull << 41);
+        expect_trap("iret-ss-read-only", iret_user, NULL, GP, USER_DS & ~3u, (u64)iret_user_at);
+        gdt[USER_DS / 8] = stack & ~(1ull << 47);
+        expect_trap("iret-ss-absent", iret_user, NULL, SS, USER_DS & ~3u, (u64)iret_user_at);
+        gdt[USER_DS / 8] = stack & ~(1ull << 40);
+        run_user((u64)user_segments, user_top(), USER_CS, 0, NULL);
+        check("iret-marks-accessed", gdt[USER_DS / 8], stack | 1ull << 40);
+        gdt[USER_DS / 8] = stack;
+    }
+    asm volatile("movl %0, %%ds; movl %0, %%es" ::"r"(KERNEL_DS));
+}
+
 static void test_iret(void)
 {
     u64 value = 1;
@@ -574,6 +605,7 @@ void guest_main(const struct start_info *info)
     test_bases();
     test_compat();
     test_iret();
+    test_iret_descriptors();
     test_flags();
     test_umip();
     test_time();

@@ -67,6 +67,12 @@ pub fn enter(landing: &Landing) -> io::Result<Guard<'_>> {
     Ok(Guard { outer, landing: std::marker::PhantomData })
 }
 
+/// Whether `landing` is the current thread's.
+#[must_use]
+pub fn is_current(landing: &Landing) -> bool {
+    CURRENT.with(|current| ptr::eq(current.get(), landing))
+}
+
 #[derive(Debug)]
 pub struct Guard<'a> {
     outer: *const Landing,

@@ -73,7 +73,7 @@ pub struct SoftTlb {
     /// Whether the kernel's bank holds entries that are not global.
     has_local: bool,
     pub shadow: Shadow,
-    /// Regions of 2 MiB and of 1 GiB, by the low bits of their numbers, of which pieces of large pages are held.
+    /// Regions of 2 MiB and of 1 GiB, by a hash of their numbers, of which pieces of large pages are held.
     large: u64,
     huge: u64,
     pub fills: u64,
@@ -90,9 +90,10 @@ const LARGE_SIZE: u64 = 1 << LARGE_SHIFT;
 const LARGE_PAGES: usize = 1 << (LARGE_SHIFT - PAGE_SHIFT);
 const HUGE_SHIFT: u32 = 30;
 
-/// The bit that stands for the region of `1 << shift` bytes around `address`, and for every 64th other.
+/// The bit that stands for the region of `1 << shift` bytes around `address`, and for one in 64 others. Those that systems use
+/// together differ by powers of two, hence the multiplication.
 fn region_bit(address: Gva, shift: u32) -> u64 {
-    1 << (address.0 >> shift & 63)
+    1 << ((address.0 >> shift).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 58)
 }
 
 #[inline]

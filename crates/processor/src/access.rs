@@ -1,5 +1,6 @@
 //! More ways of [`Core`] to reach guest memory: read to write later, 16 bytes in one step, whole blocks.
 
+use memory::Access;
 use memory::tlb::index;
 use x86::{GuestFault, Gva, PAGE_SIZE};
 
@@ -93,6 +94,11 @@ impl Core<'_> {
         }
         let bank = self.vcpu.bank();
         self.vcpu.tlb.store_bytes(bank, to, data) || (self.reach(to, true) && self.vcpu.tlb.store_bytes(bank, to, data))
+    }
+
+    /// Stores bytes with the rights of `access` if the TLB has their one page; says whether it did.
+    pub fn store_frame(&mut self, to: Gva, data: &[u8], access: Access) -> bool {
+        self.vcpu.tlb.store_bytes(self.bank_of(access), to, data)
     }
 
     /// Loads bytes of one page; says whether it did, as [`Core::copy_block`].

@@ -9,6 +9,7 @@ use std::fs::File;
 use std::io;
 use std::ptr;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use host::map::{Map, PAGE, Protection, memfd, punch_hole};
 
@@ -27,20 +28,34 @@ pub struct CodeCache {
     file: File,
 }
 
+/// How code reads the poll page: MOV R10D, [RIP + displacement]. No other code addresses memory so.
+pub const POLL: [u8; 3] = [0x44, 0x8b, 0x15];
+
 /// The first page of a code cache.
 #[derive(Clone, Debug)]
 pub struct Poll {
     map: Arc<Map>,
+    /// Whether it was armed and not disarmed since. It may be armed without this for a moment: by somebody who was overtaken.
+    armed: Arc<AtomicBool>,
 }
 
 impl Poll {
     /// Makes every poll fault. Any thread may do it.
     pub fn arm(&self) {
+        self.armed.store(true, Ordering::SeqCst);
         // Only lack of memory in the kernel could make it fail; the VCPU then stops at its next leave instead.
         let _ = self.map.protect(0, PAGE, Protection::None);
     }
 
+    /// Makes it readable again, if somebody armed it.
     pub fn disarm(&self) {
+        if self.armed.swap(false, Ordering::SeqCst) {
+            self.force();
+        }
+    }
+
+    /// Makes it readable again in any case: for whoever just saw that it was not.
+    pub fn force(&self) {
         let _ = self.map.protect(0, PAGE, Protection::Read);
     }
 }
@@ -58,7 +73,7 @@ impl CodeCache {
 
     #[must_use]
     pub fn poll(&self) -> Poll {
-        Poll { map: Arc::clone(&self.executable) }
+        Poll { map: Arc::clone(&self.executable), armed: Arc::default() }
     }
 
     /// The range of host addresses that hold code.
@@ -129,6 +144,12 @@ impl CodeCache {
         assert!(offset >= PAGE && offset + 4 <= self.executable.size(), "read outside the code cache");
         // SAFETY: inside the executable map behind the poll page, as just checked; that map is readable.
         unsafe { ptr::read_unaligned(self.executable.base().as_ptr().add(offset).cast()) }
+    }
+
+    /// Whether the code at `address` begins with [`POLL`].
+    #[must_use]
+    pub fn is_poll(&self, address: u64) -> bool {
+        self.read_u32(address) & 0xff_ffff == u32::from_le_bytes([POLL[0], POLL[1], POLL[2], 0])
     }
 
     /// Makes the jump whose 32-bit displacement is at `at` lead to `target`.

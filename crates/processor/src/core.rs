@@ -36,7 +36,7 @@ impl Core<'_> {
     }
 
     /// The bank whose entries mean the same as `access`, if there is one.
-    fn bank_of(&self, access: Access) -> Bank {
+    pub(crate) fn bank_of(&self, access: Access) -> Bank {
         if access.user {
             Bank::User
         } else if access.implicit {

@@ -295,11 +295,11 @@ fn attempt_long(core: &mut Core<'_>, event: &Event) -> Result<(), Refusal> {
         pushed_flags(cpu, event),
         u64::from(cpu.segments[seg::CS].selector),
         event.return_to.unwrap_or(cpu.rip),
+        event.error.map_or(0, u64::from),
     ];
+    let pushed = if event.error.is_some() { &image[..] } else { &image[..5] };
     let mut stack = Stack::fresh(rsp & !0xf, level);
-    for value in image.into_iter().chain(event.error.map(u64::from)) {
-        stack.push(core, 8, value).map_err(|fault| event.external(fault))?;
-    }
+    stack.push_all(core, pushed).map_err(|fault| event.external(fault))?;
     code.touch(core)?;
 
     let flags = handler_flags(&core.vcpu.cpu, gate.kind());

@@ -307,6 +307,24 @@ impl Stack {
         Ok(())
     }
 
+    /// Pushes words of 8 bytes, one by one or, where nothing can come between, at once.
+    pub fn push_all(&mut self, core: &mut Core<'_>, words: &[u64]) -> Result<(), GuestFault> {
+        let pointer = self.pointer.wrapping_sub(8 * words.len() as u64);
+        let mut frame = [[0; 8]; 6];
+        if self.segment.is_none()
+            && let Some(frame) = frame.get_mut(..words.len())
+        {
+            for (place, word) in frame.iter_mut().zip(words.iter().rev()) {
+                *place = word.to_le_bytes();
+            }
+            if core.store_frame(Gva(pointer), frame.as_flattened(), self.access) {
+                self.pointer = pointer;
+                return Ok(());
+            }
+        }
+        words.iter().try_for_each(|word| self.push(core, 8, *word))
+    }
+
     pub fn pop(&mut self, core: &mut Core<'_>, size: usize) -> Result<u64, GuestFault> {
         let address = self.linear(self.pointer, size)?;
         let value = core.read_as(address, size, self.access).map_err(as_stack_fault)?;

@@ -56,13 +56,14 @@ pub struct Stale {
 #[derive(Debug)]
 pub struct CodePages {
     bits: [u64; 64],
-    /// Code ran from a page of 2 MiB, whose regions are in `bits`, too; or from a larger one.
+    /// Code ran from a page of 2 MiB or of 1 GiB, whose regions are in `bits`, too.
     has_large: bool,
     has_giant: bool,
     count: u32,
 }
 
 const LARGE_SHIFT: u32 = 21;
+const GIANT_SHIFT: u32 = 30;
 
 impl CodePages {
     const fn new() -> CodePages {
@@ -74,9 +75,13 @@ impl CodePages {
         ((hash >> 6) as usize, 1 << (hash & 63))
     }
 
-    /// The number of a large page is told from that of a small one by a bit that no address has.
+    /// The numbers of large pages are told from those of small ones by bits that no such number has.
     fn large(address: Gva) -> u64 {
         address.0 >> LARGE_SHIFT | 1 << 63
+    }
+
+    fn giant(address: Gva) -> u64 {
+        address.0 >> GIANT_SHIFT | 1 << 62
     }
 
     fn has(&self, number: u64) -> bool {
@@ -85,17 +90,23 @@ impl CodePages {
     }
 
     pub fn insert(&mut self, address: Gva, page_size: u64) {
-        let number = if page_size > x86::PAGE_SIZE { Self::large(address) } else { address.0 >> x86::PAGE_SHIFT };
+        let number = match page_size {
+            x86::PAGE_SIZE => address.0 >> x86::PAGE_SHIFT,
+            size if size > 1 << LARGE_SHIFT => Self::giant(address),
+            _ => Self::large(address),
+        };
         let (word, bit) = Self::place(number);
         self.count += u32::from(self.bits[word] & bit == 0);
         self.bits[word] |= bit;
-        self.has_large |= page_size > x86::PAGE_SIZE;
         self.has_giant |= page_size > 1 << LARGE_SHIFT;
+        self.has_large |= page_size == 1 << LARGE_SHIFT;
     }
 
     #[must_use]
     pub fn may_contain(&self, address: Gva) -> bool {
-        self.has_giant || self.has(address.0 >> x86::PAGE_SHIFT) || (self.has_large && self.has(Self::large(address)))
+        self.has(address.0 >> x86::PAGE_SHIFT)
+            || (self.has_large && self.has(Self::large(address)))
+            || (self.has_giant && self.has(Self::giant(address)))
     }
 
     /// Whether so many pages are noted that yes says little.
@@ -259,5 +270,22 @@ impl Vcpu {
         self.tlb.flush_all();
         self.space_changed();
         self.stale.all_mappings = true;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn code_on_a_large_page_concerns_its_region_alone() {
+        for (size, inside, outside) in
+            [(1 << 12, 0xfff, 1 << 12), (1 << 21, 0x1f_ffff, 1 << 21), (1 << 30, 0x3fff_ffff, 1 << 39)]
+        {
+            let mut pages = CodePages::new();
+            pages.insert(Gva(0x10), size);
+            assert!(pages.may_contain(Gva(inside)), "{size:#x}");
+            assert!(!pages.may_contain(Gva(outside)), "{size:#x}");
+        }
     }
 }

@@ -49,6 +49,7 @@ impl Mem {
 
 /// Condition codes as in the low bits of Jcc.
 pub mod cc {
+    pub const B: u8 = 2;
     pub const Z: u8 = 4;
     pub const NZ: u8 = 5;
     pub const A: u8 = 7;
@@ -277,6 +278,13 @@ impl Asm {
     pub fn cmp_byte_mem(&mut self, mem: Mem, value: u8) {
         self.op_mem(false, &[0x80], 7, mem);
         self.byte(value);
+    }
+
+    /// `cmp word [mem], value`
+    pub fn cmp_word_mem(&mut self, mem: Mem, value: i8) {
+        self.byte(0x66);
+        self.op_mem(false, &[0x83], 7, mem);
+        self.byte(value as u8);
     }
 
     /// `test byte [mem], value`

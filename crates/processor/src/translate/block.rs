@@ -72,6 +72,7 @@ pub enum System {
     },
     Syscall,
     Sysret,
+    InterruptReturn,
 }
 
 /// A string instruction with REP, on elements of 2 to the given power bytes.
@@ -91,7 +92,7 @@ impl Kind {
                 | Kind::JumpIndirect
                 | Kind::JumpIf(..)
                 | Kind::Return(_)
-                | Kind::System(System::SetAccess(_) | System::Syscall | System::Sysret)
+                | Kind::System(System::SetAccess(_) | System::Syscall | System::Sysret | System::InterruptReturn)
                 | Kind::Interpret
         )
     }
@@ -270,6 +271,10 @@ impl Insn {
         self.flags_killed = if changes_flags_for_sure(iced) { self.flags_changed } else { 0 };
         if matches!(iced.mnemonic(), Mnemonic::Div | Mnemonic::Idiv) {
             // The flags are undefined after a division, but #DE shows those before it.
+            (self.flags_changed, self.flags_killed, self.flags_shown) = (0, 0, ALL_FLAGS);
+        }
+        if self.kind == Kind::System(System::InterruptReturn) {
+            // As if the interpreter ran it, which it does when anything is unusual.
             (self.flags_changed, self.flags_killed, self.flags_shown) = (0, 0, ALL_FLAGS);
         }
         describe(self, facts)
@@ -472,6 +477,7 @@ fn system_kind(iced: &Instruction, features: Features) -> Option<System> {
             }
             _ => None,
         },
+        Code::Iretq => Some(System::InterruptReturn),
         Code::Cli => Some(System::ClearInterrupts),
         Code::Sti => Some(System::SetInterrupts),
         Code::Pushfq => Some(System::PushFlags),

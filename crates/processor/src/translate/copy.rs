@@ -1,11 +1,12 @@
 //! Instructions that are copied, with their registers and memory operands replaced.
 
-use iced_x86::{OpKind, Register};
+use iced_x86::{Mnemonic, OpKind, Register};
 
-use super::asm::{Mem, Reg, T0, T1};
+use super::asm::{Mem, RCX, Reg, T0, T1};
 use super::block::Insn;
 use super::encode::{Fields, slot, slots};
 use super::enter::home;
+use super::exits::Cold;
 use super::frame;
 use super::lower::{Flags, Lowering};
 
@@ -17,6 +18,13 @@ impl Lowering<'_> {
         if self.flags == Flags::Slot && (insn.flags_read != 0 || keeps_some) {
             self.restore_flags();
         }
+        if matches!(insn.iced.mnemonic(), Mnemonic::Div | Mnemonic::Idiv) && mem.is_none() {
+            match insn.iced.op0_register().size() {
+                4 => self.check_divisor(insn, Reg(fields.rm), false),
+                8 => self.check_divisor(insn, Reg(fields.rm), true),
+                _ => {}
+            }
+        }
         if can_fault(insn) {
             self.may_fault();
         }
@@ -24,6 +32,39 @@ impl Lowering<'_> {
         if insn.flags_changed != 0 {
             self.flags = Flags::Host;
         }
+    }
+
+    /// Leaves before a division by a register that is zero: much cheaper than a signal of the host. Changes no flags, because a
+    /// handler sees those from before the division. `divisor` is the host's register, of 4 or 8 bytes.
+    fn check_divisor(&mut self, insn: &Insn, divisor: Reg, wide: bool) {
+        let saved = if divisor == T0 { T1 } else { T0 };
+        if saved == T1 {
+            self.in_t1 = None;
+        }
+        let (site, flags) = (self.interpret(insn), self.flags);
+        let label = self.c.asm.label();
+        let asm = &mut *self.c.asm;
+        if divisor == RCX {
+            if !wide {
+                asm.byte(0x67);
+            }
+            // jrcxz over the next jump; jmp over the one behind it
+            asm.bytes(&[0xe3, 2, 0xeb, 5]);
+            asm.jmp(label);
+        } else {
+            asm.mov(saved, RCX);
+            if wide {
+                asm.mov(RCX, divisor);
+            } else {
+                asm.mov32(RCX, divisor);
+            }
+            // Likewise, and over the MOV of three bytes.
+            asm.bytes(&[0xe3, 2, 0xeb, 8]);
+            asm.mov(RCX, saved);
+            asm.jmp(label);
+            asm.mov(RCX, saved);
+        }
+        self.cold.push(Cold::Leave { label, site, flags });
     }
 
     /// Copies an instruction with its registers and memory operand replaced.

@@ -6,6 +6,7 @@ use super::asm::{Alu, BASE, Label, Mem, T0, T1, cc};
 use super::block::Insn;
 use super::frame;
 use super::lower::{Flags, Lowering, MapEntry, Mode, Site};
+use crate::code_cache::POLL;
 
 /// Bytes of the longest instruction.
 const LONGEST_INSTRUCTION: u64 = 15;
@@ -85,8 +86,7 @@ impl Lowering<'_> {
     /// Reads the poll page, which faults when somebody wants the VCPU. Comes before anything of the instruction.
     pub(super) fn poll(&mut self) {
         self.may_fault();
-        // mov r10d, [rip + poll]
-        self.c.asm.bytes(&[0x44, 0x8b, 0x15]);
+        self.c.asm.bytes(&POLL);
         self.c.asm.relative(self.c.base);
     }
 

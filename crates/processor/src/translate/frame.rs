@@ -4,8 +4,9 @@ use std::mem::offset_of;
 
 use memory::SoftTlb;
 use memory::tlb::{Bank, TlbBank, TlbEntry};
-use x86::{CpuState, Segment};
+use x86::{CpuState, DescriptorTable, Segment};
 
+use super::exits::jump_index;
 use super::lower::Mode;
 use crate::vcpu::Vcpu;
 
@@ -81,7 +82,13 @@ pub struct JumpCaches {
     /// How often the generations had gone round.
     rounds: u64,
     pub caches: [[JumpEntry; JUMP_ENTRIES]; 8],
+    /// Entries that were filled since the kernel's, or the user's, were last cleared: a kernel whose pages are not global
+    /// clears its own at every load of CR3, and most are empty.
+    filled: [Vec<(Mode, u16)>; 2],
 }
+
+/// More filled entries than this are not remembered one by one.
+const MOST_FILLED: usize = 2048;
 
 /// What no lookup matches. A lookup only compares tags whose low half names the entry's own place (that of 0 is 0, and that
 /// of 1 is far from it) or its neighbour's, so the tag of another place is impossible, whatever address a guest jumps to.
@@ -98,7 +105,8 @@ impl Default for JumpCaches {
 impl JumpCaches {
     pub fn new() -> JumpCaches {
         let empty = std::array::from_fn(impossible);
-        JumpCaches { user_generation: 1 << 48, rounds: 0, caches: [empty; 8] }
+        let filled = std::array::from_fn(|_| Vec::with_capacity(MOST_FILLED));
+        JumpCaches { user_generation: 1 << 48, rounds: 0, caches: [empty; 8], filled }
     }
 
     /// What the tag of a RIP in a cache is now.
@@ -126,18 +134,46 @@ impl JumpCaches {
         }
     }
 
+    /// Where the block at a RIP is entered with the flags in memory, as far as it is remembered.
+    #[must_use]
+    pub fn find(&self, rip: u64, mode: Mode) -> Option<u64> {
+        if mode.is_user() && rip >> 47 != 0 {
+            // The generation could make its tag that of another address.
+            return None;
+        }
+        let (tag, place) = (self.tag(rip, mode.is_user()), jump_index(rip));
+        let cache = &self.caches[usize::from(mode.0)];
+        let entry = [cache[place], cache[place ^ 1]].into_iter().find(|entry| entry.tag == tag)?;
+        (entry.host != 0).then_some(entry.host)
+    }
+
     /// Remembers a block; what was at its place moves to the neighbour.
     pub fn remember(&mut self, rip: u64, mode: Mode, place: usize, host: u64) {
         let tag = self.tag(rip, mode.is_user());
         let cache = &mut self.caches[usize::from(mode.0)];
-        if cache[place].host != 0 && cache[place].tag != tag {
-            cache[place ^ 1] = cache[place];
+        let filled = &mut self.filled[usize::from(mode.is_user())];
+        let mut fill = |place: usize, entry: JumpEntry| {
+            if cache[place].host == 0 && filled.len() < MOST_FILLED {
+                filled.push((mode, place as u16));
+            }
+            std::mem::replace(&mut cache[place], entry)
+        };
+        let old = fill(place, JumpEntry { tag, host });
+        if old.host != 0 && old.tag != tag {
+            fill(place ^ 1, old);
         }
-        cache[place] = JumpEntry { tag, host };
     }
 
     /// Forgets all user code, or all kernel code.
     pub fn clear(&mut self, user: bool) {
+        let filled = &mut self.filled[usize::from(user)];
+        if filled.len() < MOST_FILLED {
+            for (mode, place) in filled.drain(..) {
+                self.caches[usize::from(mode.0)][usize::from(place)] = impossible(place.into());
+            }
+            return;
+        }
+        filled.clear();
         for (mode, cache) in self.caches.iter_mut().enumerate() {
             if (mode as u8 & Mode::USER != 0) == user {
                 for (place, entry) in cache.iter_mut().enumerate() {
@@ -163,6 +199,10 @@ pub const STAR: i32 = disp(CPU + offset_of!(CpuState, star));
 pub const LSTAR: i32 = disp(CPU + offset_of!(CpuState, lstar));
 pub const SFMASK: i32 = disp(CPU + offset_of!(CpuState, sfmask));
 pub const STRING: i32 = disp(offset_of!(Hot, string));
+pub const GDT_BASE: i32 = disp(CPU + offset_of!(CpuState, gdtr) + offset_of!(DescriptorTable, base));
+pub const GDT_LIMIT: i32 = disp(CPU + offset_of!(CpuState, gdtr) + offset_of!(DescriptorTable, limit));
+pub const DR7: i32 = disp(CPU + offset_of!(CpuState, dr) + 8 * 7);
+pub const NMI_BLOCKED: i32 = disp(CPU + offset_of!(CpuState, nmi_blocked));
 pub const HOST_STACK: i32 = disp(offset_of!(Hot, host_stack));
 pub const SITE: i32 = disp(offset_of!(Hot, site));
 pub const FAULT_FLAGS: i32 = disp(offset_of!(Hot, fault_flags));
@@ -257,6 +297,10 @@ pub fn layout() -> Vec<u64> {
         LSTAR,
         SFMASK,
         STRING,
+        GDT_BASE,
+        GDT_LIMIT,
+        DR7,
+        NMI_BLOCKED,
         HOST_STACK,
         SITE,
         FAULT_FLAGS,
@@ -281,4 +325,46 @@ pub fn layout() -> Vec<u64> {
     let controls = [0, 2, 3, 4].map(control);
     let all = fields.into_iter().chain(computed).chain(banks.into_iter().flatten()).chain(controls);
     all.map(|place| place as u64).chain([size_of::<Vcpu>() as u64]).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn find(jumps: &JumpCaches, rip: u64, mode: u8) -> Option<u64> {
+        jumps.find(rip, Mode(mode))
+    }
+
+    #[test]
+    fn jumps_are_found_in_their_mode_and_space_until_cleared() {
+        let mut jumps = Box::new(JumpCaches::new());
+        let kernel = 0xffff_ffff_8100_0000;
+        jumps.remember(kernel, Mode(0), jump_index(kernel), 0x1000);
+        jumps.remember(0x40_0000, Mode(Mode::USER), jump_index(0x40_0000), 0x2000);
+        assert_eq!(find(&jumps, kernel, 0), Some(0x1000));
+        assert_eq!(find(&jumps, kernel, Mode::AC), None);
+        assert_eq!(find(&jumps, 0x40_0000, Mode::USER), Some(0x2000));
+        jumps.set_space(2, 0);
+        assert_eq!(find(&jumps, 0x40_0000, Mode::USER), None);
+        jumps.set_space(1, 0);
+        assert_eq!(find(&jumps, 0x40_0000, Mode::USER), Some(0x2000));
+        jumps.clear(false);
+        assert_eq!((find(&jumps, kernel, 0), find(&jumps, 0x40_0000, Mode::USER)), (None, Some(0x2000)));
+        // An address that differs from a known one by two generations is none.
+        assert_eq!(find(&jumps, 0x40_0000 ^ 3 << 48, Mode::USER), None);
+    }
+
+    #[test]
+    fn a_full_cache_is_cleared_whole() {
+        let mut jumps = Box::new(JumpCaches::new());
+        for round in 0..2 {
+            for page in 0..3 * JUMP_ENTRIES as u64 {
+                let rip = 0xffff_8000_0000_0000 + (page << 12) + round;
+                jumps.remember(rip, Mode(0), jump_index(rip), 0x1000);
+            }
+            assert!(jumps.caches[0].iter().filter(|entry| entry.host != 0).count() > JUMP_ENTRIES / 2);
+            jumps.clear(false);
+            assert!(jumps.caches[0].iter().all(|entry| entry.host == 0));
+        }
+    }
 }

@@ -47,12 +47,25 @@ impl Mode {
     }
 }
 
+/// What a failed probe says of its instruction.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub enum Check {
+    /// The instruction makes exactly this access, and does nothing before it that could fault: a fault of the access is that
+    /// of the instruction, unless the operand has to be aligned and is not.
+    Exact,
+    /// The access is one of several that were checked at once.
+    Group,
+    /// Only running the instruction shows what it does first.
+    Part,
+}
+
 /// Why translated code left. The word behind the leaving call is an index into the list of sites, of which there is one
 /// for every access to memory: so they are small. RIPs are relative to the block's, addresses to the code cache's start.
 #[derive(Clone, Copy, Debug)]
 pub enum Site {
     /// A TLB probe failed; the address is in the first scratch register.
-    Probe { block: u32, retry: u32, guest: u16, size: u16, write: bool, grouped: bool },
+    Probe { block: u32, retry: u32, guest: u16, size: u16, write: bool, check: Check },
     /// The interpreter shall run the instruction.
     Interpret { block: u32, guest: u16 },
     /// The same, and code goes on behind the site if the guest goes on behind the instruction, of `size` bytes.
@@ -90,8 +103,8 @@ impl Site {
     /// The site as bytes, whatever its block's number is and wherever the code begins (`start`, from the code cache's start).
     pub fn pack(self, start: u32) -> [u8; Site::PACKED] {
         let (tag, flags, guest, size, words) = match self {
-            Site::Probe { retry, guest, size, write, grouped, .. } => {
-                (0, u8::from(write) | u8::from(grouped) << 1, guest, size, [retry.wrapping_sub(start), 0])
+            Site::Probe { retry, guest, size, write, check, .. } => {
+                (0, u8::from(write) | (check as u8) << 1, guest, size, [retry.wrapping_sub(start), 0])
             }
             Site::Interpret { guest, .. } => (1, 0, guest, 0, [0, 0]),
             Site::Link { at, target, flags_in_host, .. } => {
@@ -118,7 +131,15 @@ impl Site {
         let (at, other) = (u32::from_le_bytes([a0, a1, a2, a3]), u32::from_le_bytes([b0, b1, b2, b3]));
         let at = start.wrapping_add(at);
         Some(match tag {
-            0 => Site::Probe { block, retry: at, guest, size, write: flags & 1 != 0, grouped: flags & 2 != 0 },
+            0 => {
+                let check = match flags >> 1 {
+                    0 => Check::Exact,
+                    1 => Check::Group,
+                    2 => Check::Part,
+                    _ => return None,
+                };
+                Site::Probe { block, retry: at, guest, size, write: flags & 1 != 0, check }
+            }
             1 => Site::Interpret { block, guest },
             2 => Site::Link { block, at, target: other as i32, flags_in_host: flags & 1 != 0 },
             3 => Site::Lookup,

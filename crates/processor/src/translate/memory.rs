@@ -1,6 +1,6 @@
 //! Memory operands: guest registers to host registers, effective addresses, and the probe of the soft TLB.
 
-use iced_x86::Register;
+use iced_x86::{Instruction, OpKind, Register};
 use memory::tlb::ENTRIES;
 
 use super::asm::{Alu, BASE, Mem, Reg, T0, T1, cc};
@@ -9,11 +9,19 @@ use super::enter::home;
 use super::exits::Cold;
 use super::frame;
 use super::groups::{Group, Member};
-use super::lower::{Lowering, Site};
+use super::lower::{Check, Lowering, Site};
+
+/// Whether all registers of a SIMD instruction are XMM or YMM registers.
+fn is_vector(iced: &Instruction) -> bool {
+    (0..iced.op_count())
+        .filter(|operand| iced.op_kind(*operand) == OpKind::Register)
+        .all(|operand| iced.op_register(operand).is_vector_register())
+        && iced.op_count() > 1
+}
 
 impl Lowering<'_> {
     /// Checks `size` bytes at the address in T0 and leaves the page's host address in T1 and the offset in T0.
-    pub(super) fn probe(&mut self, insn: &Insn, retry: u64, size: u16, write: bool, grouped: bool) {
+    pub(super) fn probe(&mut self, insn: &Insn, retry: u64, size: u16, write: bool, check: Check) {
         let bank = frame::tlb(self.c.mode.bank());
         let tag = bank + if write { frame::TLB_WRITE } else { frame::TLB_READ };
         let label = self.c.asm.label();
@@ -29,7 +37,7 @@ impl Lowering<'_> {
         self.in_t1 = None;
         let (block, guest) = (self.c.block, self.guest(insn.iced.ip()));
         let retry = (retry - self.c.base) as u32;
-        let site = Site::Probe { block, retry, guest, size, write, grouped };
+        let site = Site::Probe { block, retry, guest, size, write, check };
         self.cold.push(Cold::Probe { label, site, tag });
     }
 
@@ -98,7 +106,9 @@ impl Lowering<'_> {
         self.before_clobber(insn.live_in());
         let retry = self.c.asm.address();
         self.linear_address(insn);
-        self.probe(insn, retry, access.size, access.write, false);
+        // An x87 or MMX instruction reports a pending exception before it touches memory.
+        let check = if insn.is_simd && !is_vector(&insn.iced) { Check::Part } else { Check::Exact };
+        self.probe(insn, retry, access.size, access.write, check);
         Some(Mem::indexed(T0, T1, 0, 0))
     }
 
@@ -110,7 +120,7 @@ impl Lowering<'_> {
             let retry = self.c.asm.address();
             let host = self.register(base, T0);
             self.c.asm.lea(T0, Mem::base(host, (group.low - member.base_offset) as i32));
-            self.probe(insn, retry, (group.high - group.low) as u16, group.write, true);
+            self.probe(insn, retry, (group.high - group.low) as u16, group.write, Check::Group);
             // T1 + T0 is the host address of the group's first byte.
             self.c.asm.lea(T1, Mem::indexed(T1, T0, 0, -group.low as i32));
             self.c.asm.store(Mem::vcpu(slot), T1);
@@ -135,7 +145,7 @@ impl Lowering<'_> {
         let retry = self.c.asm.address();
         let host = self.register(base, T0);
         self.c.asm.lea(T0, Mem::base(host, disp));
-        self.probe(insn, retry, access.size, access.write, false);
+        self.probe(insn, retry, access.size, access.write, Check::Exact);
         Some(Mem::indexed(T0, T1, 0, 0))
     }
 }

@@ -17,6 +17,7 @@ mod flow;
 pub mod frame;
 mod groups;
 mod idle;
+mod iret;
 pub mod kept;
 mod links;
 mod lower;
@@ -34,7 +35,7 @@ use std::sync::Arc;
 
 use host::clock::{host_tsc, host_tsc_hz, scale};
 use host::signal::{self, Landing};
-use x86::{CpuState, Gva, PAGE_SIZE, Ppn, cr0, cr4, dr7, registers::xcr0, rflags};
+use x86::{CpuState, GuestFault, Gva, PAGE_SIZE, Ppn, cr0, cr4, dr7, registers::xcr0, rflags};
 
 use self::asm::Asm;
 use self::block::{BlockDecoder, Features};
@@ -45,10 +46,11 @@ use self::fetch::FetchCache;
 use self::groups::Groups;
 use self::kept::record::Span;
 use self::links::Links;
-use self::lower::{Flags, Mode, Site, lower};
+use self::lower::{Check, Flags, Mode, Site, lower};
 use self::sites::Sites;
 use crate::code_cache::{CodeCache, Poll};
 use crate::core::Core;
+use crate::deliver;
 use crate::engine::{Engine, Exit};
 use crate::interpret::{self, DecodeCache};
 use crate::profile::{Doing, Part};
@@ -138,6 +140,8 @@ enum Next {
     Enter(u64),
     /// Run one instruction in the interpreter.
     Step,
+    /// The instruction at RIP faults.
+    Fault(GuestFault),
     /// The same, and enter again at `resume` if it leaves RIP at `next` and nothing else that matters here changed.
     Callout { resume: u64, next: u64 },
 }
@@ -412,6 +416,10 @@ impl Translator {
         if must_interpret(&core.vcpu.cpu) {
             return self.interpret(core);
         }
+        let cpu = &core.vcpu.cpu;
+        if let Some(slot) = core.vcpu.jumps.find(cpu.rip, self.mode(cpu)) {
+            return self.execute(core, slot);
+        }
         match self.find(core) {
             Some((_, slot)) => self.execute(core, slot),
             None => self.interpret(core),
@@ -432,6 +440,7 @@ impl Translator {
                 Next::Dispatch => return None,
                 Next::Enter(again) => target = again,
                 Next::Step => return self.interpret(core),
+                Next::Fault(fault) => return deliver::fault(core, fault),
                 Next::Callout { resume, next } => {
                     if let Some(exit) = self.interpret(core) {
                         return Some(exit);
@@ -480,15 +489,22 @@ impl Translator {
             panic!("no site has the number {index}");
         };
         match found {
-            Site::Probe { block, retry, guest, size, write, grouped } => {
+            Site::Probe { block, retry, guest, size, write, check } => {
                 self.counters.exits_probe += 1;
                 core.vcpu.cpu.rip = self.blocks.rip(block, guest);
                 let address = Gva(core.vcpu.hot.scratch[0]);
-                if self.fill(core, address, size, write) {
-                    self.counters.probe_filled += 1;
-                    return Next::Enter(self.cache.range().start + u64::from(retry));
+                match self.fill(core, address, size, write) {
+                    Ok(true) => {
+                        self.counters.probe_filled += 1;
+                        return Next::Enter(self.cache.range().start + u64::from(retry));
+                    }
+                    // Vector operands may have to be aligned, which is checked before.
+                    Err(fault) if check == Check::Exact && (size <= 8 || address.0.is_multiple_of(size.into())) => {
+                        return Next::Fault(fault);
+                    }
+                    _ => {}
                 }
-                if grouped {
+                if check == Check::Group {
                     self.group_missed(core, block);
                 }
                 Next::Step
@@ -580,16 +596,15 @@ impl Translator {
         self.cache.set_displacement(at, target);
     }
 
-    /// Fills the TLB for a failed probe. False when the access crosses a page, faults, or is not one of plain RAM.
-    fn fill(&self, core: &mut Core<'_>, address: Gva, size: u16, write: bool) -> bool {
+    /// Fills the TLB for a failed probe. False when the access crosses a page, may fault without a walk, or is not one of plain
+    /// RAM.
+    fn fill(&self, core: &mut Core<'_>, address: Gva, size: u16, write: bool) -> Result<bool, GuestFault> {
         if address.offset() + u64::from(size) > PAGE_SIZE || !address.is_canonical() {
-            return false;
+            return Ok(false);
         }
         let access = core.access(write);
-        if core.translate(address, access).is_err() {
-            return false;
-        }
-        core.vcpu.tlb.allows(core.vcpu.bank(), address, write)
+        core.translate(address, access)?;
+        Ok(core.vcpu.tlb.allows(core.vcpu.bank(), address, write))
     }
 
     /// A block whose group checks fail again and again is better off without them.
@@ -630,7 +645,9 @@ impl Translator {
             return Next::Dispatch;
         }
         // A kick that was answered before it armed the page would make every poll fault; one that comes now is seen below.
-        self.poll.disarm();
+        if self.cache.is_poll(self.landing.fault_rip()) {
+            self.poll.force();
+        }
         if core.vcpu.attention.is_raised() {
             return Next::Dispatch;
         }
@@ -725,8 +742,13 @@ impl Engine for Translator {
     }
 
     fn kicker(&self) -> Option<Arc<dyn Fn() + Send + Sync>> {
-        let poll = self.poll.clone();
-        Some(Arc::new(move || poll.arm()))
+        let (poll, landing) = (self.poll.clone(), Arc::clone(&self.landing));
+        Some(Arc::new(move || {
+            // What the running processor does to itself it sees when it is back here, before it goes on.
+            if !signal::is_current(&landing) {
+                poll.arm();
+            }
+        }))
     }
 
     fn part(&self, host: u64) -> Option<Part> {

@@ -6,7 +6,7 @@ use x86::rflags;
 use super::asm::{Alu, Mem, RCX, RDI, RSI, Reg, T0, T1, cc};
 use super::block::{Insn, StringOp};
 use super::frame;
-use super::lower::{Flags, Lowering, Site};
+use super::lower::{Check, Flags, Lowering, Site};
 
 impl Lowering<'_> {
     pub(super) fn repeat(&mut self, insn: &Insn, string: StringOp) -> Option<()> {
@@ -53,7 +53,7 @@ impl Lowering<'_> {
     fn string_operand(&mut self, insn: &Insn, pointer: Reg, log: u8, write: bool, interpret: Site) {
         let retry = self.c.asm.address();
         self.c.asm.mov(T0, pointer);
-        self.probe(insn, retry, 1, write, false);
+        self.probe(insn, retry, 1, write, Check::Part);
         let asm = &mut *self.c.asm;
         // T0 is the offset in the page, T1 the host's page.
         asm.lea(T1, Mem::indexed(T1, T0, 0, 0));
@@ -83,7 +83,7 @@ impl Lowering<'_> {
         }
         asm.sar(T1, bits);
         asm.lea(T0, Mem::indexed(T0, T1, log, 0));
-        self.probe(insn, retry, access.size, access.write, false);
+        self.probe(insn, retry, access.size, access.write, Check::Exact);
         let asm = &mut *self.c.asm;
         asm.lea(T1, Mem::indexed(T1, T0, 0, 0));
         let from = self.register(offset, T0);

@@ -35,6 +35,7 @@ impl Lowering<'_> {
             System::WriteBase { from, segment } => self.write_base(insn, from, segment),
             System::Syscall => self.syscall(insn),
             System::Sysret => self.sysret(insn),
+            System::InterruptReturn => self.interrupt_return(insn),
         }
         Some(())
     }
@@ -228,6 +229,8 @@ impl Lowering<'_> {
 
     /// SYSRET to 64-bit code, with ordinary flags and a canonical target; anything else is the interpreter's.
     fn sysret(&mut self, insn: &Insn) {
+        // It may lead back to the SYSCALL that it comes from.
+        self.poll();
         let interpret = self.interpret(insn);
         self.slot_flags();
         if self.c.mode.0 != 0 {
