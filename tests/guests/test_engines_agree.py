@@ -12,6 +12,7 @@ GUESTS = [
     "arithmetic",
     "debug",
     "exceptions",
+    "flow",
     "interrupts",
     "paging",
     "self_modifying",

@@ -344,6 +344,18 @@ impl Asm {
         self.op_mem(wide, opcode, extension, mem);
     }
 
+    /// The address of a place in the code.
+    pub fn lea_label(&mut self, to: Reg, label: Label) {
+        self.rex(true, to.0, 0, 0);
+        self.bytes(&[0x8d, (to.0 & 7) << 3 | 5]);
+        self.use_label(label);
+    }
+
+    pub fn jcc_address(&mut self, condition: u8, target: u64) {
+        self.bytes(&[0x0f, 0x80 | condition]);
+        self.relative(target);
+    }
+
     pub fn jcc(&mut self, condition: u8, to: Label) {
         self.bytes(&[0x0f, 0x80 | condition]);
         self.use_label(to);

@@ -5,6 +5,7 @@ use iced_x86::{Code, Decoder, DecoderOptions, FlowControl, Instruction, Mnemonic
 
 use super::encode::Fields;
 use super::facts::{Class, Facts, Table, registers_are_plain};
+use super::liveness::{ALL_FLAGS, Ahead, changes_flags_for_sure, find_live_flags};
 use crate::interpret::condition_code;
 
 /// How the translator treats an instruction.
@@ -90,7 +91,6 @@ impl Kind {
                 | Kind::CallIndirect
                 | Kind::Jump(_)
                 | Kind::JumpIndirect
-                | Kind::JumpIf(..)
                 | Kind::Return(_)
                 | Kind::System(System::SetAccess(_) | System::Syscall | System::Sysret | System::InterruptReturn)
                 | Kind::Interpret
@@ -126,6 +126,8 @@ pub struct Insn {
     pub flags_changed: u32,
     /// A bit for each general register that is written, as a whole or in part.
     pub writes: u16,
+    /// Flags that are read before they are overwritten where a jump leads when it is taken.
+    pub live_taken: u32,
     /// Flags that are read after this instruction before they are overwritten.
     pub live_out: u32,
 }
@@ -146,6 +148,9 @@ pub struct Source {
 
 /// Longer blocks gain little, and an interrupt waits for the end of a block at most.
 const MOST_INSTRUCTIONS: usize = 64;
+/// A block goes on behind a conditional jump forward, as compilers lay out what is likely; each further one is less likely
+/// to be reached, and is translated all the same.
+pub const MOST_SIDE_EXITS: u32 = 4;
 
 /// What the guest may run, as far as the translator must know.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -178,14 +183,16 @@ impl BlockDecoder {
     }
 
     /// Decodes the block at `rip`. `code` are the bytes there, up to the end of the page or, when the first instruction
-    /// reaches into the next page, of that instruction. False when more bytes than `code` might have changed the block.
-    pub fn decode(&mut self, code: &[u8], rip: u64, limit: usize, features: Features) -> bool {
+    /// reaches into the next page, of that instruction; `ahead` is where jumps lead. False when more bytes than `code` might
+    /// have changed the block.
+    pub fn decode(&mut self, code: &[u8], rip: u64, limit: usize, features: Features, ahead: &mut Ahead<'_>) -> bool {
         let mut decoder = Decoder::with_ip(64, code, rip, DecoderOptions::NONE);
         let BlockDecoder { facts, source } = self;
         source.insns.clear();
         source.size = 0;
         let limit = limit.min(MOST_INSTRUCTIONS);
         let mut ended = false;
+        let mut side_exits = 0;
         while !ended && source.insns.len() < limit && decoder.can_decode() {
             let start = decoder.position();
             source.insns.push(Insn::default());
@@ -200,37 +207,27 @@ impl BlockDecoder {
                 } else {
                     source.insns.pop();
                 }
-                find_live_flags(&mut source.insns);
-                return start + LONGEST <= code.len();
+                ended = start + LONGEST <= code.len();
+                break;
             }
             if insn.classify(&code[start..decoder.position()], features, facts).is_none() {
                 insn.leave_to_interpreter();
             }
             source.size = decoder.position();
             ended = insn.kind.ends_block();
+            if let Kind::JumpIf(_, target) = insn.kind {
+                side_exits += 1;
+                // Behind a jump back there is the end of a loop, which is seldom reached.
+                ended = target <= insn.iced.ip() || side_exits > MOST_SIDE_EXITS;
+            }
         }
-        find_live_flags(&mut source.insns);
+        find_live_flags(source, rip, features, facts, ahead);
         ended || source.insns.len() == limit
     }
 }
 
 /// No instruction has more bytes, Intel SDM (2024-12) Vol. 2A 2.3.11 "AVX Instruction Length".
 const LONGEST: usize = 15;
-
-const ALL_FLAGS: u32 = iced_x86::RflagsBits::OF
-    | iced_x86::RflagsBits::SF
-    | iced_x86::RflagsBits::ZF
-    | iced_x86::RflagsBits::AF
-    | iced_x86::RflagsBits::CF
-    | iced_x86::RflagsBits::PF;
-
-fn find_live_flags(insns: &mut [Insn]) {
-    let mut live = ALL_FLAGS;
-    for insn in insns.iter_mut().rev() {
-        insn.live_out = live;
-        live = insn.live_in();
-    }
-}
 
 impl Default for Insn {
     fn default() -> Insn {
@@ -246,6 +243,7 @@ impl Default for Insn {
             flags_killed: 0,
             flags_changed: 0,
             writes: 0,
+            live_taken: 0,
             live_out: ALL_FLAGS,
         }
     }
@@ -269,7 +267,7 @@ impl Insn {
         self.flags_read = iced.rflags_read() & ALL_FLAGS;
         self.flags_changed = iced.rflags_modified() & ALL_FLAGS;
         self.flags_killed = if changes_flags_for_sure(iced) { self.flags_changed } else { 0 };
-        if matches!(iced.mnemonic(), Mnemonic::Div | Mnemonic::Idiv) {
+        if is_division(iced) {
             // The flags are undefined after a division, but #DE shows those before it.
             (self.flags_changed, self.flags_killed, self.flags_shown) = (0, 0, ALL_FLAGS);
         }
@@ -281,16 +279,9 @@ impl Insn {
     }
 }
 
-/// Shifts and rotates by CL leave the flags alone when the count is zero.
-fn changes_flags_for_sure(iced: &Instruction) -> bool {
-    use Mnemonic as M;
-    match iced.mnemonic() {
-        M::Shl | M::Sal | M::Shr | M::Sar | M::Rol | M::Ror | M::Rcl | M::Rcr | M::Shld | M::Shrd => {
-            let last = iced.op_count() - 1;
-            iced.op_kind(last) == OpKind::Immediate8 && iced.immediate8() & 31 != 0
-        }
-        _ => true,
-    }
+/// Whether #DE may come of it.
+pub(super) fn is_division(iced: &Instruction) -> bool {
+    matches!(iced.mnemonic(), Mnemonic::Div | Mnemonic::Idiv)
 }
 
 /// Finds accesses and written registers.
@@ -344,7 +335,7 @@ pub fn has_segment_base(iced: &Instruction) -> bool {
     matches!(iced.memory_segment(), Register::FS | Register::GS)
 }
 
-fn kind_of(iced: &Instruction, facts: Facts, features: Features) -> Option<Kind> {
+pub(super) fn kind_of(iced: &Instruction, facts: Facts, features: Features) -> Option<Kind> {
     let kind = match facts.class {
         Class::Plain => Kind::Plain,
         Class::Simd { vex } => (features.sse && (!vex || features.avx)).then_some(Kind::Plain)?,

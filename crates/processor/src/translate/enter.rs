@@ -10,6 +10,7 @@ use memory::tlb::Bank;
 use x86::FpuArea;
 
 use super::asm::{Asm, Mem, R12, R13, R14, R15, RAX, RBP, RBX, RDI, RDX, RSI, Reg, T0, T1, cc};
+use super::exits::{look_up, look_up_second};
 use super::frame;
 use super::lower::Mode;
 use super::refill::refill;
@@ -41,6 +42,10 @@ pub struct Stubs {
     /// What the fault stub's calls leave as their return address.
     fault_sites: [u64; 2],
     save_simd: u64,
+    /// By mode.
+    lookup: [u64; 8],
+    /// What the lookups' calls leave as their return address.
+    lookup_sites: [u64; 16],
     /// By bank, whether for stores, and whether SIMD state is in registers.
     refill: [[[u64; 2]; 2]; 3],
     /// Where the first refill stub begins, and where the stubs end.
@@ -63,6 +68,23 @@ impl Stubs {
     #[must_use]
     pub fn save_simd(&self) -> u64 {
         self.save_simd
+    }
+
+    /// What goes to the RIP in T0, whose code is of the given mode, by the jump cache; flags are in their slot.
+    #[must_use]
+    pub fn lookup(&self, mode: Mode) -> u64 {
+        self.lookup[usize::from(mode.0)]
+    }
+
+    #[must_use]
+    pub fn lookups(&self) -> [u64; 8] {
+        self.lookup
+    }
+
+    /// Whether a return address says that code left through a lookup.
+    #[must_use]
+    pub fn is_lookup(&self, site: u64) -> bool {
+        self.lookup_sites.contains(&site)
     }
 
     /// A subroutine that fills the TLB from the shadow for the address in T0, or leaves.
@@ -122,6 +144,13 @@ impl Stubs {
         save_simd(&mut asm);
         asm.finish();
         stubs.save_simd = cache.add(&asm.code)?;
+        for mode in 0..stubs.lookup.len() {
+            asm.restart(cache.next_address());
+            let sites = lookup(&mut asm, Mode(mode as u8), stubs.leave(false, Mode(mode as u8).is_simd()));
+            asm.finish();
+            stubs.lookup[mode] = cache.add(&asm.code)?;
+            stubs.lookup_sites[2 * mode..2 * mode + 2].copy_from_slice(&sites);
+        }
         stubs.first_refill = cache.next_address();
         for bank in [Bank::Kernel, Bank::User, Bank::KernelAc] {
             for (write, simd) in [(false, false), (false, true), (true, false), (true, true)] {
@@ -176,6 +205,19 @@ fn enter(asm: &mut Asm, simd: bool) {
         }
     }
     asm.jmp_reg(T0);
+}
+
+/// Gives the return addresses of its two calls of `leave`.
+fn lookup(asm: &mut Asm, mode: Mode, leave: u64) -> [u64; 2] {
+    let (strange, miss) = (asm.label(), asm.label());
+    look_up(asm, mode, strange, miss);
+    asm.bind(miss);
+    look_up_second(asm, mode, None);
+    asm.call_address(leave);
+    let first = asm.address();
+    asm.bind(strange);
+    asm.call_address(leave);
+    [first, asm.address()]
 }
 
 fn leave(asm: &mut Asm, flags_in_host: bool, simd: bool) {

@@ -2,7 +2,7 @@
 
 use x86::{PAGE_MASK, PAGE_SIZE};
 
-use super::asm::{Alu, BASE, Label, Mem, T0, T1, cc};
+use super::asm::{Alu, Asm, BASE, Label, Mem, T0, T1, cc};
 use super::block::Insn;
 use super::frame;
 use super::lower::{Flags, Lowering, MapEntry, Mode, Site};
@@ -29,6 +29,11 @@ pub(super) enum Cold {
         label: Label,
         mode: Mode,
         first: Option<usize>,
+    },
+    /// Where the return from a call arrives.
+    Landing {
+        label: Label,
+        next: u64,
     },
     /// A conditional jump to another page.
     Lookup {
@@ -157,51 +162,13 @@ impl Lowering<'_> {
 
     /// Goes to the RIP in T0, whose code is of the given mode.
     pub(super) fn lookup_dynamic(&mut self, mode: Mode) {
-        let cache = frame::jump_entry(mode.0.into(), 0);
-        let label = self.c.asm.label();
+        let (strange, label) = (self.c.asm.label(), self.c.asm.label());
+        look_up(self.c.asm, mode, strange, label);
         if mode.is_user() {
-            // Only addresses of the lower half have tags that the generation cannot confuse.
-            let asm = &mut *self.c.asm;
-            asm.mov(T1, T0);
-            asm.shr(T1, 47);
-            let strange = asm.label();
-            asm.jcc(cc::NZ, strange);
             self.cold.push(Cold::Leave { label: strange, site: Site::Lookup, flags: Flags::Slot });
         }
-        let asm = &mut *self.c.asm;
-        asm.multiply32(T1, T0, frame::JUMP_MULTIPLIER);
-        asm.shr(T1, 16);
-        asm.alu_imm32(Alu::And, T1, ((frame::JUMP_ENTRIES - 1) << 4) as i32);
-        if mode.is_user() {
-            asm.alu_load(Alu::Xor, T0, Mem::vcpu(frame::USER_GENERATION));
-        }
-        asm.alu_load(Alu::Cmp, T0, Mem::indexed(BASE, T1, 0, cache));
-        asm.jcc(cc::NZ, label);
-        asm.jmp_mem(Mem::indexed(BASE, T1, 0, cache + 8));
         self.cold.push(Cold::LookupMiss { label, mode, first: None });
         self.in_t1 = None;
-    }
-
-    /// The other place where a jump may be remembered. `first` is the place just looked at, unless its offset is in T1.
-    pub(super) fn second_way(&mut self, mode: Mode, first: Option<usize>) {
-        let asm = &mut *self.c.asm;
-        let miss = asm.label();
-        let (tag, host) = match first {
-            Some(place) => {
-                let entry = frame::jump_entry(mode.0.into(), place ^ 1);
-                (Mem::vcpu(entry), Mem::vcpu(entry + 8))
-            }
-            None => {
-                // An entry has 16 bytes.
-                asm.alu_imm32(Alu::Xor, T1, 16);
-                let cache = frame::jump_entry(mode.0.into(), 0);
-                (Mem::indexed(BASE, T1, 0, cache), Mem::indexed(BASE, T1, 0, cache + 8))
-            }
-        };
-        asm.alu_load(Alu::Cmp, T0, tag);
-        asm.jcc(cc::NZ, miss);
-        asm.jmp_mem(host);
-        asm.bind(miss);
     }
 
     pub(super) fn emit_cold(&mut self) {
@@ -226,13 +193,14 @@ impl Lowering<'_> {
                 }
                 Cold::LookupMiss { label, mode, first } => {
                     self.c.asm.bind(label);
-                    self.second_way(mode, first);
-                    if mode.is_user() {
-                        self.c.asm.alu_load(Alu::Xor, T0, Mem::vcpu(frame::USER_GENERATION));
-                    }
+                    look_up_second(self.c.asm, mode, first);
                     let stub = self.c.stubs.leave(false, mode.is_simd());
                     self.c.asm.call_address(stub);
                     self.site(Site::Lookup);
+                }
+                Cold::Landing { label, next } => {
+                    self.c.asm.bind(label);
+                    self.land(next);
                 }
                 Cold::Lookup { label, target, flags } => {
                     self.c.asm.bind(label);
@@ -244,6 +212,52 @@ impl Lowering<'_> {
                 }
             }
         }
+    }
+}
+
+/// Looks in the jump cache for the RIP in T0: either jumps to its block, or goes to `strange` with T0 as it came, or to
+/// `miss` with T0 as a tag and the place's offset in T1. Clobbers flags.
+pub fn look_up(asm: &mut Asm, mode: Mode, strange: Label, miss: Label) {
+    let cache = frame::jump_entry(mode.0.into(), 0);
+    if mode.is_user() {
+        // Only addresses of the lower half have tags that the generation cannot confuse.
+        asm.mov(T1, T0);
+        asm.shr(T1, 47);
+        asm.jcc(cc::NZ, strange);
+    }
+    asm.multiply32(T1, T0, frame::JUMP_MULTIPLIER);
+    asm.shr(T1, 16);
+    asm.alu_imm32(Alu::And, T1, ((frame::JUMP_ENTRIES - 1) << 4) as i32);
+    if mode.is_user() {
+        asm.alu_load(Alu::Xor, T0, Mem::vcpu(frame::USER_GENERATION));
+    }
+    asm.alu_load(Alu::Cmp, T0, Mem::indexed(BASE, T1, 0, cache));
+    asm.jcc(cc::NZ, miss);
+    asm.jmp_mem(Mem::indexed(BASE, T1, 0, cache + 8));
+}
+
+/// The other place where a jump may be remembered. `first` is the place just looked at, unless its offset is in T1. Goes on
+/// with the RIP in T0 when it is not there either.
+pub fn look_up_second(asm: &mut Asm, mode: Mode, first: Option<usize>) {
+    let miss = asm.label();
+    let (tag, host) = match first {
+        Some(place) => {
+            let entry = frame::jump_entry(mode.0.into(), place ^ 1);
+            (Mem::vcpu(entry), Mem::vcpu(entry + 8))
+        }
+        None => {
+            // An entry has 16 bytes.
+            asm.alu_imm32(Alu::Xor, T1, 16);
+            let cache = frame::jump_entry(mode.0.into(), 0);
+            (Mem::indexed(BASE, T1, 0, cache), Mem::indexed(BASE, T1, 0, cache + 8))
+        }
+    };
+    asm.alu_load(Alu::Cmp, T0, tag);
+    asm.jcc(cc::NZ, miss);
+    asm.jmp_mem(host);
+    asm.bind(miss);
+    if mode.is_user() {
+        asm.alu_load(Alu::Xor, T0, Mem::vcpu(frame::USER_GENERATION));
     }
 }
 

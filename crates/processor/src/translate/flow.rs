@@ -105,7 +105,12 @@ impl Lowering<'_> {
             self.poll();
         }
         let mem = self.stack(index, insn)?;
-        self.push_constant(mem, insn.iced.next_ip());
+        let next = insn.iced.next_ip();
+        self.push_constant(mem, next);
+        // A call of what follows only wants to know where it is.
+        if target != next {
+            self.note_call(next, insn.live_out);
+        }
         self.jump_to(target);
         Some(())
     }
@@ -149,6 +154,7 @@ impl Lowering<'_> {
         self.c.asm.store(Mem::vcpu(frame::SPILL), T0);
         let mem = self.stack(index, insn)?;
         self.push_constant(mem, insn.iced.next_ip());
+        self.note_call(insn.iced.next_ip(), insn.live_out);
         self.c.asm.load(T0, Mem::vcpu(frame::SPILL));
         self.lookup();
         Some(())
@@ -167,12 +173,12 @@ impl Lowering<'_> {
         self.slot_flags();
         let mem = self.stack(index, insn)?;
         self.c.asm.load(T0, mem);
-        self.move_stack(8 + i32::from(extra));
-        self.lookup();
+        self.return_to_t0(extra);
         Some(())
     }
 
-    pub(super) fn jump_if(&mut self, insn: &Insn, condition: u8, target: u64) {
+    /// The block goes on behind it.
+    pub(super) fn jump_if(&mut self, condition: u8, target: u64) {
         if target <= self.c.rip {
             self.poll();
         }
@@ -202,6 +208,5 @@ impl Lowering<'_> {
         } else {
             self.cold.push(Cold::Lookup { label, target, flags: self.flags });
         }
-        self.jump_to(insn.iced.next_ip());
     }
 }

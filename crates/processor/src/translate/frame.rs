@@ -8,6 +8,7 @@ use x86::{CpuState, DescriptorTable, Segment};
 
 use super::exits::jump_index;
 use super::lower::Mode;
+use super::returns::{LANDINGS, Returns};
 use crate::vcpu::Vcpu;
 
 /// Pointers to checked stack or structure pages that a block keeps at a time; see `groups`.
@@ -81,6 +82,7 @@ pub struct JumpCaches {
     pub user_generation: u64,
     /// How often the generations had gone round.
     rounds: u64,
+    pub returns: Returns,
     pub caches: [[JumpEntry; JUMP_ENTRIES]; 8],
     /// Entries that were filled since the kernel's, or the user's, were last cleared: a kernel whose pages are not global
     /// clears its own at every load of CR3, and most are empty.
@@ -106,7 +108,7 @@ impl JumpCaches {
     pub fn new() -> JumpCaches {
         let empty = std::array::from_fn(impossible);
         let filled = std::array::from_fn(|_| Vec::with_capacity(MOST_FILLED));
-        JumpCaches { user_generation: 1 << 48, rounds: 0, caches: [empty; 8], filled }
+        JumpCaches { user_generation: 1 << 48, rounds: 0, returns: Returns::new(), caches: [empty; 8], filled }
     }
 
     /// What the tag of a RIP in a cache is now.
@@ -118,6 +120,7 @@ impl JumpCaches {
     /// Goes to another address space, or to another generation of the same.
     pub fn set_space(&mut self, generation: u64, rounds: u64) {
         self.user_generation = generation << 48;
+        self.returns.clear(true);
         if rounds != self.rounds {
             self.rounds = rounds;
             self.clear(true);
@@ -166,6 +169,7 @@ impl JumpCaches {
 
     /// Forgets all user code, or all kernel code.
     pub fn clear(&mut self, user: bool) {
+        self.returns.clear(user);
         let filled = &mut self.filled[usize::from(user)];
         if filled.len() < MOST_FILLED {
             for (mode, place) in filled.drain(..) {
@@ -279,6 +283,13 @@ pub fn shadow(bank: Bank) -> i32 {
     disp(offset_of!(Hot, shadow) + 8 * bank as usize)
 }
 
+/// The table of landings of a mode.
+#[must_use]
+pub fn returns(mode: usize) -> i32 {
+    let tables = offset_of!(JumpCaches, returns) + offset_of!(Returns, landings);
+    disp(offset_of!(Vcpu, jumps) + tables + mode * size_of::<[u64; LANDINGS]>())
+}
+
 #[must_use]
 pub fn jump_entry(mode: usize, place: usize) -> i32 {
     let caches = offset_of!(Vcpu, jumps) + offset_of!(JumpCaches, caches);
@@ -320,7 +331,7 @@ pub fn layout() -> Vec<u64> {
         TLB_WRITE,
         TLB_PAGE,
     ];
-    let computed = [group(0), gpr(0), selector(0), segment_base(0), jump_entry(0, 0), shadow(Bank::Kernel)];
+    let computed = [group(0), gpr(0), selector(0), segment_base(0), jump_entry(0, 0), returns(0), shadow(Bank::Kernel)];
     let banks = [Bank::Kernel, Bank::User, Bank::KernelAc].map(|bank| [tlb(bank), dirty(bank), generation(bank)]);
     let controls = [0, 2, 3, 4].map(control);
     let all = fields.into_iter().chain(computed).chain(banks.into_iter().flatten()).chain(controls);

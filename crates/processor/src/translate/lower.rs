@@ -234,9 +234,7 @@ pub fn lower(context: Context<'_>, source: &Source, groups: &Groups, scratch: &m
         unsupported: false,
     };
     let (entry_host, entry_slot) = l.entries(&source.insns);
-    if l.c.count {
-        l.count(&source.insns);
-    }
+    l.count(&source.insns);
     let mut ended = false;
     for (index, insn) in source.insns.iter().enumerate() {
         l.current = l.guest(insn.iced.ip());
@@ -263,6 +261,9 @@ pub fn lower(context: Context<'_>, source: &Source, groups: &Groups, scratch: &m
         if insn.kind.ends_block() {
             ended = true;
             break;
+        }
+        if let Kind::JumpIf(..) = insn.kind {
+            l.count(&source.insns[index + 1..]);
         }
     }
     if !ended {
@@ -339,8 +340,13 @@ impl Lowering<'_> {
         }
     }
 
-    /// Adds what the block holds to the counters, without flags.
+    /// Where instructions are counted, adds those up to the next conditional jump to the counters, without flags.
     pub(super) fn count(&mut self, insns: &[Insn]) {
+        if !self.c.count || insns.is_empty() {
+            return;
+        }
+        let jump = insns.iter().position(|insn| matches!(insn.kind, Kind::JumpIf(..)));
+        let insns = &insns[..jump.map_or(insns.len(), |jump| jump + 1)];
         let accesses =
             insns.iter().map(|insn| u32::from(insn.operand.is_some()) + u32::from(insn.stack.is_some())).sum();
         let asm = &mut *self.c.asm;
@@ -375,7 +381,7 @@ impl Lowering<'_> {
             }
             Kind::JumpIndirect => self.jump_indirect(index, insn),
             Kind::JumpIf(condition, target) => {
-                self.jump_if(insn, condition, target);
+                self.jump_if(condition, target);
                 Some(())
             }
             Kind::Return(extra) => self.ret(index, insn, extra),

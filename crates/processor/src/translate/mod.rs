@@ -20,11 +20,13 @@ mod idle;
 mod iret;
 pub mod kept;
 mod links;
+mod liveness;
 mod lower;
 mod memory;
 mod profile;
 mod recall;
 mod refill;
+mod returns;
 mod room;
 mod sites;
 mod string;
@@ -35,7 +37,7 @@ use std::sync::Arc;
 
 use host::clock::{host_tsc, host_tsc_hz, scale};
 use host::signal::{self, Landing};
-use x86::{CpuState, GuestFault, Gva, PAGE_SIZE, Ppn, cr0, cr4, dr7, registers::xcr0, rflags};
+use x86::{CpuState, Gpa, GuestFault, Gva, PAGE_MASK, PAGE_SIZE, Ppn, cr0, cr4, dr7, registers::xcr0, rflags};
 
 use self::asm::Asm;
 use self::block::{BlockDecoder, Features};
@@ -46,6 +48,7 @@ use self::fetch::FetchCache;
 use self::groups::Groups;
 use self::kept::record::Span;
 use self::links::Links;
+use self::liveness::{Ahead, MOST_LOOKED};
 use self::lower::{Check, Flags, Mode, Site, lower};
 use self::sites::Sites;
 use crate::code_cache::{CodeCache, Poll};
@@ -57,7 +60,7 @@ use crate::profile::{Doing, Part};
 use crate::vcpu::Stale;
 
 /// Bytes of guest code that are read for a block at first, and at most.
-const FEW_BYTES: usize = 96;
+const FEW_BYTES: usize = 192;
 const MOST_BYTES: usize = 1024;
 /// Ticks that no translation takes: the host ran something else meanwhile.
 const TOO_LONG: u64 = 200_000;
@@ -112,8 +115,10 @@ pub struct Translator {
     links: Links,
     asm: Asm,
     source: BlockDecoder,
-    /// The guest's bytes of the block at work.
-    bytes: Box<[u8; MOST_BYTES]>,
+    /// The guest's bytes of the block at work, and those that were looked at beyond it.
+    bytes: Box<[u8; MOST_BYTES + MOST_LOOKED]>,
+    /// Where in its page they are, one part after the other: first the block itself.
+    parts: Vec<Span>,
     groups: Groups,
     scratch: lower::Scratch,
     recall: recall::Recall,
@@ -167,7 +172,8 @@ impl Translator {
             links: Links::default(),
             asm: Asm::default(),
             source: BlockDecoder::new(),
-            bytes: Box::new([0; MOST_BYTES]),
+            bytes: Box::new([0; MOST_BYTES + MOST_LOOKED]),
+            parts: Vec::new(),
             groups: Groups::default(),
             scratch: lower::Scratch::default(),
             recall: recall::Recall::default(),
@@ -330,15 +336,17 @@ impl Translator {
             // Most blocks are short.
             let few = in_page.min(FEW_BYTES);
             page.read(key.gpa.offset(), &mut code[..few]);
-            if !self.source.decode(&code[..few], key.rip, most, features) && few < in_page {
+            let mut ahead = if self.options.single { Ahead::unknown() } else { Ahead::in_page(page, key.rip) };
+            if !self.source.decode(&code[..few], key.rip, most, features, &mut ahead) && few < in_page {
                 page.read(key.gpa.offset(), &mut code[..in_page]);
-                self.source.decode(&code[..in_page], key.rip, most, features);
+                self.source.decode(&code[..in_page], key.rip, most, features, &mut ahead);
             }
+            let looked = ahead.looked;
             let mut second = None;
             if in_page < 15 && self.source.source.insns.first().is_none_or(|insn| insn.iced.is_invalid()) {
                 let next = self.fetches.find(core, key.rip.wrapping_add(in_page as u64), key.mode)?;
                 core.memory.page(next.ppn())?.read(0, &mut code[in_page..15]);
-                self.source.decode(&code[..15], key.rip, 1, features);
+                self.source.decode(&code[..15], key.rip, 1, features, &mut Ahead::unknown());
                 second = Some(next.ppn());
             }
             // Only what is read while the stores of all processors are watched can be kept.
@@ -347,6 +355,16 @@ impl Translator {
             let mut same = core.trace_code(key.gpa, &code[..first]);
             if let Some(page) = second {
                 same &= core.trace_code(page.gpa(), &code[first..size]);
+            }
+            self.parts.clear();
+            self.parts.push(Span { offset: key.gpa.offset() as u16, size: size as u16 });
+            let mut end = size;
+            for look in looked {
+                let bytes = &look.bytes[..look.part.size.into()];
+                same &= core.trace_code(Gpa(key.gpa.0 & !PAGE_MASK | u64::from(look.part.offset)), bytes);
+                self.parts.push(look.part);
+                code[end..end + bytes.len()].copy_from_slice(bytes);
+                end += bytes.len();
             }
             if same {
                 return Some(second);
@@ -397,7 +415,6 @@ impl Translator {
         };
         let lowered = lower(context, source, &self.groups, &mut self.scratch);
         let insns = source.insns.len();
-        let span = Span { offset: key.gpa.offset() as u16, size: source.size as u16 };
         let address = self.cache.add(&self.asm.code)?;
         self.note_unlinked(first_site);
         let end = address + self.asm.code.len() as u64;
@@ -405,7 +422,7 @@ impl Translator {
         self.counters.translated_blocks += 1;
         self.counters.translated_instructions += insns as u64;
         if second.is_none() {
-            self.note(&key, first_site, insns, &[span], (lowered.entry_host, lowered.entry_slot));
+            self.note(&key, first_site, insns, (lowered.entry_host, lowered.entry_slot));
         }
         self.blocks.add(key, second, address..end, entries, &self.scratch.map, first_site);
         Some(entries)
@@ -483,6 +500,9 @@ impl Translator {
             return self.fault(core);
         }
         set_flags(&mut core.vcpu.cpu, core.vcpu.hot.flags);
+        if self.stubs.is_lookup(site) {
+            return self.look_up(core);
+        }
         // Behind the opcode of an instruction that carries it.
         let index = self.cache.read_u32(site + 1);
         let Some(found) = self.sites.get(index) else {
@@ -537,17 +557,7 @@ impl Translator {
                 }
                 Next::Enter(slot)
             }
-            Site::Lookup => {
-                self.counters.exits_lookup += 1;
-                core.vcpu.cpu.rip = core.vcpu.hot.scratch[0];
-                if self.options.single || core.vcpu.attention.is_raised() {
-                    return Next::Dispatch;
-                }
-                match self.find(core) {
-                    Some((_, slot)) => Next::Enter(slot),
-                    None => Next::Step,
-                }
-            }
+            Site::Lookup => self.look_up(core),
             Site::Window { block, guest } => {
                 let rip = self.blocks.rip(block, guest);
                 core.vcpu.cpu.rip = rip;
@@ -566,6 +576,19 @@ impl Translator {
                 self.kernel_simd = KERNEL_SIMD_LEAVES;
                 Next::Dispatch
             }
+        }
+    }
+
+    /// The jump cache does not know where the guest goes.
+    fn look_up(&mut self, core: &mut Core<'_>) -> Next {
+        self.counters.exits_lookup += 1;
+        core.vcpu.cpu.rip = core.vcpu.hot.scratch[0];
+        if self.options.single || core.vcpu.attention.is_raised() {
+            return Next::Dispatch;
+        }
+        match self.find(core) {
+            Some((_, slot)) => Next::Enter(slot),
+            None => Next::Step,
         }
     }
 
@@ -696,6 +719,7 @@ impl Engine for Translator {
             Err(error) => return Exit::Unsupported(format!("the host refuses signal handlers: {error}")),
         };
         self.poll.disarm();
+        core.vcpu.jumps.returns.prepare(self.stubs.lookups());
         if core.vcpu.sampler.is_crowded() {
             self.take_samples(core);
         }
@@ -726,6 +750,7 @@ impl Engine for Translator {
             Err(error) => return Some(Exit::Unsupported(format!("the host refuses signal handlers: {error}"))),
         };
         self.poll.disarm();
+        core.vcpu.jumps.returns.prepare(self.stubs.lookups());
         loop {
             self.refresh(core);
             let simd = self.simd;

@@ -8,7 +8,7 @@ use x86::{Gpa, PAGE_MASK, PAGE_SIZE, Ppn};
 
 use super::block::Features;
 use super::blocks::Key;
-use super::kept::record::{Block, External, Record, Span};
+use super::kept::record::{Block, External, Record};
 use super::kept::{GroupKey, Kept};
 use super::lower::Site;
 use super::{BLOCK_ROOM, Translator, frame};
@@ -179,7 +179,7 @@ impl Translator {
     }
 
     /// Keeps the block that was just translated, whose code is in the assembler and whose sites begin at `first`.
-    pub(super) fn note(&mut self, key: &Key, first: u32, insns: usize, parts: &[Span], entries: (u32, u32)) {
+    pub(super) fn note(&mut self, key: &Key, first: u32, insns: usize, entries: (u32, u32)) {
         let Some(store) = self.recall.kept.as_ref().and_then(|kept| kept.store()) else { return };
         let group = self.group(key);
         if self.recall.is_crowded && store.find(group).is_some() {
@@ -196,13 +196,13 @@ impl Translator {
         let mut page = [0; PAGE_SIZE as usize];
         // What was translated, and not what other processors have made of it since.
         let mut bytes = &self.bytes[..];
-        for part in parts {
+        for part in &self.parts {
             let (these, rest) = bytes.split_at(part.size.into());
             page[usize::from(part.offset)..][..these.len()].copy_from_slice(these);
             bytes = rest;
         }
         let block = Block {
-            parts,
+            parts: &self.parts,
             page: &page,
             insns: insns as u16,
             entry_host: entries.0,

@@ -64,6 +64,9 @@ impl Translator {
         // What goes now is not taken from what is kept again: that gives whole pages, and there is no room for those. Nor need
         // it be kept again.
         self.recall.is_crowded = true;
+        // Landings are part of blocks.
+        core.vcpu.jumps.returns.clear(true);
+        core.vcpu.jumps.returns.clear(false);
         let Some(first) = self.blocks.oldest_address() else { return };
         let (blocks, _) = self.blocks.sizes();
         let mut pages = Vec::new();
@@ -118,6 +121,8 @@ impl Translator {
     /// Lets nothing lead to the blocks of a page any more.
     pub(super) fn drop_page(&mut self, core: &mut Core<'_>, page: Ppn) {
         let jumps = &mut core.vcpu.jumps;
+        jumps.returns.clear(true);
+        jumps.returns.clear(false);
         self.blocks.drop_page(page, |Key { rip, mode, .. }| {
             jumps.forget_block(rip, mode.0.into(), jump_index(rip));
         });
