@@ -259,11 +259,17 @@ static void test_apic_timer(void)
     apic_write(APIC_INITIAL, 0);
     apic_write(APIC_DIVIDE, 0x3); /* by 16: slower */
     apic_write(APIC_LVT_TIMER, 0x10000);
-    apic_write(APIC_INITIAL, 0xffffffff);
-    start = (u32)apic_read(APIC_CURRENT);
-    delay(10);
-    u32 slower = start - (u32)apic_read(APIC_CURRENT);
-    check_true("timer-divides", slower < per_10ms / 4 && slower > per_10ms / 64);
+    u32 slower = 0;
+    bool divides = false;
+    /* A host that takes the processor away in the middle makes one try worthless, but not all of them. */
+    for (u32 tries = 0; tries < 50 && !divides; tries++) {
+        apic_write(APIC_INITIAL, 0xffffffff);
+        start = (u32)apic_read(APIC_CURRENT);
+        delay(10);
+        slower = start - (u32)apic_read(APIC_CURRENT);
+        divides = slower < per_10ms / 4 && slower > per_10ms / 64;
+    }
+    check_true("timer-divides", divides);
     apic_write(APIC_INITIAL, 0);
     if (!has1c(24)) {
         skip("tsc-deadline", "not in CPUID");
@@ -274,20 +280,34 @@ static void test_apic_timer(void)
     u64 now = rdtsc();
     delay(5);
     u64 per_5ms = rdtsc() - now;
-    u64 deadline = rdtsc() + per_5ms;
-    wrmsr(MSR_TSC_DEADLINE, deadline);
-    check("tsc-deadline-armed", rdmsr(MSR_TSC_DEADLINE), deadline);
+    u64 deadline, armed;
+    u32 passed = 0;
+    do {
+        asm volatile("sti; nop; nop; cli"); /* what an earlier try made pending */
+        counts[0x72] = 0;
+        deadline = rdtsc() + per_5ms;
+        wrmsr(MSR_TSC_DEADLINE, deadline);
+        armed = rdmsr(MSR_TSC_DEADLINE);
+    } while (rdtsc() >= deadline && ++passed < 50);
+    check("tsc-deadline-armed", armed, deadline);
     check("tsc-deadline", wait_for(0x72, 1, true), 1);
     check_true("tsc-deadline-not-early", rdtsc() >= deadline);
     check("tsc-deadline-cleared", rdmsr(MSR_TSC_DEADLINE), 0);
     wrmsr(MSR_TSC_DEADLINE, 1); /* long past */
     check("tsc-deadline-past", wait_for(0x72, 2, true), 1);
-    wrmsr(MSR_TSC_DEADLINE, rdtsc() + per_5ms);
-    wrmsr(MSR_TSC_DEADLINE, 0);
-    sti();
-    delay(10);
-    cli();
-    check("tsc-deadline-disarmed", counts[0x72], 2);
+    u64 came;
+    passed = 0;
+    do {
+        came = counts[0x72];
+        deadline = rdtsc() + per_5ms;
+        wrmsr(MSR_TSC_DEADLINE, deadline);
+        wrmsr(MSR_TSC_DEADLINE, 0);
+        armed = rdtsc() < deadline;
+        sti();
+        delay(10);
+        cli();
+    } while (!armed && ++passed < 50);
+    check("tsc-deadline-disarmed", counts[0x72] - came, 0);
     apic_write(APIC_LVT_TIMER, 0x10000);
 }
 
