@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from ringzero import Machine
+from ringzero.bench.guests import nano
 
 SCRIPT = ["sh", "-c", "seq 1 2000 | sort -r | sort -n | sha256sum"]
 
@@ -51,3 +52,21 @@ def test_nothing_is_kept_where_it_must_not_or_cannot_be(tmp_path: Path) -> None:
     open_to_all.mkdir(mode=0o755)
     again, counters = _boot(open_to_all)
     assert (again, counters["kept.noted"], list(open_to_all.iterdir())) == (text, 0, [])
+
+
+def test_code_that_is_written_over_and_over_is_not_kept(tmp_path: Path) -> None:
+    def modify() -> dict[str, int]:
+        with Machine(
+            kernel=nano(),
+            append="only=smc rounds=1",
+            memory="64M",
+            engine="translate",
+            translation_cache=tmp_path,
+        ) as machine:
+            assert machine.wait(60) == "poweroff"
+            return machine.stats()
+
+    tmp_path.chmod(0o700)
+    # The guest makes 6000 variants of one instruction.
+    assert 0 < modify()["kept.noted"] < 1000
+    assert modify()["kept.groups"] < 100

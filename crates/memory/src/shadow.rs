@@ -7,8 +7,8 @@
 
 use crate::tlb::{Bank, TlbEntry};
 
-/// Entries of a bank; a power of two. They reach 64 MiB; the memory is only used as they are.
-pub const ENTRIES: usize = 16384;
+/// Entries of a bank; a power of two. They reach 128 MiB; the memory is only used as they are.
+pub const ENTRIES: usize = 32768;
 
 /// How far the places of one address space are from those of the next. Processes that were forked have the same addresses,
 /// and would displace each other's entries all the time.

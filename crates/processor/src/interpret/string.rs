@@ -196,8 +196,13 @@ fn bulk<const O: u8, const S: usize>(
     } else {
         let mut buffer = [0; PAGE_SIZE as usize];
         let value = core.vcpu.cpu.gpr[RAX].to_le_bytes();
-        for place in buffer[..bytes].chunks_exact_mut(S) {
-            place.copy_from_slice(&value[..S]);
+        if value[..S].iter().all(|byte| *byte == value[0]) {
+            // Clearing memory, what STOS is mostly for, as fast as the host can.
+            buffer[..bytes].fill(value[0]);
+        } else {
+            for place in buffer[..bytes].chunks_exact_mut(S) {
+                place.copy_from_slice(&value[..S]);
+            }
         }
         core.store_block(lowest(to), &buffer[..bytes])
     };

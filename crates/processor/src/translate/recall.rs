@@ -22,8 +22,7 @@ pub struct Recall {
     has_left: bool,
     /// Blocks had to make way since all were dropped.
     pub is_crowded: bool,
-    /// Groups that were taken in for a page, and nothing was dropped since.
-    taken: HashMap<Ppn, Vec<u32>>,
+    pages: HashMap<Ppn, PageHistory>,
     /// The records of the group at work.
     records: Vec<u8>,
     externals: Vec<External>,
@@ -31,18 +30,41 @@ pub struct Recall {
     pub blocks: u64,
 }
 
+/// What became of a page's kept translations here.
+#[derive(Debug, Default)]
+struct PageHistory {
+    /// Groups that were taken in, and nothing was dropped since.
+    taken: Vec<u32>,
+    /// How often code of the page was written.
+    writes: u32,
+    /// The number of writes after which the groups are looked at again. Doubles each time: a kernel that patches itself does
+    /// so a few times, and code that modifies itself in a loop would take in its page each time round.
+    again_at: u32,
+}
+
+/// Code of a page that was written more often is not kept: it will be something else the next time.
+const MOST_WRITES: u32 = 64;
+
 impl Recall {
     /// The page was written, and its blocks are gone: what is kept may be of use again.
     pub fn forget(&mut self, page: Ppn) {
-        if let Some(groups) = self.taken.get_mut(&page) {
-            groups.clear();
+        let page = self.pages.entry(page).or_default();
+        page.writes = page.writes.saturating_add(1);
+        if page.writes >= page.again_at {
+            page.taken.clear();
+            page.again_at = page.writes.saturating_mul(2);
         }
     }
 
     /// All blocks are gone.
     pub fn forget_all(&mut self) {
-        self.taken.clear();
+        self.pages.clear();
         self.is_crowded = false;
+    }
+
+    /// Whether the page's code stays as it is long enough for its translations to be of use to others.
+    fn is_steady(&self, page: Ppn) -> bool {
+        self.pages.get(&page).is_none_or(|page| page.writes <= MOST_WRITES)
     }
 }
 
@@ -81,11 +103,11 @@ impl Translator {
         let store = kept.store()?;
         let group = self.group(key);
         let place = store.find(group)?;
-        let taken = self.recall.taken.entry(key.gpa.ppn()).or_default();
-        if taken.contains(&place) {
+        let history = self.recall.pages.entry(key.gpa.ppn()).or_default();
+        if history.taken.contains(&place) {
             return None;
         }
-        taken.push(place);
+        history.taken.push(place);
         let mut page = [0; PAGE_SIZE as usize];
         core.memory.page(key.gpa.ppn())?.read(0, &mut page);
         let mut records = std::mem::take(&mut self.recall.records);
@@ -181,6 +203,9 @@ impl Translator {
     /// Keeps the block that was just translated, whose code is in the assembler and whose sites begin at `first`.
     pub(super) fn note(&mut self, key: &Key, first: u32, insns: usize, entries: (u32, u32)) {
         let Some(store) = self.recall.kept.as_ref().and_then(|kept| kept.store()) else { return };
+        if !self.recall.is_steady(key.gpa.ppn()) {
+            return;
+        }
         let group = self.group(key);
         if self.recall.is_crowded && store.find(group).is_some() {
             return;
@@ -237,5 +262,28 @@ impl Translator {
             ("kept.groups_refused", of_store(|store| store.groups_refused.load(Relaxed))),
             ("kept.noted", of_store(|store| store.blocks_noted.load(Relaxed))),
         ]);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_page_that_is_written_all_the_time_is_looked_at_again_ever_more_seldom() {
+        let (mut recall, page) = (Recall::default(), Ppn(7));
+        let mut looks = 0;
+        for _ in 0..1000 {
+            let history = recall.pages.entry(page).or_default();
+            if history.taken.is_empty() {
+                history.taken.push(1);
+                looks += 1;
+            }
+            recall.forget(page);
+        }
+        assert_eq!(looks, 11, "at the first, and behind writes 1, 2, 4 ... 512");
+        assert!(!recall.is_steady(page) && recall.is_steady(Ppn(8)));
+        recall.forget_all();
+        assert!(recall.is_steady(page));
     }
 }
