@@ -7,10 +7,11 @@ import struct
 
 import pytest
 
-from ringzero.errors import ImageError, InputError, RingzeroError, UnsupportedError
+from ringzero.errors import ImageError, InputError, UnsupportedError
 from ringzero.machine import address_map
 from ringzero.machine.boot import BootPlan, plan_boot
 from ringzero.machine.boot.elf import parse
+from tests.unit.damage import plan_damaged
 
 MIB = 1 << 20
 PVH_ENTRY = 0x10_0010
@@ -182,22 +183,7 @@ def test_notes_that_lie_about_their_sizes_are_passed_over() -> None:
 
 def test_damaged_files_raise_nothing_but_our_own_errors() -> None:
     choose = random.Random(3)
-    good = bytearray(elf((0x10_0000, 8192, b"x" * 300), (0x20_0000, 4096, b"y" * 100), notes=note()))
-    outcomes = {"plan": 0, "error": 0}
-    for _ in range(3_000):
-        data = bytearray(good)
-        for _ in range(choose.randint(1, 6)):
-            data[choose.randrange(4, 64 + 3 * 56)] = choose.choice(
-                (0, 1, 0x7F, 0x80, 0xFF, choose.randrange(256))
-            )
-        if choose.random() < 0.2:
-            del data[choose.randrange(len(data)) :]
-        try:
-            plan = plan_boot(bytes(data), memory=64 * MIB, initrd=b"i" * 4096)
-        except RingzeroError:
-            outcomes["error"] += 1
-        else:
-            outcomes["plan"] += 1
-            assert all(p.address >= 0 and p.end <= 64 * MIB for p in plan.pieces)
+    good = elf((0x10_0000, 8192, b"x" * 300), (0x20_0000, 4096, b"y" * 100), notes=note())
+    outcomes = plan_damaged(choose, good, rounds=3_000, header=range(4, 64 + 3 * 56), most=6)
     assert outcomes["plan"] > 30
     assert outcomes["error"] > 30

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import random
 import struct
+from collections import Counter
 
 import pytest
 
-from ringzero.errors import ImageError, InputError, RingzeroError, UnsupportedError
+from ringzero.errors import ImageError, InputError, UnsupportedError
 from ringzero.machine import address_map
 from ringzero.machine.boot import BootPlan, plan_boot
+from tests.unit.damage import plan_damaged
 
 MIB = 1 << 20
 MAGIC = 0x1BADB002
@@ -165,22 +167,8 @@ def test_what_does_not_fit_is_refused_with_what_would() -> None:
 
 def test_damaged_files_raise_nothing_but_our_own_errors() -> None:
     choose = random.Random(5)
-    outcomes = {"plan": 0, "error": 0}
+    outcomes: Counter[str] = Counter()
     for good in (elf32(), plain(0x20_0100, 0x20_1000)):
-        for _ in range(2_000):
-            data = bytearray(good)
-            for _ in range(choose.randint(1, 4)):
-                data[choose.randrange(0, 120)] = choose.choice(
-                    (0, 1, 0x7F, 0x80, 0xFF, choose.randrange(256))
-                )
-            if choose.random() < 0.2:
-                del data[choose.randrange(len(data)) :]
-            try:
-                plan = plan_boot(bytes(data), memory=64 * MIB, initrd=b"i" * 4096)
-            except RingzeroError:
-                outcomes["error"] += 1
-            else:
-                outcomes["plan"] += 1
-                assert all(p.address >= 0 and p.end <= 64 * MIB for p in plan.pieces)
+        outcomes.update(plan_damaged(choose, good, rounds=2_000, header=range(120), most=4))
     assert outcomes["plan"] > 30
     assert outcomes["error"] > 30

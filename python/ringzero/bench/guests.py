@@ -26,21 +26,18 @@ POWEROFF = "poweroff"
 
 def program() -> Path:
     """Return the bench program: /init of a guest, or an ordinary program of this host (guests/bench)."""
-    path = Path(images.__file__).parent / "builtin" / "bench"
-    if not path.is_file():
-        raise InternalError(
-            f"the bench program is missing from the package ({path}): build it with tools/dev guests"
-        )
-    return path
+    return _builtin("bench", "the bench program")
 
 
 def nano() -> Path:
     """Return our guest that measures single operations (guests/nano)."""
-    path = Path(images.__file__).parent / "builtin" / "nano.elf"
+    return _builtin("nano.elf", "the guest 'nano'")
+
+
+def _builtin(name: str, what: str) -> Path:
+    path = Path(images.__file__).parent / "builtin" / name
     if not path.is_file():
-        raise InternalError(
-            f"the guest 'nano' is missing from the package ({path}): build it with tools/dev guests"
-        )
+        raise InternalError(f"{what} is missing from the package ({path}): build it with tools/dev guests")
     return path
 
 
