@@ -8,6 +8,7 @@ import pytest
 from ringzero import _core
 
 GUESTS = [
+    "across",
     "alignment",
     "arithmetic",
     "debug",

@@ -157,12 +157,6 @@ impl CodeCache {
         self.write(at, &(target.wrapping_sub(at + 4) as u32).to_le_bytes());
     }
 
-    /// Overwrites the code at `at` by a jump to `target`.
-    pub fn write_jump(&mut self, at: u64, target: u64) {
-        self.write(at, &[0xe9]);
-        self.set_displacement(at + 1, target);
-    }
-
     /// Tells that nothing is written for a while: what was is resident once instead of twice.
     pub fn rest(&mut self) {
         self.writable.let_go();

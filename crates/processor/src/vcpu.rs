@@ -12,7 +12,7 @@ use x86::{CpuState, Gva, cr4, rflags};
 
 use crate::cpuid::CpuidModel;
 use crate::profile::Profile;
-use crate::translate::frame::{Hot, JumpCaches};
+use crate::translate::frame::{Across, Hot, JumpCaches};
 
 /// A guard below a VCPU: translated code pushes a few words, into `Hot::stack`, and nothing may ever reach this.
 const STACK_BELOW: usize = 64 << 10;
@@ -157,6 +157,7 @@ pub struct Vcpu {
     pub cpuid: Arc<CpuidModel>,
     pub kernel_code: CodePages,
     pub user_code: CodePages,
+    pub(crate) across: Across,
     pub(crate) jumps: JumpCaches,
     pub tlb: SoftTlb,
 }
@@ -195,6 +196,7 @@ impl Vcpu {
             cpuid: CpuidModel::shared(),
             kernel_code: CodePages::new(),
             user_code: CodePages::new(),
+            across: Across::default(),
             jumps: JumpCaches::new(),
             tlb: SoftTlb::new(),
         }

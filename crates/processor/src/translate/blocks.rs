@@ -20,8 +20,6 @@ pub struct Block {
     pub key: Key,
     /// The page that the block's only instruction reaches into, if it does.
     pub second: Option<Ppn>,
-    pub entry_host: u64,
-    pub entry_slot: u64,
     start: u64,
     size: u32,
     /// Where its part of the map begins, and how long it is.
@@ -31,8 +29,6 @@ pub struct Block {
     first_site: u32,
     /// The next older block of the same page, and of the second page. When that is gone, so are all that follow it.
     next: [u32; 2],
-    /// How often a check of several accesses at once failed where a single one might not have.
-    pub group_misses: u32,
 }
 
 /// Keys are addresses: a multiplication spreads them well, and nobody can choose them to collide but the guest, which
@@ -174,15 +170,12 @@ impl Blocks {
         self.all.push_back(Block {
             key,
             second,
-            entry_host,
-            entry_slot,
             start,
             size,
             map: self.map_gone + self.map.len() as u64,
             map_size: map.len() as u32,
             first_site,
             next: next.map(|next| next.unwrap_or(gone)),
-            group_misses: 0,
         });
         self.map.extend(map);
         self.by_key.insert(key, Known { index, is_single: second.is_none(), entry_host, entry_slot });

@@ -69,28 +69,30 @@ impl Lowering<'_> {
 
     /// Copies an instruction with its registers and memory operand replaced.
     pub(super) fn plain(&mut self, index: usize, insn: &Insn) -> Option<()> {
-        let mut fields = insn.fields?;
-        let slots = slots(insn.iced.code());
-        let uses_high_byte = (0..insn.iced.op_count()).any(|operand| {
-            insn.iced.op_kind(operand) == OpKind::Register
-                && matches!(insn.iced.op_register(operand), Register::AH | Register::CH | Register::DH | Register::BH)
-        });
-        let homeless = homeless(&fields, slots, insn.operand.is_none());
-        if uses_high_byte {
-            // AH..BH cannot be named together with REX, which R8..R15 need; their numbers are those of RSP..RDI.
-            let names_stack = (0..insn.iced.op_count()).any(|operand| {
-                insn.iced.op_kind(operand) == OpKind::Register
-                    && insn.iced.op_register(operand).full_register() == Register::RSP
-            });
-            if insn.operand.is_some() || names_stack {
-                return None;
-            }
-            self.copy(insn, &fields, None);
-            return Some(());
+        if uses_high_byte(insn) && (insn.operand.is_some() || names_stack(insn)) {
+            return None;
         }
-        let mut mem = self.operand(index, insn);
+        let mem = self.operand(index, insn);
         if insn.operand.is_some() && mem.is_none() {
             return None;
+        }
+        let stored = self.stored.take();
+        let copied = self.plain_at(insn, mem);
+        if let Some(done) = stored {
+            self.c.asm.bind(done);
+        }
+        copied
+    }
+
+    /// Copies an instruction whose memory operand, if it has one, is at `mem`.
+    pub(super) fn plain_at(&mut self, insn: &Insn, mut mem: Option<Mem>) -> Option<()> {
+        let mut fields = insn.fields?;
+        let slots = slots(insn.iced.code());
+        let homeless = homeless(&fields, slots, insn.operand.is_none());
+        if uses_high_byte(insn) {
+            // AH..BH cannot be named together with REX, which R8..R15 need; their numbers are those of RSP..RDI.
+            self.copy(insn, &fields, None);
+            return Some(());
         }
         let mut scratch = [T0, T1].into_iter();
         if let Some(address) = mem {
@@ -125,6 +127,20 @@ impl Lowering<'_> {
         }
         Some(())
     }
+}
+
+fn register_operands(insn: &Insn) -> impl Iterator<Item = Register> + '_ {
+    let is_register = |operand: &u32| insn.iced.op_kind(*operand) == OpKind::Register;
+    (0..insn.iced.op_count()).filter(is_register).map(|operand| insn.iced.op_register(operand))
+}
+
+fn uses_high_byte(insn: &Insn) -> bool {
+    register_operands(insn)
+        .any(|register| matches!(register, Register::AH | Register::CH | Register::DH | Register::BH))
+}
+
+fn names_stack(insn: &Insn) -> bool {
+    register_operands(insn).any(|register| register.full_register() == Register::RSP)
 }
 
 /// The register numbers in the fields of an instruction that hold general registers.

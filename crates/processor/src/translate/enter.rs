@@ -13,7 +13,7 @@ use super::asm::{Asm, Mem, R12, R13, R14, R15, RAX, RBP, RBX, RDI, RDX, RSI, Reg
 use super::exits::{look_up, look_up_second};
 use super::frame;
 use super::lower::Mode;
-use super::refill::refill;
+use super::refill::{Crossing, refill, scatter};
 use crate::code_cache::CodeCache;
 use crate::profile::Part;
 use crate::vcpu::Vcpu;
@@ -46,8 +46,9 @@ pub struct Stubs {
     lookup: [u64; 8],
     /// What the lookups' calls leave as their return address.
     lookup_sites: [u64; 16],
-    /// By bank, whether for stores, and whether SIMD state is in registers.
-    refill: [[[u64; 2]; 2]; 3],
+    /// By bank, whether for stores, whether SIMD state is in registers, and what an access across pages does.
+    refill: [[[[u64; 3]; 2]; 2]; 3],
+    scatter: u64,
     /// Where the first refill stub begins, and where the stubs end.
     first_refill: u64,
     end: u64,
@@ -89,8 +90,14 @@ impl Stubs {
 
     /// A subroutine that fills the TLB from the shadow for the address in T0, or leaves.
     #[must_use]
-    pub fn refill(&self, bank: Bank, write: bool, simd: bool) -> u64 {
-        self.refill[bank as usize][usize::from(write)][usize::from(simd)]
+    pub fn refill(&self, bank: Bank, write: bool, simd: bool, crossing: Crossing) -> u64 {
+        self.refill[bank as usize][usize::from(write)][usize::from(simd)][crossing as usize]
+    }
+
+    /// A subroutine that brings a store across pages from the buffer to its place.
+    #[must_use]
+    pub fn scatter(&self) -> u64 {
+        self.scatter
     }
 
     /// Whether a return address says that code left through the fault stub.
@@ -154,12 +161,19 @@ impl Stubs {
         stubs.first_refill = cache.next_address();
         for bank in [Bank::Kernel, Bank::User, Bank::KernelAc] {
             for (write, simd) in [(false, false), (false, true), (true, false), (true, true)] {
-                asm.restart(cache.next_address());
-                refill(&mut asm, bank, write, stubs.leave(false, simd));
-                asm.finish();
-                stubs.refill[bank as usize][usize::from(write)][usize::from(simd)] = cache.add(&asm.code)?;
+                for crossing in Crossing::ALL {
+                    asm.restart(cache.next_address());
+                    refill(&mut asm, bank, write, crossing, stubs.leave(false, simd));
+                    asm.finish();
+                    let stub = cache.add(&asm.code)?;
+                    stubs.refill[bank as usize][usize::from(write)][usize::from(simd)][crossing as usize] = stub;
+                }
             }
         }
+        asm.restart(cache.next_address());
+        scatter(&mut asm);
+        asm.finish();
+        stubs.scatter = cache.add(&asm.code)?;
         stubs.end = cache.next_address();
         cache.keep_from_here();
         Some(stubs)

@@ -6,6 +6,7 @@ use super::asm::{Alu, Asm, BASE, Label, Mem, T0, T1, cc};
 use super::block::Insn;
 use super::frame;
 use super::lower::{Flags, Lowering, MapEntry, Mode, Site};
+use super::refill::Crossing;
 use crate::code_cache::POLL;
 
 /// Bytes of the longest instruction.
@@ -19,11 +20,12 @@ pub(super) enum Cold {
         site: Site,
         flags: Flags,
     },
-    /// The TLB probe left address XOR tag in the scratch register.
+    /// The TLB probe left address XOR tag in the scratch register. What follows is for an access that crosses pages.
     Probe {
         label: Label,
         site: Site,
         tag: i32,
+        after: After,
     },
     LookupMiss {
         label: Label,
@@ -41,6 +43,29 @@ pub(super) enum Cold {
         target: u64,
         flags: Flags,
     },
+}
+
+/// How code goes on after a failed probe, when the access crosses from one page into the next.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum After {
+    /// Not at all: the subroutine has left.
+    Leave,
+    /// In a block that checks accesses one by one.
+    Apart { guest: u16 },
+    /// Behind the probe: the instruction loads from the buffer.
+    Load { hit: Label },
+    /// Here: the instruction at this index stores into the buffer, which then goes to its pages.
+    Store { index: usize, flags: Flags, size: u16, done: Label },
+}
+
+impl After {
+    pub(super) fn crossing(self) -> Crossing {
+        match self {
+            After::Leave => Crossing::Leave,
+            After::Apart { .. } => Crossing::Apart,
+            After::Load { .. } | After::Store { .. } => Crossing::Buffer,
+        }
+    }
 }
 
 impl Lowering<'_> {
@@ -171,6 +196,32 @@ impl Lowering<'_> {
         self.in_t1 = None;
     }
 
+    fn after_crossing(&mut self, after: After) {
+        match after {
+            After::Leave => {}
+            After::Apart { guest } => {
+                let label = self.c.asm.label();
+                self.c.asm.jmp(label);
+                let at = (self.c.asm.address() - 4 - self.c.base) as u32;
+                self.c.asm.bind(label);
+                self.leave_with(Site::Apart { block: self.c.block, at, guest }, Flags::Slot);
+            }
+            After::Load { hit } => self.c.asm.jmp(hit),
+            After::Store { index, flags, size, done } => {
+                let insn = &self.insns[index];
+                self.current = self.guest(insn.iced.ip());
+                self.flags = flags;
+                self.in_t1 = None;
+                if self.plain_at(insn, Some(Mem::indexed(T0, T1, 0, 0))).is_none() {
+                    return self.leave_with(self.interpret(insn), flags);
+                }
+                self.c.asm.mov_imm(T0, size.into());
+                self.c.asm.call_address(self.c.stubs.scatter());
+                self.c.asm.jmp(done);
+            }
+        }
+    }
+
     pub(super) fn emit_cold(&mut self) {
         let mut index = 0;
         // A cold piece may add further ones.
@@ -182,14 +233,15 @@ impl Lowering<'_> {
                     self.c.asm.bind(label);
                     self.leave_with(site, flags);
                 }
-                Cold::Probe { label, site, tag } => {
+                Cold::Probe { label, site, tag, after } => {
                     self.c.asm.bind(label);
                     self.c.asm.alu_load(Alu::Xor, T0, Mem::indexed(BASE, T1, 0, tag));
-                    let Site::Probe { retry, write, .. } = site else { continue };
-                    let refill = self.c.stubs.refill(self.c.mode.bank(), write, self.c.mode.is_simd());
+                    let Site::Probe { retry, write, crossing, .. } = site else { continue };
+                    let refill = self.c.stubs.refill(self.c.mode.bank(), write, self.c.mode.is_simd(), crossing);
                     self.c.asm.call_address(refill);
                     self.site(site);
                     self.c.asm.jmp_address(self.c.base + u64::from(retry));
+                    self.after_crossing(after);
                 }
                 Cold::LookupMiss { label, mode, first } => {
                     self.c.asm.bind(label);

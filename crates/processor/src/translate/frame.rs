@@ -58,6 +58,22 @@ const _: () = assert!(offset_of!(Hot, stack) + 32 == BIAS);
 
 pub const BIAS: usize = size_of::<Hot>();
 
+/// An access that crosses from one page into the next, while it is put together; see `refill`.
+#[derive(Debug, Default)]
+#[repr(C, align(64))]
+pub struct Across {
+    /// The end of the first page and the start of the second.
+    buffer: [u64; 16],
+    /// Host addresses of the access's first byte and of the second page.
+    first: u64,
+    second: u64,
+    /// Where in the buffer the access begins.
+    offset: u64,
+    /// The address of the access.
+    address: u64,
+    saved: [u64; 3],
+}
+
 /// Slots of a jump cache; a power of two.
 pub const JUMP_ENTRIES: usize = 4096;
 
@@ -194,6 +210,7 @@ const fn disp(offset: usize) -> i32 {
 }
 
 const CPU: usize = offset_of!(Vcpu, cpu);
+const ACROSS: usize = offset_of!(Vcpu, across);
 
 pub const FLAGS: i32 = disp(offset_of!(Hot, flags));
 pub const SCRATCH: i32 = disp(offset_of!(Hot, scratch));
@@ -222,6 +239,12 @@ pub const TSC_AUX: i32 = disp(CPU + offset_of!(CpuState, tsc_aux));
 pub const TSC_OFFSET: i32 = disp(CPU + offset_of!(CpuState, tsc_offset));
 pub const WANTS_WINDOW: i32 = disp(offset_of!(Vcpu, wants_interrupt_window));
 pub const USER_GENERATION: i32 = disp(offset_of!(Vcpu, jumps) + offset_of!(JumpCaches, user_generation));
+pub const CROSSING_BUFFER: i32 = disp(ACROSS + offset_of!(Across, buffer));
+pub const CROSSING_FIRST: i32 = disp(ACROSS + offset_of!(Across, first));
+pub const CROSSING_SECOND: i32 = disp(ACROSS + offset_of!(Across, second));
+pub const CROSSING_OFFSET: i32 = disp(ACROSS + offset_of!(Across, offset));
+pub const CROSSING_ADDRESS: i32 = disp(ACROSS + offset_of!(Across, address));
+pub const CROSSING_SAVED: i32 = disp(ACROSS + offset_of!(Across, saved));
 pub const TLB_READ: i32 = offset_of!(TlbEntry, read) as i32;
 pub const TLB_WRITE: i32 = offset_of!(TlbEntry, write) as i32;
 pub const TLB_PAGE: i32 = offset_of!(TlbEntry, page) as i32;

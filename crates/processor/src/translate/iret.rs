@@ -5,6 +5,7 @@ use x86::{Segment, dr7, rflags, seg};
 
 use super::asm::{Alu, Label, Mem, R15, RAX, RCX, T0, T1, cc};
 use super::block::Insn;
+use super::exits::After;
 use super::frame;
 use super::lower::{Check, Flags, Lowering, Mode};
 
@@ -51,12 +52,12 @@ impl Lowering<'_> {
 
         let retry = self.c.asm.address();
         self.c.asm.load(T0, Mem::vcpu(frame::GDT_BASE));
-        self.probe(insn, retry, DESCRIPTORS, false, Check::Part);
+        self.probe(insn, retry, DESCRIPTORS, false, Check::Part, After::Leave);
         self.c.asm.lea(T1, Mem::indexed(T1, T0, 0, 0));
         self.c.asm.store(kept(0), T1);
         let retry = self.c.asm.address();
         self.c.asm.mov(T0, R15);
-        self.probe(insn, retry, FRAME, false, Check::Part);
+        self.probe(insn, retry, FRAME, false, Check::Part, After::Leave);
         let asm = &mut *self.c.asm;
         asm.lea(T1, Mem::indexed(T1, T0, 0, 0));
         asm.store(kept(1), RAX);

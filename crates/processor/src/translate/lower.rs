@@ -6,12 +6,13 @@
 
 use memory::tlb::Bank;
 
-use super::asm::{Asm, Mem, RAX, T0};
+use super::asm::{Asm, Label, Mem, RAX, T0};
 use super::block::{Insn, Kind, Source};
 use super::enter::{Stubs, home};
 use super::exits::Cold;
 use super::frame;
 use super::groups::Groups;
+use super::refill::Crossing;
 use super::sites::Sites;
 
 /// What translated code depends on besides its bytes and addresses.
@@ -24,6 +25,9 @@ impl Mode {
     pub const AC: u8 = 2;
     /// SIMD state is in host registers.
     pub const SIMD: u8 = 4;
+    /// Every access is checked by itself. Only blocks that others lead to directly are of this mode, where a check of
+    /// several at once found a page's end between them.
+    pub const APART: u8 = 8;
 
     #[must_use]
     pub fn is_user(self) -> bool {
@@ -33,6 +37,17 @@ impl Mode {
     #[must_use]
     pub fn is_simd(self) -> bool {
         self.0 & Self::SIMD != 0
+    }
+
+    #[must_use]
+    pub fn is_apart(self) -> bool {
+        self.0 & Self::APART != 0
+    }
+
+    /// The mode of the code that runs, however its accesses are checked.
+    #[must_use]
+    pub fn of_code(self) -> Mode {
+        Mode(self.0 & !Self::APART)
     }
 
     #[must_use]
@@ -54,9 +69,7 @@ pub enum Check {
     /// The instruction makes exactly this access, and does nothing before it that could fault: a fault of the access is that
     /// of the instruction, unless the operand has to be aligned and is not.
     Exact,
-    /// The access is one of several that were checked at once.
-    Group,
-    /// Only running the instruction shows what it does first.
+    /// Several accesses were checked at once, or only running the instruction shows what it does first.
     Part,
 }
 
@@ -65,7 +78,9 @@ pub enum Check {
 #[derive(Clone, Copy, Debug)]
 pub enum Site {
     /// A TLB probe failed; the address is in the first scratch register.
-    Probe { block: u32, retry: u32, guest: u16, size: u16, write: bool, check: Check },
+    Probe { block: u32, retry: u32, guest: u16, size: u16, write: bool, check: Check, crossing: Crossing },
+    /// As `Link`, to the code that checks the accesses from this instruction on one by one.
+    Apart { block: u32, at: u32, guest: u16 },
     /// The interpreter shall run the instruction.
     Interpret { block: u32, guest: u16 },
     /// The same, and code goes on behind the site if the guest goes on behind the instruction, of `size` bytes.
@@ -87,7 +102,7 @@ impl Site {
     /// block directly. Such jumps are undone when the block goes.
     pub fn displacement(self) -> Option<u32> {
         match self {
-            Site::Link { at, .. } => Some(at),
+            Site::Link { at, .. } | Site::Apart { at, .. } => Some(at),
             Site::Probe { .. }
             | Site::Interpret { .. }
             | Site::Callout { .. }
@@ -103,8 +118,9 @@ impl Site {
     /// The site as bytes, whatever its block's number is and wherever the code begins (`start`, from the code cache's start).
     pub fn pack(self, start: u32) -> [u8; Site::PACKED] {
         let (tag, flags, guest, size, words) = match self {
-            Site::Probe { retry, guest, size, write, check, .. } => {
-                (0, u8::from(write) | (check as u8) << 1, guest, size, [retry.wrapping_sub(start), 0])
+            Site::Probe { retry, guest, size, write, check, crossing, .. } => {
+                let flags = u8::from(write) | (check as u8) << 1 | (crossing as u8) << 2;
+                (0, flags, guest, size, [retry.wrapping_sub(start), 0])
             }
             Site::Interpret { guest, .. } => (1, 0, guest, 0, [0, 0]),
             Site::Link { at, target, flags_in_host, .. } => {
@@ -114,6 +130,7 @@ impl Site {
             Site::Window { guest, .. } => (4, 0, guest, 0, [0, 0]),
             Site::Simd { guest, .. } => (5, 0, guest, 0, [0, 0]),
             Site::Callout { guest, size, .. } => (6, 0, guest, size.into(), [0, 0]),
+            Site::Apart { at, guest, .. } => (7, 0, guest, 0, [at.wrapping_sub(start), 0]),
         };
         let mut bytes = [0; Site::PACKED];
         (bytes[0], bytes[1]) = (tag, flags);
@@ -132,13 +149,9 @@ impl Site {
         let at = start.wrapping_add(at);
         Some(match tag {
             0 => {
-                let check = match flags >> 1 {
-                    0 => Check::Exact,
-                    1 => Check::Group,
-                    2 => Check::Part,
-                    _ => return None,
-                };
-                Site::Probe { block, retry: at, guest, size, write: flags & 1 != 0, check }
+                let check = if flags & 2 == 0 { Check::Exact } else { Check::Part };
+                let crossing = Crossing::ALL.into_iter().find(|crossing| *crossing as u8 == flags >> 2)?;
+                Site::Probe { block, retry: at, guest, size, write: flags & 1 != 0, check, crossing }
             }
             1 => Site::Interpret { block, guest },
             2 => Site::Link { block, at, target: other as i32, flags_in_host: flags & 1 != 0 },
@@ -146,6 +159,7 @@ impl Site {
             4 => Site::Window { block, guest },
             5 => Site::Simd { block, guest },
             6 => Site::Callout { block, guest, size: u8::try_from(size).ok()? },
+            7 => Site::Apart { block, at, guest },
             _ => return None,
         })
     }
@@ -200,11 +214,14 @@ pub struct Context<'a> {
 
 pub(super) struct Lowering<'a> {
     pub(super) c: Context<'a>,
+    pub(super) insns: &'a [Insn],
     pub(super) groups: &'a Groups,
     pub(super) ready: &'a mut Vec<bool>,
     pub(super) flags: Flags,
     /// The group whose pointer is in T1.
     pub(super) in_t1: Option<usize>,
+    /// Where code goes on after the instruction at work, when it is a store of which there is a second form.
+    pub(super) stored: Option<Label>,
     pub(super) cold: &'a mut Vec<Cold>,
     pub(super) map: &'a mut Vec<MapEntry>,
     pub(super) site_uses: &'a mut Vec<u32>,
@@ -214,7 +231,7 @@ pub(super) struct Lowering<'a> {
 }
 
 /// Emits the code of a block. What maps it back is then in `scratch`.
-pub fn lower(context: Context<'_>, source: &Source, groups: &Groups, scratch: &mut Scratch) -> Lowered {
+pub fn lower<'a>(context: Context<'a>, source: &'a Source, groups: &'a Groups, scratch: &'a mut Scratch) -> Lowered {
     let Scratch { map, site_uses, ready, cold } = scratch;
     map.clear();
     site_uses.clear();
@@ -223,10 +240,12 @@ pub fn lower(context: Context<'_>, source: &Source, groups: &Groups, scratch: &m
     ready.resize(groups.groups.len(), false);
     let mut l = Lowering {
         c: context,
+        insns: &source.insns,
         groups,
         ready,
         flags: Flags::Slot,
         in_t1: None,
+        stored: None,
         cold,
         map,
         site_uses,

@@ -1,12 +1,12 @@
 //! Memory operands: guest registers to host registers, effective addresses, and the probe of the soft TLB.
 
-use iced_x86::{Instruction, OpKind, Register};
+use iced_x86::{Instruction, Mnemonic, OpKind, Register};
 use memory::tlb::ENTRIES;
 
 use super::asm::{Alu, BASE, Mem, Reg, T0, T1, cc};
-use super::block::{Insn, has_segment_base};
+use super::block::{Insn, Kind, has_segment_base};
 use super::enter::home;
-use super::exits::Cold;
+use super::exits::{After, Cold};
 use super::frame;
 use super::groups::{Group, Member};
 use super::lower::{Check, Lowering, Site};
@@ -21,7 +21,7 @@ fn is_vector(iced: &Instruction) -> bool {
 
 impl Lowering<'_> {
     /// Checks `size` bytes at the address in T0 and leaves the page's host address in T1 and the offset in T0.
-    pub(super) fn probe(&mut self, insn: &Insn, retry: u64, size: u16, write: bool, check: Check) {
+    pub(super) fn probe(&mut self, insn: &Insn, retry: u64, size: u16, write: bool, check: Check, after: After) {
         let bank = frame::tlb(self.c.mode.bank());
         let tag = bank + if write { frame::TLB_WRITE } else { frame::TLB_READ };
         let label = self.c.asm.label();
@@ -37,8 +37,11 @@ impl Lowering<'_> {
         self.in_t1 = None;
         let (block, guest) = (self.c.block, self.guest(insn.iced.ip()));
         let retry = (retry - self.c.base) as u32;
-        let site = Site::Probe { block, retry, guest, size, write, check };
-        self.cold.push(Cold::Probe { label, site, tag });
+        let site = Site::Probe { block, retry, guest, size, write, check, crossing: after.crossing() };
+        self.cold.push(Cold::Probe { label, site, tag, after });
+        if let After::Load { hit } = after {
+            self.c.asm.bind(hit);
+        }
     }
 
     /// Loads a guest register's home, or the register from the VCPU into `scratch`.
@@ -108,7 +111,16 @@ impl Lowering<'_> {
         self.linear_address(insn);
         // An x87 or MMX instruction reports a pending exception before it touches memory.
         let check = if insn.is_simd && !is_vector(&insn.iced) { Check::Part } else { Check::Exact };
-        self.probe(insn, retry, access.size, access.write, check);
+        let after = if !access.write {
+            After::Load { hit: self.c.asm.label() }
+        } else if stores_by_parts(insn) {
+            let done = self.c.asm.label();
+            self.stored = Some(done);
+            After::Store { index, flags: self.flags, size: access.size, done }
+        } else {
+            After::Leave
+        };
+        self.probe(insn, retry, access.size, access.write, check, after);
         Some(Mem::indexed(T0, T1, 0, 0))
     }
 
@@ -120,7 +132,8 @@ impl Lowering<'_> {
             let retry = self.c.asm.address();
             let host = self.register(base, T0);
             self.c.asm.lea(T0, Mem::base(host, (group.low - member.base_offset) as i32));
-            self.probe(insn, retry, (group.high - group.low) as u16, group.write, Check::Group);
+            let (size, after) = ((group.high - group.low) as u16, After::Apart { guest: self.current });
+            self.probe(insn, retry, size, group.write, Check::Part, after);
             // T1 + T0 is the host address of the group's first byte.
             self.c.asm.lea(T1, Mem::indexed(T1, T0, 0, -group.low as i32));
             self.c.asm.store(Mem::vcpu(slot), T1);
@@ -145,7 +158,12 @@ impl Lowering<'_> {
         let retry = self.c.asm.address();
         let host = self.register(base, T0);
         self.c.asm.lea(T0, Mem::base(host, disp));
-        self.probe(insn, retry, access.size, access.write, Check::Exact);
+        self.probe(insn, retry, access.size, access.write, Check::Exact, After::Leave);
         Some(Mem::indexed(T0, T1, 0, 0))
     }
+}
+
+/// Whether a store may go to its two pages one after the other: not when it is locked, as XCHG always is.
+fn stores_by_parts(insn: &Insn) -> bool {
+    insn.kind == Kind::Plain && !insn.iced.has_lock_prefix() && insn.iced.mnemonic() != Mnemonic::Xchg
 }

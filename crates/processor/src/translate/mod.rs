@@ -4,6 +4,7 @@
 //! [`encode`], [`blocks`] remembers the result, [`enter`] runs it. What it cannot or need not do fast goes to the
 //! interpreter, one instruction at a time, so there is one meaning of every instruction.
 
+mod apart;
 mod asm;
 mod block;
 mod blocks;
@@ -50,6 +51,7 @@ use self::kept::record::Span;
 use self::links::Links;
 use self::liveness::{Ahead, MOST_LOOKED};
 use self::lower::{Check, Flags, Mode, Site, lower};
+use self::refill::Crossing;
 use self::sites::Sites;
 use crate::code_cache::{CodeCache, Poll};
 use crate::core::Core;
@@ -70,8 +72,6 @@ const BLOCK_ROOM: usize = 64 << 10;
 const KERNEL_SIMD_LEAVES: u32 = 16;
 /// How often code is read again because another processor changed it meanwhile.
 const READS: u32 = 4;
-/// After so many failed checks of a group, a block is translated again without groups.
-const PATIENCE: u32 = 16;
 
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Options {
@@ -311,7 +311,7 @@ impl Translator {
             }
             self.blocks.forget(&key);
         }
-        let (host, slot) = self.translate(core, key, true)?;
+        let (host, slot) = self.translate(core, key)?;
         Some(self.remember(core, key, host, slot))
     }
 
@@ -374,10 +374,10 @@ impl Translator {
     }
 
     /// Translates the block at `key`.
-    fn translate(&mut self, core: &mut Core<'_>, key: Key, groups: bool) -> Option<(u64, u64)> {
+    fn translate(&mut self, core: &mut Core<'_>, key: Key) -> Option<(u64, u64)> {
         let before = core.vcpu.sampler.now(Doing::Translate.word());
         let start = host_tsc();
-        let entries = self.translate_untold(core, key, groups);
+        let entries = self.translate_untold(core, key);
         let ticks = host_tsc().wrapping_sub(start);
         if ticks < TOO_LONG {
             self.counters.translation_ticks += ticks;
@@ -386,14 +386,12 @@ impl Translator {
         entries
     }
 
-    fn translate_untold(&mut self, core: &mut Core<'_>, key: Key, groups: bool) -> Option<(u64, u64)> {
-        if groups {
-            let before = core.vcpu.sampler.now(Doing::Recall.word());
-            let known = self.recall(core, &key);
-            core.vcpu.sampler.now(before);
-            if known.is_some() {
-                return known;
-            }
+    fn translate_untold(&mut self, core: &mut Core<'_>, key: Key) -> Option<(u64, u64)> {
+        let before = core.vcpu.sampler.now(Doing::Recall.word());
+        let known = self.recall(core, &key);
+        core.vcpu.sampler.now(before);
+        if known.is_some() {
+            return known;
         }
         self.make_room(core);
         let second = self.read_block(core, key)?;
@@ -401,13 +399,13 @@ impl Translator {
         let origin = self.cache.next_address();
         self.asm.restart(origin);
         let first_site = self.sites.next_number();
-        self.groups.find(&source.insns, groups);
+        self.groups.find(&source.insns, !key.mode.is_apart());
         let context = lower::Context {
             asm: &mut self.asm,
             stubs: &self.stubs,
             sites: &mut self.sites,
             base: self.cache.range().start,
-            mode: key.mode,
+            mode: key.mode.of_code(),
             block: self.blocks.next_index(),
             rip: key.rip,
             may_link: second.is_none() && !self.options.single,
@@ -509,11 +507,26 @@ impl Translator {
             panic!("no site has the number {index}");
         };
         match found {
-            Site::Probe { block, retry, guest, size, write, check } => {
+            Site::Probe { block, retry, guest, size, write, check, crossing } => {
                 self.counters.exits_probe += 1;
                 core.vcpu.cpu.rip = self.blocks.rip(block, guest);
                 let address = Gva(core.vcpu.hot.scratch[0]);
-                match self.fill(core, address, size, write) {
+                let crosses = address.offset() + u64::from(size) > PAGE_SIZE;
+                if crosses && crossing == Crossing::Apart {
+                    // The page of the first byte may be none that this instruction touches.
+                    return self.enter_apart(core);
+                }
+                let filled = if crosses {
+                    let second = Gva(address.page().0.wrapping_add(PAGE_SIZE));
+                    // Which of the pages faults, and at which address, the interpreter tells.
+                    Ok(crossing == Crossing::Buffer
+                        && second.is_canonical()
+                        && self.fill(core, address, write) == Ok(true)
+                        && self.fill(core, second, write) == Ok(true))
+                } else {
+                    self.fill(core, address, write)
+                };
+                match filled {
                     Ok(true) => {
                         self.counters.probe_filled += 1;
                         return Next::Enter(self.cache.range().start + u64::from(retry));
@@ -524,11 +537,9 @@ impl Translator {
                     }
                     _ => {}
                 }
-                if check == Check::Group {
-                    self.group_missed(core, block);
-                }
                 Next::Step
             }
+            Site::Apart { block, at, guest } => self.go_apart(core, block, at, guest),
             Site::Interpret { block, guest } => {
                 let rip = self.blocks.rip(block, guest);
                 self.counters.exits_interpret += 1;
@@ -619,38 +630,14 @@ impl Translator {
         self.cache.set_displacement(at, target);
     }
 
-    /// Fills the TLB for a failed probe. False when the access crosses a page, may fault without a walk, or is not one of plain
-    /// RAM.
-    fn fill(&self, core: &mut Core<'_>, address: Gva, size: u16, write: bool) -> Result<bool, GuestFault> {
-        if address.offset() + u64::from(size) > PAGE_SIZE || !address.is_canonical() {
+    /// Fills the TLB for a failed probe. False when the access may fault without a walk, or is not one of plain RAM.
+    fn fill(&self, core: &mut Core<'_>, address: Gva, write: bool) -> Result<bool, GuestFault> {
+        if !address.is_canonical() {
             return Ok(false);
         }
         let access = core.access(write);
         core.translate(address, access)?;
         Ok(core.vcpu.tlb.allows(core.vcpu.bank(), address, write))
-    }
-
-    /// A block whose group checks fail again and again is better off without them.
-    fn group_missed(&mut self, core: &mut Core<'_>, index: u32) {
-        let Some(block) = self.blocks.by_index(index) else { return };
-        block.group_misses += 1;
-        if block.group_misses != PATIENCE {
-            return;
-        }
-        let (key, old, is_single) = (block.key, (block.entry_host, block.entry_slot), block.second.is_none());
-        let is_current = self.blocks.find(&key).is_some_and(|current| current.entry_host == old.0);
-        if !is_current || !is_single || self.fetches.find(core, key.rip, key.mode) != Some(key.gpa) {
-            return;
-        }
-        let gone = self.code_gone();
-        self.blocks.forget(&key);
-        let Some(new) = self.translate(core, key, false) else { return };
-        if self.code_gone() == gone {
-            // Links and jump caches lead to the old block: it passes on. Its entries are the same one, or the code between
-            // them is longer than a jump.
-            self.cache.write_jump(old.0, new.0);
-            self.cache.write_jump(old.1, new.1);
-        }
     }
 
     /// The host faulted in translated code, or found the poll page armed.

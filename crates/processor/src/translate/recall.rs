@@ -192,7 +192,7 @@ impl Translator {
                 continue;
             }
             let gpa = Gpa(beside.gpa.0 & !PAGE_MASK | rip & PAGE_MASK);
-            let known = self.blocks.find(&Key { gpa, rip, mode: beside.mode });
+            let known = self.blocks.find(&Key { gpa, rip, mode: beside.mode.of_code() });
             if let Some(known) = known.filter(|known| known.is_single) {
                 let entry = if flags_in_host { known.entry_host } else { known.entry_slot };
                 self.cache.set_displacement(base + u64::from(at), entry);

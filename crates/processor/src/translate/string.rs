@@ -5,6 +5,7 @@ use x86::rflags;
 
 use super::asm::{Alu, Mem, RCX, RDI, RSI, Reg, T0, T1, cc};
 use super::block::{Insn, StringOp};
+use super::exits::After;
 use super::frame;
 use super::lower::{Check, Flags, Lowering, Site};
 
@@ -53,7 +54,7 @@ impl Lowering<'_> {
     fn string_operand(&mut self, insn: &Insn, pointer: Reg, log: u8, write: bool, interpret: Site) {
         let retry = self.c.asm.address();
         self.c.asm.mov(T0, pointer);
-        self.probe(insn, retry, 1, write, Check::Part);
+        self.probe(insn, retry, 1, write, Check::Part, After::Leave);
         let asm = &mut *self.c.asm;
         // T0 is the offset in the page, T1 the host's page.
         asm.lea(T1, Mem::indexed(T1, T0, 0, 0));
@@ -83,7 +84,7 @@ impl Lowering<'_> {
         }
         asm.sar(T1, bits);
         asm.lea(T0, Mem::indexed(T0, T1, log, 0));
-        self.probe(insn, retry, access.size, access.write, Check::Exact);
+        self.probe(insn, retry, access.size, access.write, Check::Exact, After::Leave);
         let asm = &mut *self.c.asm;
         asm.lea(T1, Mem::indexed(T1, T0, 0, 0));
         let from = self.register(offset, T0);
