@@ -4,7 +4,8 @@
  * Cases: a return address that was changed, popped, or pushed by hand; returns over several frames at once, from another
  * stack, through a misaligned one, from deeper than any table of returns; code that is other code by the time it is
  * returned to, because it was written, remapped, or belongs to another address space, in either privilege; arithmetic flags
- * that are set on one side of a jump and read on the other. Output: the same on every run and engine.
+ * that are set on one side of a jump and read on the other; jumps that count, and address-size prefixes that pad. `hot` on
+ * the command line runs the last two often instead. Output: the same on every run and engine.
  */
 #include "lib.h"
 
@@ -233,14 +234,73 @@ static void test_flags(void)
     check("flags-kept", keeps, want_keeps);
 }
 
+/* rdi: a count; rsi: flags. Each leaves what it did in rax, RCX in the high half, and CF and ZF as they came in its top bits. */
+#define COUNTED(name, text) \
+    CODE(name, "movq %rdi, %rcx\n xorl %eax, %eax\n pushq %rsi\n popfq\n" text \
+               "\n pushfq\n popq %rdx\n andl $0x41, %edx\n shlq $48, %rdx\n shlq $24, %rcx\n addq %rcx, %rax\n addq %rdx, %rax\n ret")
+COUNTED(loops, "1: leaq 3(%rax), %rax\n loop 1b");
+COUNTED(loops_short, "movabsq $0xffffffff00000000, %rdx\n leaq (%rcx,%rdx), %rcx\n 1: leaq 3(%rax), %rax\n addr32 loop 1b");
+COUNTED(loops_equal, "1: leaq 3(%rax), %rax\n loope 1b");
+COUNTED(loops_not_equal, "1: leaq 3(%rax), %rax\n loopne 1b");
+COUNTED(until_seven, "movl $7, %edx\n 1: leal 1(%rax), %eax\n cmpl %edx, %eax\n loopne 1b\n pushq %rsi\n popfq");
+COUNTED(while_zero, "1: leal 1(%rax), %eax\n testb $8, %al\n loope 1b\n pushq %rsi\n popfq");
+COUNTED(counts_down, "1: jrcxz 2f\n leaq 5(%rax), %rax\n leaq -1(%rcx), %rcx\n jmp 1b\n2:");
+COUNTED(counts_down_short, "movabsq $0x30000000000, %rdx\n leaq (%rcx,%rdx), %rcx\n 1: jecxz 2f\n leaq 5(%rax), %rax\n"
+                           " leaq -1(%rcx), %rcx\n jmp 1b\n2: movl %ecx, %ecx");
+COUNTED(padded, "1: .byte 0x67\n leaq 2(%rax), %rax\n .byte 0x67\n .byte 0x66\n pxor %xmm0, %xmm0\n .byte 0x67\n movq %rcx, %rdx\n"
+                " pushfq\n .byte 0x67\n decq %rdx\n .byte 0x67\n popfq\n .byte 0x67\n xchgq %rdx, %rcx\n jrcxz 2f\n jmp 1b\n2:");
+/* Where the prefix means something: the address is EDI, whatever the upper half of RDI is. */
+CODE(short_address, "movq $-1, %rax\n shlq $32, %rax\n orq %rax, %rdi\n movq (%edi), %rax\n leaq 1(%edi), %rdx\n shlq $32, %rdx\n"
+                    " addq %rdx, %rax\n ret");
+
+static void test_counts(void)
+{
+    static const u64 flags[] = { 2, 3, 0x42, 0x43 };
+    for (u64 i = 0; i < 4; i++) {
+        u64 kept = (flags[i] & 0x41) << 48, zero = flags[i] >> 6 & 1;
+        for (u64 n = 1; n < 30; n += 7) {
+            u64 wrong = (u64)(run(loops, n, flags[i]) != 3 * n + kept);
+            wrong |= (u64)(run(loops_short, n, flags[i]) != 3 * n + kept) << 1;
+            wrong |= (u64)(run(loops_equal, n, flags[i]) != (zero ? 3 * n : 3 + ((n - 1) << 24)) + kept) << 2;
+            wrong |= (u64)(run(loops_not_equal, n, flags[i]) != (zero ? 3 + ((n - 1) << 24) : 3 * n) + kept) << 3;
+            wrong |= (u64)(run(until_seven, n, flags[i]) != (n < 7 ? n : 7 + ((n - 7) << 24)) + kept) << 4;
+            wrong |= (u64)(run(while_zero, n, flags[i]) != (n < 8 ? n : 8 + ((n - 8) << 24)) + kept) << 5;
+            wrong |= (u64)(run(counts_down, n, flags[i]) != 5 * n + kept) << 6;
+            wrong |= (u64)(run(counts_down_short, n, flags[i]) != 5 * n + kept) << 7;
+            wrong |= (u64)(run(padded, n, flags[i]) != 2 * n + kept) << 8;
+            check("counts", wrong, 0);
+        }
+        check("counts-none", run(counts_down, 0, flags[i]), kept);
+    }
+    static u64 number = 5;
+    check("short-address", run(short_address, (u64)&number, 0), 5 + (((u64)&number + 1) << 32));
+}
+
+/* `hot`: each often, so that what leaves translated code for it can be counted. */
+static void run_hot(void)
+{
+    static const u8 *const codes[] = { loops, loops_short, loops_equal, loops_not_equal, counts_down, padded };
+    u64 sum = 0;
+    for (u64 i = 0; i < sizeof codes / sizeof *codes; i++)
+        sum += run((void *)(u64)codes[i], 4000, i == 2 ? 0x42 : 2) & 0xffffff;
+    check("hot", sum, 4000 * (3 * 4 + 5 + 2));
+}
+
 void guest_main(const struct start_info *info)
 {
     (void)info;
+    write_cr0((read_cr0() | 2) & ~0xcull); /* MP; no EM, no TS */
+    write_cr4(read_cr4() | 0x600);         /* OSFXSR, OSXMMEXCPT */
+    if (starts_with(command_line, "hot")) {
+        run_hot();
+        finish();
+    }
     page_a = take_page(), page_b = take_page();
     PUT(page_a, before_end);
     check("call-of-own-page", run(page_a, 0, 0), 3);
     test_returns();
     test_other_code();
     test_flags();
+    test_counts();
     test_user();
 }

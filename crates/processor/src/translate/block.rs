@@ -26,6 +26,8 @@ pub enum Kind {
     Jump(u64),
     JumpIndirect,
     JumpIf(u8, u64),
+    /// JRCXZ, LOOP and their kin.
+    JumpIfCount(CountJump, u64),
     Return(u16),
     System(System),
     Repeat(StringOp),
@@ -35,6 +37,13 @@ pub enum Kind {
     Callout,
     /// Left to the interpreter; ends the block.
     Interpret,
+}
+
+/// A jump that looks at RCX, or counts it down: the opcode, and whether only ECX counts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct CountJump {
+    pub opcode: u8,
+    pub is_short: bool,
 }
 
 /// System instructions that are worth code of their own, all of CPL 0 but RDTSC.
@@ -84,6 +93,14 @@ pub enum StringOp {
 }
 
 impl Kind {
+    /// Where a conditional jump leads when it is taken. The block goes on behind it.
+    pub fn side_exit(self) -> Option<u64> {
+        match self {
+            Kind::JumpIf(_, target) | Kind::JumpIfCount(_, target) => Some(target),
+            _ => None,
+        }
+    }
+
     pub fn ends_block(self) -> bool {
         matches!(
             self,
@@ -215,7 +232,7 @@ impl BlockDecoder {
             }
             source.size = decoder.position();
             ended = insn.kind.ends_block();
-            if let Kind::JumpIf(_, target) = insn.kind {
+            if let Some(target) = insn.kind.side_exit() {
                 side_exits += 1;
                 // Behind a jump back there is the end of a loop, which is seldom reached.
                 ended = target <= insn.iced.ip() || side_exits > MOST_SIDE_EXITS;
@@ -373,6 +390,9 @@ fn other_kind(iced: &Instruction, is_simd: bool, features: Features) -> Option<K
     }
     match iced.flow_control() {
         FlowControl::Next => {}
+        FlowControl::ConditionalBranch => {
+            return Some(Kind::JumpIfCount(count_jump(iced.code())?, iced.near_branch64()));
+        }
         FlowControl::UnconditionalBranch if iced.op_kind(0) == OpKind::NearBranch64 => {
             return Some(Kind::Jump(iced.near_branch64()));
         }
@@ -407,6 +427,22 @@ fn other_kind(iced: &Instruction, is_simd: bool, features: Features) -> Option<K
         _ => return None,
     };
     Some(kind)
+}
+
+/// Intel SDM (2024-12) Vol. 2A 3.3 "Jcc—Jump if Condition Is Met" (JRCXZ, JECXZ) and "LOOP/LOOPcc".
+fn count_jump(code: Code) -> Option<CountJump> {
+    let (opcode, is_short) = match code {
+        Code::Loopne_rel8_64_RCX => (0xe0, false),
+        Code::Loopne_rel8_64_ECX => (0xe0, true),
+        Code::Loope_rel8_64_RCX => (0xe1, false),
+        Code::Loope_rel8_64_ECX => (0xe1, true),
+        Code::Loop_rel8_64_RCX => (0xe2, false),
+        Code::Loop_rel8_64_ECX => (0xe2, true),
+        Code::Jrcxz_rel8_64 => (0xe3, false),
+        Code::Jecxz_rel8_64 => (0xe3, true),
+        _ => return None,
+    };
+    Some(CountJump { opcode, is_short })
 }
 
 /// REP STOS and REP MOVS with 64-bit addresses and no segment base.

@@ -128,8 +128,9 @@ impl Fields {
                     *fields.prefixes.get_mut(usize::from(fields.prefix_count))? = byte;
                     fields.prefix_count += 1;
                 }
-                // Segment overrides go: the address is computed apart.
-                0x26 | 0x2e | 0x36 | 0x3e | 0x64 | 0x65 => {}
+                // Segment overrides and the address size go: the address is computed apart, and what has none may have
+                // the prefix all the same, as padding.
+                0x26 | 0x2e | 0x36 | 0x3e | 0x64 | 0x65 | 0x67 => {}
                 _ => break,
             }
             byte = next()?;
@@ -151,7 +152,7 @@ impl Fields {
                 let map = first & 31;
                 fields.vex = Some(Vex { w: second & 0x80 != 0, l: second & 4 != 0, pp: second & 3, map });
             }
-            0x62 | 0x67 => return None,
+            0x62 => return None,
             0x40..=0x4f => {
                 fields.has_rex = true;
                 fields.rex_w = byte & 8 != 0;

@@ -2,12 +2,16 @@
 
 use iced_x86::OpKind;
 
-use super::asm::{Mem, Reg, T0, T1, cc};
-use super::block::Insn;
+use super::asm::{Label, Mem, Reg, T0, T1, cc};
+use super::block::{CountJump, Insn};
 use super::enter::home;
 use super::exits::Cold;
 use super::frame;
 use super::lower::{Flags, Lowering};
+
+/// Opcodes of the jumps that look at ZF, too.
+const LOOPNE: u8 = 0xe0;
+const LOOPE: u8 = 0xe1;
 
 impl Lowering<'_> {
     pub(super) fn store_home(&mut self, guest: u8, host: Reg) {
@@ -203,10 +207,33 @@ impl Lowering<'_> {
         }
         let label = self.c.asm.label();
         self.c.asm.jcc(jump, label);
+        self.side_exit(label, target);
+    }
+
+    /// The jump that was just emitted leads to `target`.
+    fn side_exit(&mut self, label: Label, target: u64) {
         if self.is_linkable(target) {
             self.link(label, target);
         } else {
             self.cold.push(Cold::Lookup { label, target, flags: self.flags });
         }
+    }
+
+    /// JRCXZ, LOOP and their kin: the guest's RCX is the host's. The block goes on behind it.
+    pub(super) fn jump_if_count(&mut self, jump: CountJump, target: u64) {
+        if target <= self.c.rip {
+            self.poll();
+        }
+        if matches!(jump.opcode, LOOPNE | LOOPE) && self.flags == Flags::Slot {
+            self.restore_flags();
+        }
+        let label = self.c.asm.label();
+        if jump.is_short {
+            self.c.asm.byte(0x67);
+        }
+        // Over the next jump, which is over the one behind it.
+        self.c.asm.bytes(&[jump.opcode, 2, 0xeb, 5]);
+        self.c.asm.jmp(label);
+        self.side_exit(label, target);
     }
 }

@@ -33,7 +33,7 @@ pub fn find_live_flags(source: &mut Source, rip: u64, features: Features, facts:
         _ => ALL_FLAGS,
     };
     for insn in source.insns.iter_mut().rev() {
-        if let Kind::JumpIf(_, target) = insn.kind {
+        if let Some(target) = insn.kind.side_exit() {
             insn.live_taken = ahead.live_at(target, features, facts);
         }
         insn.live_out = live | insn.live_taken;

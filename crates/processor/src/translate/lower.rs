@@ -281,7 +281,7 @@ pub fn lower<'a>(context: Context<'a>, source: &'a Source, groups: &'a Groups, s
             ended = true;
             break;
         }
-        if let Kind::JumpIf(..) = insn.kind {
+        if insn.kind.side_exit().is_some() {
             l.count(&source.insns[index + 1..]);
         }
     }
@@ -364,7 +364,7 @@ impl Lowering<'_> {
         if !self.c.count || insns.is_empty() {
             return;
         }
-        let jump = insns.iter().position(|insn| matches!(insn.kind, Kind::JumpIf(..)));
+        let jump = insns.iter().position(|insn| insn.kind.side_exit().is_some());
         let insns = &insns[..jump.map_or(insns.len(), |jump| jump + 1)];
         let accesses =
             insns.iter().map(|insn| u32::from(insn.operand.is_some()) + u32::from(insn.stack.is_some())).sum();
@@ -401,6 +401,10 @@ impl Lowering<'_> {
             Kind::JumpIndirect => self.jump_indirect(index, insn),
             Kind::JumpIf(condition, target) => {
                 self.jump_if(condition, target);
+                Some(())
+            }
+            Kind::JumpIfCount(jump, target) => {
+                self.jump_if_count(jump, target);
                 Some(())
             }
             Kind::Return(extra) => self.ret(index, insn, extra),
