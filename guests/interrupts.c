@@ -256,6 +256,23 @@ static void test_apic_timer(void)
     delay(6);
     cli();
     check("timer-masked", counts[0x71] - before, 0);
+    /* The interrupt of a moment in which CR8 keeps changing above it comes when CR8 is below its class, and not before. */
+    apic_write(APIC_LVT_TIMER, 0x73);
+    write_cr8(7);
+    sti();
+    apic_write(APIC_INITIAL, per_10ms / 5);
+    for (u32 i = 0; i < 20000 || apic_read(APIC_CURRENT); i++)
+        write_cr8(7 + i % 9);
+    write_cr8(12);
+    delay(3);
+    for (u32 i = 15; i >= 7; i--)
+        write_cr8(i);
+    check("cr8-holds-timer", counts[0x73], 0);
+    write_cr8(6);
+    cli();
+    check("cr8-lowered", wait_for(0x73, 1, false), 1);
+    check("cr8-still", read_cr8() << 8 | apic_read(APIC_TPR), 0x660);
+    write_cr8(0);
     apic_write(APIC_INITIAL, 0);
     apic_write(APIC_DIVIDE, 0x3); /* by 16: slower */
     apic_write(APIC_LVT_TIMER, 0x10000);

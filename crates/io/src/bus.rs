@@ -158,6 +158,10 @@ impl PortBus {
 
     #[inline]
     pub fn read(&self, port: u16, size: AccessSize) -> u32 {
+        if size == AccessSize::Byte && self.table[usize::from(port)] == 0 {
+            // Systems read such ports for the time that it takes.
+            return 0xff;
+        }
         if let Some(range) = self.range(port) {
             let offset = port - range.first;
             if Self::whole(range, offset, size) {

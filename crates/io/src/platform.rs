@@ -225,14 +225,15 @@ impl Platform {
         self.fabric.write_msr(cpu, number, value, self.config.address_bits)
     }
 
+    /// The task priority register of a processor's local APIC; CR8 is its bits 7:4.
+    #[inline]
     #[must_use]
-    pub fn cr8_read(&self, cpu: usize) -> u8 {
-        self.fabric.read_cr8(cpu)
+    pub fn task_priority(&self, cpu: usize) -> u8 {
+        self.fabric.task_priority(cpu)
     }
 
-    /// The caller has refused values above 15.
-    pub fn cr8_write(&self, cpu: usize, value: u8) {
-        self.fabric.write_cr8(cpu, value);
+    pub fn set_task_priority(&self, cpu: usize, value: u8) {
+        self.fabric.set_task_priority(cpu, value);
     }
 
     /// The guest has moved this processor's TSC: it reads [`Clock::tsc`] plus `ahead` (wrapping).

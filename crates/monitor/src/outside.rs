@@ -71,12 +71,12 @@ impl Outside for View<'_> {
         self.during(Doing::Apic, || self.platform.msr_write(self.processor, number, value)).is_ok()
     }
 
-    fn read_cr8(&mut self) -> u64 {
-        u64::from(self.during(Doing::Apic, || self.platform.cr8_read(self.processor)))
+    fn task_priority(&self) -> u8 {
+        self.platform.task_priority(self.processor)
     }
 
-    fn write_cr8(&mut self, value: u64) {
-        self.during(Doing::Apic, || self.platform.cr8_write(self.processor, (value & 15) as u8));
+    fn set_task_priority(&mut self, value: u8) {
+        self.during(Doing::Apic, || self.platform.set_task_priority(self.processor, value));
     }
 
     fn apic_id(&self) -> u32 {

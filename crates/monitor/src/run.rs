@@ -160,6 +160,7 @@ fn turn(hall: &Hall, number: usize, processor: &mut Processor) -> Outcome {
     let _running = hall.memory.seats.enter(number);
     let mut core = Core { vcpu, memory: &hall.memory, outside: &mut view };
     core.obey();
+    core.learn_priority();
     let exit = match take_events(&mut core, &hall.platform, number, activity) {
         Some(exit) => exit,
         None if *activity != Activity::Running => return Outcome::Sleep,
@@ -175,6 +176,7 @@ fn turn(hall: &Hall, number: usize, processor: &mut Processor) -> Outcome {
             },
         },
     };
+    core.tell_priority();
     sampler.now(Doing::Monitor.word());
     match exit {
         Exit::Attention => exits.attention += 1,
@@ -225,6 +227,7 @@ fn take_events(core: &mut Core<'_>, platform: &Platform, number: usize, activity
         }
         if waiting & attention::INIT != 0 && platform.take_init(number) {
             initialize(core.vcpu);
+            core.learn_priority();
             // Table 10-1: the bootstrap processor runs from the reset vector, the others wait.
             *activity = if number == 0 { Activity::Running } else { Activity::WaitsForStartup };
             continue;
@@ -253,6 +256,10 @@ fn take_events(core: &mut Core<'_>, platform: &Platform, number: usize, activity
         }
         if waiting & attention::EXTERNAL == 0 {
             return None;
+        }
+        if core.is_priority_untold() {
+            core.tell_priority();
+            continue;
         }
         if !core.vcpu.cpu.can_take_interrupt() {
             core.vcpu.wants_interrupt_window = true;

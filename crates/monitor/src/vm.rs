@@ -383,7 +383,7 @@ impl Vm {
         self.control.while_still(|| {
             let processor = processor_of(&hall, number)?.lock();
             let mut list = registers::all(&processor.vcpu.cpu);
-            list.push(("cr8".into(), u64::from(hall.platform.cr8_read(number))));
+            list.push(("cr8".into(), u64::from(hall.platform.task_priority(number) >> 4)));
             Ok(list)
         })?
     }
@@ -412,7 +412,7 @@ impl Vm {
             vcpu.flush_all();
             vcpu.stale.mode = true;
             if let Some(priority) = priority {
-                hall.platform.cr8_write(number, priority);
+                hall.platform.set_task_priority(number, priority << 4);
             }
             Ok(())
         })?

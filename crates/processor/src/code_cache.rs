@@ -49,7 +49,8 @@ impl Poll {
 
     /// Makes it readable again, if somebody armed it.
     pub fn disarm(&self) {
-        if self.armed.swap(false, Ordering::SeqCst) {
+        // One that is armed in this moment makes the next poll fault, as one that is armed later.
+        if self.armed.load(Ordering::Relaxed) && self.armed.swap(false, Ordering::SeqCst) {
             self.force();
         }
     }

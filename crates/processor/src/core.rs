@@ -8,7 +8,7 @@ use x86::{Gpa, GuestFault, Gva, PAGE_SIZE, Ppn, vector};
 
 use crate::engine::Outside;
 use crate::profile::Doing;
-use crate::vcpu::Vcpu;
+use crate::vcpu::{TaskPriority, Vcpu};
 
 pub struct Core<'a> {
     pub vcpu: &'a mut Vcpu,
@@ -140,7 +140,7 @@ impl Core<'_> {
         let translation = self.translate(address, access)?;
         match self.memory.page(translation.gpa.ppn()) {
             Some(page) => Ok(page.load(translation.gpa.offset(), size)),
-            None => Ok(self.outside.mmio_read(translation.gpa, size as u8) & mask(size)),
+            None => Ok(self.device_read(translation.gpa, size)),
         }
     }
 
@@ -170,7 +170,7 @@ impl Core<'_> {
                 page.store(gpa.offset(), size, value);
                 self.note_store(gpa, size);
             }
-            None => self.outside.mmio_write(gpa, size as u8, value & mask(size)),
+            None => self.device_write(gpa, size, value),
         }
         Ok(())
     }
@@ -326,6 +326,62 @@ impl Core<'_> {
             done += size;
         }
         Ok(())
+    }
+
+    /// MOV to CR8, of a value up to 15. Only a lower priority may let an interrupt through.
+    pub(crate) fn set_cr8(&mut self, value: u64) {
+        let priority = &mut self.vcpu.priority;
+        priority.value = (value as u32 & 0xf) << 4;
+        if priority.value < priority.told {
+            self.tell_priority();
+        }
+    }
+
+    /// Whether the local APIC believes that more interrupts can be taken than can.
+    #[must_use]
+    pub fn is_priority_untold(&self) -> bool {
+        self.vcpu.priority.value != self.vcpu.priority.told
+    }
+
+    /// Before the local APIC is asked for anything that depends on the task priority.
+    pub fn tell_priority(&mut self) {
+        if self.is_priority_untold() {
+            let priority = &mut self.vcpu.priority;
+            priority.told = priority.value;
+            self.outside.set_task_priority(priority.value as u8);
+        }
+    }
+
+    /// After anything that may have changed the priority in the local APIC.
+    pub fn learn_priority(&mut self) {
+        let priority = u32::from(self.outside.task_priority());
+        self.vcpu.priority = TaskPriority { value: priority, told: priority };
+    }
+
+    /// Reads a register that is not RAM; it may be one of the local APIC.
+    pub(crate) fn device_read(&mut self, address: Gpa, size: usize) -> u64 {
+        self.tell_priority();
+        self.outside.mmio_read(address, size as u8) & mask(size)
+    }
+
+    pub(crate) fn device_write(&mut self, address: Gpa, size: usize, value: u64) {
+        self.tell_priority();
+        self.outside.mmio_write(address, size as u8, value & mask(size));
+        self.learn_priority();
+    }
+
+    /// Reads an MSR of the local APIC, if there is one of that number.
+    pub(crate) fn apic_read(&mut self, number: u32) -> Option<u64> {
+        self.tell_priority();
+        self.outside.apic_read(number)
+    }
+
+    /// Says whether the write was legal.
+    pub(crate) fn apic_write(&mut self, number: u32, value: u64) -> bool {
+        self.tell_priority();
+        let is_legal = self.outside.apic_write(number, value);
+        self.learn_priority();
+        is_legal
     }
 
     /// INVLPG and its like: both the TLB and the code caches forget one page.

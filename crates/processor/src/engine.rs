@@ -31,9 +31,9 @@ pub trait Outside {
     fn apic_read(&mut self, msr: u32) -> Option<u64>;
     /// Says whether the write was legal.
     fn apic_write(&mut self, msr: u32, value: u64) -> bool;
-    /// The task priority, bits 3:0.
-    fn read_cr8(&mut self) -> u64;
-    fn write_cr8(&mut self, value: u64);
+    /// The local APIC's task priority register; see [`crate::vcpu::TaskPriority`].
+    fn task_priority(&self) -> u8;
+    fn set_task_priority(&mut self, value: u8);
     /// The local APIC's ID and whether it is in x2APIC mode, for CPUID.
     fn apic_id(&self) -> u32;
     /// IA32_APIC_BASE bit 11: CPUID.1:EDX.APIC mirrors it.

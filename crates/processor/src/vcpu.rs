@@ -120,6 +120,20 @@ impl CodePages {
     }
 }
 
+/// The task priority, bits 7:4 of which are CR8: Intel SDM (2024-12) Vol. 3A 12.8.3.1 "Task and Processor Priorities".
+///
+/// The local APIC needs it to know whether an interrupt may disturb the processor, and systems that use it change it all
+/// the time. So the APIC is told of a lower priority at once, and of a higher one when it matters: it may believe that an
+/// interrupt can be taken, and finds out when one is about to be. Registers of the APIC are read and written between
+/// [`crate::Core::tell_priority`] and [`crate::Core::learn_priority`].
+#[derive(Clone, Copy, Debug, Default)]
+#[repr(C)]
+pub struct TaskPriority {
+    pub value: u32,
+    /// What the APIC knows: never more than `value` while guest code runs.
+    pub told: u32,
+}
+
 /// `repr(C)`, at a fixed place: translated code addresses it from one base register, which points just behind `hot`, so
 /// that the most used fields have one-byte displacements.
 #[derive(Debug)]
@@ -130,6 +144,7 @@ pub struct Vcpu {
     /// The run loop has an interrupt that waits for IF or for the end of an interrupt shadow: an instruction that
     /// may open the window makes the engine exit with [`crate::Exit::InterruptWindow`].
     pub wants_interrupt_window: bool,
+    pub priority: TaskPriority,
     pub stale: Stale,
     pub attention: Arc<Attention>,
     /// What the VCPU does just now, as [`crate::profile::Activity`] says it.
@@ -181,6 +196,7 @@ impl Vcpu {
             hot: Hot::default(),
             cpu,
             wants_interrupt_window: false,
+            priority: TaskPriority::default(),
             stale: Stale::default(),
             attention: Arc::default(),
             sampler: Arc::default(),

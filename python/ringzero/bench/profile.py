@@ -34,7 +34,10 @@ ROWS: dict[str, tuple[str, tuple[str, ...]]] = {
     "recall": ("kept translations, in and out", ("kept.blocks",)),
     "switch": (
         "into translated code and out",
-        ("exits.probe", "exits.interpret", "exits.link", "exits.lookup", "exits.simd", "exits.fault"),
+        (
+            *("exits.probe", "exits.interpret", "exits.short", "exits.link", "exits.lookup", "exits.simd"),
+            "exits.fault",
+        ),
     ),
     "dispatch": ("finding the next block", ("translate.lookups",)),
     "refresh": ("taking note of what went stale", ("translate.user_forgets", "translate.kernel_forgets")),

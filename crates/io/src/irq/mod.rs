@@ -363,15 +363,16 @@ impl Fabric {
         }
     }
 
+    /// The task priority of a processor. One atomic load.
+    #[inline]
     #[must_use]
-    pub fn read_cr8(&self, cpu: usize) -> u8 {
-        self.cpus.get(cpu).map_or(0, |cpu| cpu.cr8())
+    pub fn task_priority(&self, cpu: usize) -> u8 {
+        self.cpus.get(cpu).map_or(0, |cpu| cpu.task_priority())
     }
 
-    /// Set the task priority. The caller has refused values above 15.
-    pub fn write_cr8(&self, cpu: usize, value: u8) {
+    pub fn set_task_priority(&self, cpu: usize, value: u8) {
         if let Some(cpu) = self.cpus.get(cpu) {
-            cpu.set_cr8(value & 15);
+            cpu.set_task_priority(value);
         }
     }
 

@@ -305,8 +305,8 @@ fn the_page_takes_whole_words_and_gives_parts() {
     assert_eq!(page(0x34, AccessSize::Dword), 0);
     bench.fabric.write_apic_page(0, Gpa(0xfee0_0080), AccessSize::Byte, 0x50);
     bench.fabric.write_apic_page(0, Gpa(0xfee0_0084), AccessSize::Dword, 0x50);
-    assert_eq!(bench.fabric.read_cr8(0), 0);
-    bench.fabric.write_cr8(0, 7);
+    assert_eq!(bench.fabric.task_priority(0), 0);
+    bench.fabric.set_task_priority(0, 0x70);
     assert_eq!(bench.apic_read(0, APIC_TPR), 0x70);
 }
 

@@ -54,7 +54,7 @@ pub fn mov_from_control(core: &mut Core<'_>, to: Register, from: Register) -> Ou
         2 => cpu.cr2,
         3 => cpu.cr3,
         4 => cpu.cr4,
-        8 => core.outside.read_cr8(),
+        8 => u64::from(core.vcpu.priority.value >> 4),
         _ => return Err(GuestFault::UD),
     };
     operand::write_register(&mut core.vcpu.cpu, to, value);
@@ -80,7 +80,7 @@ pub fn mov_to_control(core: &mut Core<'_>, to: Register, from: Register) -> Outc
         }
         8 if value > 0xf => return Err(GuestFault::GP0),
         8 => {
-            core.outside.write_cr8(value);
+            core.set_cr8(value);
             None
         }
         _ => return Err(GuestFault::UD),

@@ -49,12 +49,12 @@ fn not_prevented(core: &Core<'_>) -> Result<(), GuestFault> {
 }
 
 /// EDX:EAX as RDMSR, RDTSC and their like leave it: the upper halves of RAX and RDX become zero.
-fn set_edx_eax(cpu: &mut CpuState, value: u64) {
+pub(crate) fn set_edx_eax(cpu: &mut CpuState, value: u64) {
     cpu.gpr[gpr::RAX] = value & 0xffff_ffff;
     cpu.gpr[gpr::RDX] = value >> 32;
 }
 
-fn edx_eax(cpu: &CpuState) -> u64 {
+pub(crate) fn edx_eax(cpu: &CpuState) -> u64 {
     cpu.gpr[gpr::RAX] & 0xffff_ffff | cpu.gpr[gpr::RDX] << 32
 }
 
@@ -63,12 +63,19 @@ fn delivered(exit: Option<Exit>) -> Outcome {
     Ok(exit.map_or(Flow::Done, Flow::Exit))
 }
 
+/// Other processors see all earlier stores before this one reads anything later.
+pub(crate) fn serialize(core: &Core<'_>) {
+    // A processor that is alone sees its own stores in any case.
+    if core.vcpu.cpuid.cpus() > 1 {
+        std::sync::atomic::fence(std::sync::atomic::Ordering::SeqCst);
+    }
+}
+
 /// Executes a system instruction; `None` says that it is not one.
 pub fn execute(core: &mut Core<'_>, instruction: &Instruction) -> Option<Outcome> {
     use Mnemonic as M;
     if is_serializing(instruction.mnemonic()) {
-        // Other processors see all earlier stores before this one reads anything later.
-        std::sync::atomic::fence(std::sync::atomic::Ordering::SeqCst);
+        serialize(core);
     }
     let outcome = match instruction.mnemonic() {
         M::Mov => return moves(core, instruction),

@@ -138,7 +138,7 @@ pub fn read(core: &mut Core<'_>, number: u32) -> Result<u64, GuestFault> {
         msr::TSC => guest_tsc(cpu),
         msr::TSC_ADJUST => cpu.tsc_adjust,
         msr::APIC_BASE | msr::TSC_DEADLINE | msr::X2APIC_FIRST..=msr::X2APIC_LAST => {
-            return core.outside.apic_read(number).ok_or(FAULT);
+            return core.apic_read(number).ok_or(FAULT);
         }
         PLATFORM_ID | msr::MCG_STATUS => 0,
         msr::FEATURE_CONTROL => FEATURE_CONTROL_LOCKED,
@@ -213,7 +213,7 @@ pub fn write(core: &mut Core<'_>, number: u32, value: u64) -> Result<(), GuestFa
             shift_tsc(core, change);
         }
         msr::APIC_BASE | msr::TSC_DEADLINE | msr::X2APIC_FIRST..=msr::X2APIC_LAST => {
-            return if core.outside.apic_write(number, value) { Ok(()) } else { Err(FAULT) };
+            return if core.apic_write(number, value) { Ok(()) } else { Err(FAULT) };
         }
         msr::SPEC_CTRL => cpu.spec_ctrl = only(value, SPEC_CTRL_WRITABLE)?,
         // An indirect branch prediction barrier: predictions of the guest's branches do not exist.

@@ -55,10 +55,10 @@ impl Outside for Nothing {
     fn apic_write(&mut self, _msr: u32, _value: u64) -> bool {
         false
     }
-    fn read_cr8(&mut self) -> u64 {
+    fn task_priority(&self) -> u8 {
         0
     }
-    fn write_cr8(&mut self, _value: u64) {}
+    fn set_task_priority(&mut self, _value: u8) {}
     fn apic_id(&self) -> u32 {
         0
     }

@@ -64,6 +64,9 @@ pub enum System {
         to: u8,
         control: u8,
     },
+    /// MOV from and to CR8.
+    ReadPriority(u8),
+    WritePriority(u8),
     /// To a general register from a segment selector, zero-extended.
     ReadSelector {
         to: u8,
@@ -502,8 +505,12 @@ fn system_kind(iced: &Instruction, features: Features) -> Option<System> {
                 let (to, control) = (iced.op0_register().number() as u8, iced.op1_register().number() as u8);
                 Some(System::ReadControl { to, control })
             }
+            Register::CR8 => Some(System::ReadPriority(iced.op0_register().number() as u8)),
             _ => None,
         },
+        Code::Mov_cr_r64 if iced.op0_register() == Register::CR8 => {
+            Some(System::WritePriority(iced.op1_register().number() as u8))
+        }
         Code::Iretq => Some(System::InterruptReturn),
         Code::Cli => Some(System::ClearInterrupts),
         Code::Sti => Some(System::SetInterrupts),

@@ -82,6 +82,12 @@ impl Stubs {
         self.lookup
     }
 
+    /// Whether a return address is in a stub.
+    #[must_use]
+    pub fn contains(&self, site: u64) -> bool {
+        site < self.end
+    }
+
     /// Whether a return address says that code left through a lookup.
     #[must_use]
     pub fn is_lookup(&self, site: u64) -> bool {
@@ -256,7 +262,9 @@ fn leave(asm: &mut Asm, flags_in_host: bool, simd: bool) {
     for reg in SAVED.iter().rev() {
         asm.pop(*reg);
     }
-    asm.byte(0xc3);
+    // The host's predictor of returns expects one to the site: a jump is right each time.
+    asm.pop(T0);
+    asm.jmp_reg(T0);
 }
 
 /// XSAVE64, then VZEROUPPER, LDMXCSR and FNINIT for the host's code. `moved` is how far RSP is below the base.

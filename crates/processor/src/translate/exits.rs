@@ -7,6 +7,7 @@ use super::block::Insn;
 use super::frame;
 use super::lower::{Flags, Lowering, MapEntry, Mode, Site};
 use super::refill::Crossing;
+use super::short::Short;
 use crate::code_cache::POLL;
 
 /// Bytes of the longest instruction.
@@ -97,11 +98,15 @@ impl Lowering<'_> {
         Site::Interpret { block: self.c.block, guest: self.guest(insn.iced.ip()) }
     }
 
-    /// Has the interpreter run the instruction in the middle of the block. It may change anything, TLB entries among it: what
+    /// Has the monitor run the instruction in the middle of the block. It may change anything, TLB entries among it: what
     /// follows depends on nothing but the mode.
     pub(super) fn call_out(&mut self, insn: &Insn) -> Option<()> {
         let Site::Interpret { block, guest } = self.interpret(insn) else { return None };
-        self.leave(Site::Callout { block, guest, size: insn.iced.len() as u8 });
+        let size = insn.iced.len() as u8;
+        self.leave(match Short::of(&insn.iced).filter(|_| !self.c.mode.is_user()) {
+            Some(short) => Site::Short { block, guest, size, short },
+            None => Site::Callout { block, guest, size },
+        });
         self.flags = Flags::Slot;
         self.in_t1 = None;
         Some(())

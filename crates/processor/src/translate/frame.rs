@@ -9,7 +9,7 @@ use x86::{CpuState, DescriptorTable, Segment};
 use super::exits::jump_index;
 use super::lower::Mode;
 use super::returns::{LANDINGS, Returns};
-use crate::vcpu::Vcpu;
+use crate::vcpu::{TaskPriority, Vcpu};
 
 /// Pointers to checked stack or structure pages that a block keeps at a time; see `groups`.
 pub const GROUPS: usize = 8;
@@ -238,6 +238,8 @@ pub const KERNEL_GS_BASE: i32 = disp(CPU + offset_of!(CpuState, kernel_gs_base))
 pub const TSC_AUX: i32 = disp(CPU + offset_of!(CpuState, tsc_aux));
 pub const TSC_OFFSET: i32 = disp(CPU + offset_of!(CpuState, tsc_offset));
 pub const WANTS_WINDOW: i32 = disp(offset_of!(Vcpu, wants_interrupt_window));
+pub const PRIORITY: i32 = disp(offset_of!(Vcpu, priority) + offset_of!(TaskPriority, value));
+pub const PRIORITY_TOLD: i32 = disp(offset_of!(Vcpu, priority) + offset_of!(TaskPriority, told));
 pub const USER_GENERATION: i32 = disp(offset_of!(Vcpu, jumps) + offset_of!(JumpCaches, user_generation));
 pub const CROSSING_BUFFER: i32 = disp(ACROSS + offset_of!(Across, buffer));
 pub const CROSSING_FIRST: i32 = disp(ACROSS + offset_of!(Across, first));
@@ -349,6 +351,8 @@ pub fn layout() -> Vec<u64> {
         TSC_AUX,
         TSC_OFFSET,
         WANTS_WINDOW,
+        PRIORITY,
+        PRIORITY_TOLD,
         USER_GENERATION,
         TLB_READ,
         TLB_WRITE,

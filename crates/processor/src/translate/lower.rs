@@ -13,6 +13,7 @@ use super::exits::Cold;
 use super::frame;
 use super::groups::Groups;
 use super::refill::Crossing;
+use super::short::Short;
 use super::sites::Sites;
 
 /// What translated code depends on besides its bytes and addresses.
@@ -85,6 +86,8 @@ pub enum Site {
     Interpret { block: u32, guest: u16 },
     /// The same, and code goes on behind the site if the guest goes on behind the instruction, of `size` bytes.
     Callout { block: u32, guest: u16, size: u8 },
+    /// The same for an instruction that is known.
+    Short { block: u32, guest: u16, size: u8, short: Short },
     /// A direct jump whose target is not linked yet: `at` is where its displacement is.
     Link { block: u32, at: u32, target: i32, flags_in_host: bool },
     /// The jump cache does not know the RIP in the first scratch register.
@@ -106,6 +109,7 @@ impl Site {
             Site::Probe { .. }
             | Site::Interpret { .. }
             | Site::Callout { .. }
+            | Site::Short { .. }
             | Site::Lookup
             | Site::Window { .. }
             | Site::Simd { .. } => None,
@@ -131,6 +135,7 @@ impl Site {
             Site::Simd { guest, .. } => (5, 0, guest, 0, [0, 0]),
             Site::Callout { guest, size, .. } => (6, 0, guest, size.into(), [0, 0]),
             Site::Apart { at, guest, .. } => (7, 0, guest, 0, [at.wrapping_sub(start), 0]),
+            Site::Short { guest, size, short, .. } => (8, 0, guest, size.into(), [0, short.pack()]),
         };
         let mut bytes = [0; Site::PACKED];
         (bytes[0], bytes[1]) = (tag, flags);
@@ -160,6 +165,7 @@ impl Site {
             5 => Site::Simd { block, guest },
             6 => Site::Callout { block, guest, size: u8::try_from(size).ok()? },
             7 => Site::Apart { block, at, guest },
+            8 => Site::Short { block, guest, size: u8::try_from(size).ok()?, short: Short::unpack(other)? },
             _ => return None,
         })
     }

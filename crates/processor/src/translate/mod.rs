@@ -29,6 +29,7 @@ mod recall;
 mod refill;
 mod returns;
 mod room;
+mod short;
 mod sites;
 mod string;
 mod system;
@@ -94,6 +95,7 @@ struct Counters {
     evictions: u64,
     exits_probe: u64,
     exits_interpret: u64,
+    exits_short: u64,
     exits_link: u64,
     exits_lookup: u64,
     exits_simd: u64,
@@ -494,11 +496,12 @@ impl Translator {
     /// Finds out why translated code left, and brings RIP and flags up to date.
     fn left(&mut self, core: &mut Core<'_>) -> Next {
         let site = core.vcpu.hot.site;
-        if self.stubs.is_fault(site) {
+        let is_stub = self.stubs.contains(site);
+        if is_stub && self.stubs.is_fault(site) {
             return self.fault(core);
         }
         set_flags(&mut core.vcpu.cpu, core.vcpu.hot.flags);
-        if self.stubs.is_lookup(site) {
+        if is_stub && self.stubs.is_lookup(site) {
             return self.look_up(core);
         }
         // Behind the opcode of an instruction that carries it.
@@ -550,9 +553,10 @@ impl Translator {
                 let rip = self.blocks.rip(block, guest);
                 self.counters.exits_interpret += 1;
                 core.vcpu.cpu.rip = rip;
-                // The site is five bytes of code that does nothing.
                 Next::Callout { resume: site + 5, next: rip.wrapping_add(size.into()) }
             }
+            // Sites are five bytes of code that does nothing.
+            Site::Short { block, guest, size, short } => self.short(core, short, (block, guest), size, site + 5),
             Site::Link { block, at, target, flags_in_host } => {
                 let rip = self.blocks.rip(block, 0).wrapping_add_signed(target.into());
                 self.counters.exits_link += 1;
@@ -783,6 +787,7 @@ impl Engine for Translator {
             ("exits.probe", c.exits_probe),
             ("exits.probe_filled", c.probe_filled),
             ("exits.interpret", c.exits_interpret),
+            ("exits.short", c.exits_short),
             ("exits.link", c.exits_link),
             ("exits.lookup", c.exits_lookup),
             ("exits.simd", c.exits_simd),

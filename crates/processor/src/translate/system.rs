@@ -24,6 +24,8 @@ impl Lowering<'_> {
             }
             System::SetAccess(set) => self.set_access(insn, set),
             System::ReadControl { to, control } => self.read_field(to, frame::control(control)),
+            System::ReadPriority(to) => self.read_priority(insn, to),
+            System::WritePriority(from) => self.write_priority(insn, from),
             System::ReadBase { to, segment } => self.read_field(to, frame::segment_base(segment.into())),
             System::ReadSelector { to, segment } => {
                 let host = home(to).unwrap_or(T0);
@@ -159,6 +161,32 @@ impl Lowering<'_> {
         let host = home(to).unwrap_or(T0);
         self.c.asm.load(host, Mem::vcpu(field));
         self.store_home(to, host);
+    }
+
+    fn read_priority(&mut self, insn: &Insn, to: u8) {
+        self.before_clobber(insn.live_in());
+        let host = home(to).unwrap_or(T0);
+        self.c.asm.load32(host, Mem::vcpu(frame::PRIORITY));
+        self.c.asm.shr(host, 4);
+        self.store_home(to, host);
+    }
+
+    /// MOV to CR8. The interpreter raises #GP for values that it has no room for, and tells the local APIC of a lower
+    /// priority than it knows; of others it is told later, see [`crate::vcpu::TaskPriority`].
+    fn write_priority(&mut self, insn: &Insn, from: u8) {
+        self.before_clobber(insn.live_in());
+        let from = self.register(from, T1);
+        let interpret = self.interpret(insn);
+        let asm = &mut *self.c.asm;
+        asm.mov(T0, from);
+        asm.alu_imm(Alu::Cmp, T0, 15);
+        self.leave_if(cc::A, interpret, Flags::Slot);
+        self.c.asm.shl(T0, 4);
+        // cmp r10d, [told]
+        self.c.asm.op_mem_raw(false, &[0x3b], T0.0, Mem::vcpu(frame::PRIORITY_TOLD));
+        self.leave_if(cc::B, interpret, Flags::Slot);
+        // mov [value], r10d
+        self.c.asm.op_mem_raw(false, &[0x89], T0.0, Mem::vcpu(frame::PRIORITY));
     }
 
     /// WRFSBASE, WRGSBASE. Not canonical: the interpreter raises #GP.

@@ -7,7 +7,7 @@ mod state;
 mod tests;
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU8, AtomicU32, AtomicU64, Ordering};
 
 use host::clock::Clock;
 use host::lock::{Rank, RankedMutex};
@@ -29,6 +29,8 @@ const NO_PAGE: u64 = u64::MAX;
 pub struct LocalApic {
     /// Bits of [`attention`], written under the lock, read without.
     attention: AtomicU32,
+    /// The task priority, for the processor itself.
+    priority: AtomicU8,
     /// Where the xAPIC registers are, or `NO_PAGE`.
     page: AtomicU64,
     /// What the guest's TSC is ahead of the clock's, when it has written its own.
@@ -44,6 +46,7 @@ impl LocalApic {
     pub(super) fn new(cpu: usize, timer_hz: u64, timers: &Arc<TimerQueue>, kick: Kick) -> Arc<Self> {
         let apic = Arc::new(LocalApic {
             attention: AtomicU32::new(0),
+            priority: AtomicU8::new(0),
             page: AtomicU64::new(DEFAULT_PAGE),
             tsc_ahead: AtomicU64::new(0),
             state: RankedMutex::new(Rank::LocalApic, State::new(cpu as u32, timer_hz)),
@@ -66,8 +69,12 @@ impl LocalApic {
         if state.timer.due != due {
             self.timer.arm(state.timer.due);
         }
-        let new = state.attention();
-        let old = self.attention.swap(new, Ordering::AcqRel);
+        // Only written under the lock, so no exchange is needed.
+        self.priority.store(state.task_priority(), Ordering::Relaxed);
+        let (old, new) = (self.attention.load(Ordering::Relaxed), state.attention());
+        if new != old {
+            self.attention.store(new, Ordering::Release);
+        }
         drop(state);
         if new & !old != 0 {
             (self.kick)(self.cpu);
@@ -239,13 +246,15 @@ impl LocalApic {
         }
     }
 
+    /// The task priority, without the lock.
+    #[inline]
     #[must_use]
-    pub fn cr8(&self) -> u8 {
-        self.state.lock().cr8()
+    pub fn task_priority(&self) -> u8 {
+        self.priority.load(Ordering::Relaxed)
     }
 
-    pub fn set_cr8(&self, value: u8) {
-        self.with(|state| state.set_cr8(value));
+    pub fn set_task_priority(&self, value: u8) {
+        self.with(|state| state.set_task_priority(value));
     }
 }
 

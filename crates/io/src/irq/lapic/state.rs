@@ -583,13 +583,14 @@ impl State {
         }
     }
 
-    pub fn cr8(&self) -> u8 {
-        self.tpr >> 4
+    /// The task priority; CR8 is its bits 7:4, and a store to CR8 makes the others 0 (12.8.6 "Task Priority in IA-32e
+    /// Mode").
+    pub fn task_priority(&self) -> u8 {
+        self.tpr
     }
 
-    /// CR8 is bits 7:4 of the task priority; the low bits become 0 (11.8.6 "Task Priority in IA-32e Mode").
-    pub fn set_cr8(&mut self, value: u8) {
-        self.tpr = value << 4;
+    pub fn set_task_priority(&mut self, value: u8) {
+        self.tpr = value;
     }
 
     // ---- IA32_APIC_BASE and IA32_TSC_DEADLINE --------------------------------------------------------------------

@@ -66,12 +66,12 @@ fn interrupts_nest_by_priority_class() {
 #[test]
 fn the_task_priority_holds_back() {
     let mut state = enabled();
-    state.set_cr8(5);
+    state.set_task_priority(0x50);
     assert_eq!(state.read(r::TPR, 0), Ok(0x50));
     state.accept(&fixed(0x5f, false));
     assert_eq!(state.attention(), 0);
     state.write(r::TPR, 0x4f, 0).unwrap();
-    assert_eq!(state.cr8(), 4);
+    assert_eq!(state.task_priority() >> 4, 4);
     assert_eq!(state.attention(), attention::FIXED);
     assert_eq!(state.acknowledge(), Some(0x5f));
 }

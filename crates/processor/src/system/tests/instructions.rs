@@ -121,13 +121,26 @@ fn control_registers_refuse_what_the_manual_refuses() {
 }
 
 #[test]
-fn cr8_is_the_apics() {
+fn cr8_is_the_apics_which_is_told_of_a_lower_one_at_once() {
+    const TO: &[u8] = &[0x44, 0x0f, 0x22, 0xc0];
+    const FROM: &[u8] = &[0x44, 0x0f, 0x20, 0xc1];
     let mut machine = Machine::new();
-    machine.vcpu.cpu.gpr[gpr::RAX] = 9;
-    assert_eq!(machine.run(&[0x44, 0x0f, 0x22, 0xc0]), Ran::Next);
-    assert_eq!(machine.board.cr8, 9);
-    assert_eq!(machine.run(&[0x44, 0x0f, 0x20, 0xc1]), Ran::Next);
-    assert_eq!(machine.vcpu.cpu.gpr[gpr::RCX], 9);
+    machine.board.priority = 0x35;
+    machine.core().learn_priority();
+    // The value, and what the APIC knows then. The low bits of its register go with any store.
+    for (value, told) in [(9, 0x35), (7, 0x35), (3, 0x30), (15, 0x30), (2, 0x20), (0, 0)] {
+        machine.vcpu.cpu.gpr[gpr::RAX] = value;
+        assert_eq!(machine.run(TO), Ran::Next);
+        assert_eq!(machine.board.priority, told, "after {value}");
+        assert_eq!(machine.run(FROM), Ran::Next);
+        assert_eq!(machine.vcpu.cpu.gpr[gpr::RCX], value);
+    }
+    machine.vcpu.cpu.gpr[gpr::RAX] = 16;
+    assert_eq!(machine.run(TO), Ran::Fault(GuestFault::GP0));
+    machine.vcpu.cpu.gpr[gpr::RAX] = 12;
+    machine.run(TO);
+    machine.core().tell_priority();
+    assert_eq!(machine.board.priority, 0xc0);
 }
 
 #[test]

@@ -45,7 +45,7 @@ pub const BEYOND: u16 = 0x88;
 #[derive(Default)]
 pub struct Board {
     pub deadline: u64,
-    pub cr8: u64,
+    pub priority: u8,
 }
 
 impl Outside for Board {
@@ -70,11 +70,11 @@ impl Outside for Board {
         }
         number == msr::TSC_DEADLINE
     }
-    fn read_cr8(&mut self) -> u64 {
-        self.cr8
+    fn task_priority(&self) -> u8 {
+        self.priority
     }
-    fn write_cr8(&mut self, value: u64) {
-        self.cr8 = value;
+    fn set_task_priority(&mut self, value: u8) {
+        self.priority = value;
     }
     fn apic_id(&self) -> u32 {
         0
