@@ -332,6 +332,12 @@ impl Asm {
         self.op_mem(false, &[0x8f], 0, to);
     }
 
+    /// BT of 32 bits with a constant.
+    pub fn bit_test_mem32(&mut self, mem: Mem, bit: u8) {
+        self.op_mem(false, &[0x0f, 0xba], 4, mem);
+        self.byte(bit);
+    }
+
     pub fn jmp_reg(&mut self, to: Reg) {
         self.op_reg(false, &[0xff], 4, to);
     }

@@ -13,11 +13,9 @@ use super::lower::{Flags, Lowering};
 impl Lowering<'_> {
     /// Emits an instruction with the fields as they are, the flags being where it needs them.
     pub(super) fn copy(&mut self, insn: &Insn, fields: &Fields, mem: Option<Mem>) {
-        let keeps_some = insn.flags_changed & !insn.flags_killed != 0
-            || (insn.flags_changed != 0 && insn.live_out & !insn.flags_changed != 0);
-        if self.flags == Flags::Slot && (insn.flags_read != 0 || keeps_some) {
-            self.restore_flags();
-        }
+        // What it leaves alone must be beside what it changes.
+        let kept = if insn.flags_changed != 0 { insn.live_out & !insn.flags_killed } else { 0 };
+        self.need_flags(insn.flags_read | kept);
         if matches!(insn.iced.mnemonic(), Mnemonic::Div | Mnemonic::Idiv) && mem.is_none() {
             match insn.iced.op0_register().size() {
                 4 => self.check_divisor(insn, Reg(fields.rm), false),

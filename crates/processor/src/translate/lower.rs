@@ -4,6 +4,7 @@
 //! has an entry for either. Whatever fails (a TLB miss, a fault of the host) leaves with the guest's state as it was
 //! before the instruction, so that the interpreter can run it.
 
+use iced_x86::RflagsBits;
 use memory::tlb::Bank;
 
 use super::asm::{Asm, Label, Mem, RAX, T0};
@@ -12,6 +13,7 @@ use super::enter::{Stubs, home};
 use super::exits::Cold;
 use super::frame;
 use super::groups::Groups;
+use super::liveness::ALL_FLAGS;
 use super::refill::Crossing;
 use super::short::Short;
 use super::sites::Sites;
@@ -302,8 +304,8 @@ pub fn lower<'a>(context: Context<'a>, source: &'a Source, groups: &'a Groups, s
 impl Lowering<'_> {
     /// Emits the two entries and chooses where flags are at the start, so that neither saves nor restores for nothing.
     pub(super) fn entries(&mut self, insns: &[Insn]) -> (u32, u32) {
-        let live = insns.first().is_none_or(|insn| insn.live_in() != 0);
-        if !live {
+        let live = insns.first().map_or(ALL_FLAGS, Insn::live_in);
+        if live == 0 {
             self.flags = Flags::Host;
             let here = self.c.asm.position() as u32;
             return (here, here);
@@ -315,7 +317,7 @@ impl Lowering<'_> {
         } else {
             let slot = self.c.asm.position() as u32;
             self.flags = Flags::Slot;
-            self.restore_flags();
+            self.need_flags(live);
             self.flags = Flags::Host;
             (self.c.asm.position() as u32, slot)
         }
@@ -352,10 +354,23 @@ impl Lowering<'_> {
         let asm = &mut *self.c.asm;
         asm.store(Mem::vcpu(frame::SPILL), RAX);
         asm.load32(RAX, Mem::vcpu(frame::FLAGS));
-        // xchg al, ah; and al, 8; add al, 0x78; sahf
-        asm.bytes(&[0x86, 0xc4, 0x24, 0x08, 0x04, 0x78, 0x9e]);
+        // rol ax, 8; and al, 8; add al, 0x78; sahf
+        asm.bytes(&[0x66, 0xc1, 0xc0, 0x08, 0x24, 0x08, 0x04, 0x78, 0x9e]);
         asm.load(RAX, Mem::vcpu(frame::SPILL));
         self.flags = Flags::Host;
+    }
+
+    /// Before an instruction that wants these flags in RFLAGS. When only CF is wanted, which INC, DEC, ADC and their kin take
+    /// from far away, the others may be anything there; in their slot they stay.
+    pub(super) fn need_flags(&mut self, wanted: u32) {
+        if self.flags == Flags::Host || wanted == 0 {
+            return;
+        }
+        if wanted & !RflagsBits::CF == 0 {
+            self.c.asm.bit_test_mem32(Mem::vcpu(frame::FLAGS), 0);
+        } else {
+            self.restore_flags();
+        }
     }
 
     /// Before code that clobbers RFLAGS: saves them when `live` of them are still wanted.
