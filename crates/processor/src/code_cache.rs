@@ -23,6 +23,8 @@ pub struct CodeCache {
     /// The end of the highest code so far, and how much was added in all.
     highest: usize,
     added: u64,
+    /// Code below this has memory behind it, in both maps.
+    ready: usize,
     /// Where code starts after [`CodeCache::clear`]: behind the poll page and the stubs.
     first: usize,
     file: File,
@@ -62,6 +64,8 @@ impl Poll {
 }
 
 const ALIGNMENT: usize = 16;
+/// Bytes that get their memory before they are needed.
+const AT_ONCE: usize = 128 << 10;
 
 impl CodeCache {
     pub fn new(size: usize) -> io::Result<CodeCache> {
@@ -69,7 +73,17 @@ impl CodeCache {
         let writable = Map::shared(&file, size, Protection::ReadWrite)?;
         let executable = Arc::new(Map::shared(&file, size, Protection::ReadExecute)?);
         executable.protect(0, PAGE, Protection::Read)?;
-        Ok(CodeCache { writable, executable, next: PAGE, limit: size, highest: PAGE, added: 0, first: PAGE, file })
+        Ok(CodeCache {
+            writable,
+            executable,
+            next: PAGE,
+            limit: size,
+            highest: PAGE,
+            added: 0,
+            ready: PAGE,
+            first: PAGE,
+            file,
+        })
     }
 
     #[must_use]
@@ -123,11 +137,22 @@ impl CodeCache {
             return None;
         }
         let address = self.next_address();
+        self.prepare(self.next + code.len());
         self.write(address, code);
         self.next = (self.next + code.len()).next_multiple_of(ALIGNMENT).min(self.limit);
         self.highest = self.highest.max(self.next);
         self.added += code.len() as u64;
         Some(address)
+    }
+
+    /// Gets memory for code up to `end` and some that comes next: twice a fault for each page costs more than that.
+    fn prepare(&mut self, end: usize) {
+        if end > self.ready {
+            let to = (end + AT_ONCE).next_multiple_of(PAGE).min(self.writable.size());
+            self.writable.populate(self.ready, to - self.ready, true);
+            self.executable.populate(self.ready, to - self.ready, false);
+            self.ready = to;
+        }
     }
 
     /// Overwrites code, e.g. the target of a jump. No processor runs these bytes meanwhile.
@@ -190,9 +215,10 @@ impl CodeCache {
     /// Forgets all code but what is kept, and gives its memory back.
     pub fn clear(&mut self) {
         let kept = self.first.next_multiple_of(PAGE);
-        if self.highest > kept {
+        if self.ready > kept {
             // A refusal only means that the memory stays in use.
-            let _ = punch_hole(&self.file, kept as u64, (self.highest - kept) as u64);
+            let _ = punch_hole(&self.file, kept as u64, (self.ready - kept) as u64);
+            self.ready = kept;
         }
         (self.next, self.highest) = (self.first, self.first);
         self.limit = self.executable.size();
