@@ -3,7 +3,7 @@
 use std::collections::{HashMap, VecDeque};
 use std::hash::{BuildHasherDefault, Hasher};
 
-use x86::{Gpa, Ppn};
+use x86::{Gpa, PAGE_MASK, Ppn};
 
 use super::lower::{Flags, MapEntry, Mode};
 
@@ -13,6 +13,14 @@ pub struct Key {
     pub gpa: Gpa,
     pub rip: u64,
     pub mode: Mode,
+}
+
+impl Key {
+    /// That of the block which begins at an offset of the same page.
+    pub fn beside(&self, offset: u16) -> Key {
+        let at = |address: u64| address & !PAGE_MASK | u64::from(offset);
+        Key { gpa: Gpa(at(self.gpa.0)), rip: at(self.rip), mode: self.mode }
+    }
 }
 
 #[derive(Debug)]

@@ -51,6 +51,7 @@ impl Translator {
             self.sites.shrink();
             self.blocks.shrink();
         }
+        self.recall.rest();
         self.cache.rest();
         host::map::trim_heap();
     }

@@ -422,7 +422,7 @@ impl Translator {
         self.counters.translated_blocks += 1;
         self.counters.translated_instructions += insns as u64;
         if second.is_none() {
-            self.note(&key, first_site, insns, (lowered.entry_host, lowered.entry_slot));
+            self.note(core, &key, first_site, insns, (lowered.entry_host, lowered.entry_slot));
         }
         self.blocks.add(key, second, address..end, entries, &self.scratch.map, first_site);
         Some(entries)

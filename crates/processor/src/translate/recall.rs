@@ -8,6 +8,7 @@ use x86::{Gpa, PAGE_MASK, PAGE_SIZE, Ppn};
 
 use super::block::Features;
 use super::blocks::Key;
+use super::kept::near::{Group, Near};
 use super::kept::record::{Block, External, Record};
 use super::kept::{GroupKey, Kept};
 use super::lower::Site;
@@ -22,49 +23,40 @@ pub struct Recall {
     has_left: bool,
     /// Blocks had to make way since all were dropped.
     pub is_crowded: bool,
-    pages: HashMap<Ppn, PageHistory>,
-    /// The records of the group at work.
-    records: Vec<u8>,
+    /// How often code of a page was written.
+    writes: HashMap<Ppn, u32>,
+    near: Near,
+    /// Offsets of blocks that are about to be taken in.
+    wanted: Vec<u16>,
     externals: Vec<External>,
     sites: Vec<Site>,
     pub blocks: u64,
 }
 
-/// What became of a page's kept translations here.
-#[derive(Debug, Default)]
-struct PageHistory {
-    /// Groups that were taken in, and nothing was dropped since.
-    taken: Vec<u32>,
-    /// How often code of the page was written.
-    writes: u32,
-    /// The number of writes after which the groups are looked at again. Doubles each time: a kernel that patches itself does
-    /// so a few times, and code that modifies itself in a loop would take in its page each time round.
-    again_at: u32,
-}
-
-/// Code of a page that was written more often is not kept: it will be something else the next time.
+/// Code of a page that was written more often is not kept, and not looked for: it will be something else the next time.
 const MOST_WRITES: u32 = 64;
 
 impl Recall {
-    /// The page was written, and its blocks are gone: what is kept may be of use again.
+    /// The page was written, and its blocks are gone.
     pub fn forget(&mut self, page: Ppn) {
-        let page = self.pages.entry(page).or_default();
-        page.writes = page.writes.saturating_add(1);
-        if page.writes >= page.again_at {
-            page.taken.clear();
-            page.again_at = page.writes.saturating_mul(2);
-        }
+        let writes = self.writes.entry(page).or_default();
+        *writes = writes.saturating_add(1);
     }
 
     /// All blocks are gone.
     pub fn forget_all(&mut self) {
-        self.pages.clear();
+        self.writes.clear();
         self.is_crowded = false;
+    }
+
+    /// Nothing was wanted for a while.
+    pub fn rest(&mut self) {
+        self.near.clear();
     }
 
     /// Whether the page's code stays as it is long enough for its translations to be of use to others.
     fn is_steady(&self, page: Ppn) -> bool {
-        self.pages.get(&page).is_none_or(|page| page.writes <= MOST_WRITES)
+        self.writes.get(&page).is_none_or(|writes| *writes <= MOST_WRITES)
     }
 }
 
@@ -90,67 +82,93 @@ impl Translator {
     }
 
     /// The group of a block's translation.
-    fn group(&self, key: &Key) -> GroupKey {
+    fn group(&self, kept: &Kept, core: &Core<'_>, key: &Key) -> GroupKey {
         let Features { sse, avx, user: _, tsc_disabled, fsgsbase, syscall, is_alone } = self.features;
         let flags = [sse, avx, tsc_disabled, fsgsbase, syscall, is_alone, self.options.count_instructions];
         let flags = flags.iter().fold(0, |flags, flag| flags << 1 | u32::from(*flag));
-        GroupKey { page: key.rip >> 12, kind: flags << 8 | u32::from(key.mode.0) }
+        let first = || {
+            let mut page = vec![0; PAGE_SIZE as usize];
+            if let Some(memory) = core.memory.page(key.gpa.ppn()) {
+                memory.read(0, &mut page);
+            }
+            page
+        };
+        // Programs are the same under every kernel.
+        let system = if key.mode.is_user() { 0 } else { kept.system(first) };
+        GroupKey { page: key.rip >> 12, kind: flags << 8 | u32::from(key.mode.0), system }
     }
 
-    /// Installs the kept translations of the page of `key`; true when the block itself is among them.
+    /// Installs the block of `key` if it is kept.
     pub(super) fn recall(&mut self, core: &mut Core<'_>, key: &Key) -> Option<(u64, u64)> {
         let kept = self.recall.kept.clone()?;
         let store = kept.store()?;
-        let group = self.group(key);
-        let place = store.find(group)?;
-        let history = self.recall.pages.entry(key.gpa.ppn()).or_default();
-        if history.taken.contains(&place) {
+        if !self.recall.is_steady(key.gpa.ppn()) {
             return None;
         }
-        history.taken.push(place);
-        let mut page = [0; PAGE_SIZE as usize];
-        core.memory.page(key.gpa.ppn())?.read(0, &mut page);
-        let mut records = std::mem::take(&mut self.recall.records);
-        store.read(group, place, &mut records);
-        let (mut rest, first) = (&records[..], self.sites.next_number());
-        while let Some(record) = Record::take(&mut rest) {
-            if record.is_of(&page) && self.install(core, key, &record, &page).is_none() {
+        let group = self.group(&kept, core, key);
+        let place = store.find(group)?;
+        let mut near = std::mem::take(&mut self.recall.near);
+        let known = near
+            .find(place, key.gpa.offset() as u16, |records| store.read(group, place, records))
+            .and_then(|group| self.take_in(core, key, group));
+        self.recall.near = near;
+        known
+    }
+
+    /// Installs the block of `key` from its group, and with it those of the page that it leads to: they are kept because they
+    /// were wanted, and so most are wanted again.
+    fn take_in(&mut self, core: &mut Core<'_>, key: &Key, group: &Group) -> Option<(u64, u64)> {
+        let mut wanted = std::mem::take(&mut self.recall.wanted);
+        wanted.clear();
+        if group.is_new && !self.recall.is_crowded {
+            wanted.extend(group.offsets());
+        }
+        wanted.push(key.gpa.offset() as u16);
+        let first = self.sites.next_number();
+        while let Some(offset) = wanted.pop() {
+            let here = key.beside(offset);
+            if self.blocks.find(&here).is_some() {
+                continue;
+            }
+            let Some(page) = core.memory.page(key.gpa.ppn()) else { break };
+            let is_of_page =
+                |record: &Record<'_>| record.guest().all(|(part, bytes)| page.holds(part.offset.into(), bytes));
+            let Some(record) = group.records_at(offset).find(is_of_page) else { continue };
+            let sites = self.sites.next_number();
+            // Where others have to make way, only what is wanted now is worth that. And where accesses are checked one by
+            // one, blocks lead to blocks of another group.
+            if self.install(core, here, &record).is_none() || self.recall.is_crowded || key.mode.is_apart() {
                 break;
             }
+            for site in self.sites.since(sites) {
+                if let Site::Link { target, .. } = site {
+                    let rip = here.rip.wrapping_add_signed(target.into());
+                    if rip >> 12 == key.rip >> 12 {
+                        wanted.push((rip & PAGE_MASK) as u16);
+                    }
+                }
+            }
         }
-        self.recall.records = records;
+        self.recall.wanted = wanted;
         self.link_inside_page(key, first);
         self.blocks.find(key).map(|known| (known.entry_host, known.entry_slot))
     }
 
-    /// Makes a block of a record whose guest code is in the page of `beside`, which held `page` a moment ago. `None` when there
-    /// is no room.
-    fn install(
-        &mut self,
-        core: &mut Core<'_>,
-        beside: &Key,
-        record: &Record<'_>,
-        page: &[u8; PAGE_SIZE as usize],
-    ) -> Option<()> {
-        let offset = u64::from(record.offset());
-        let gpa = Gpa(beside.gpa.0 & !PAGE_MASK | offset);
-        let key = Key { gpa, rip: beside.rip & !PAGE_MASK | offset, mode: beside.mode };
-        if self.blocks.find(&key).is_some() {
-            return Some(());
-        }
+    /// Makes a block of a record that was of its page a moment ago. `None` when there is no room.
+    fn install(&mut self, core: &mut Core<'_>, key: Key, record: &Record<'_>) -> Option<()> {
         if record.code.len() > BLOCK_ROOM {
             return Some(());
         }
         self.make_room(core);
-        for part in record.parts() {
-            let code = &page[usize::from(part.offset)..][..usize::from(part.size)];
-            if !core.trace_code(Gpa(gpa.0 & !PAGE_MASK | u64::from(part.offset)), code) {
+        for (part, bytes) in record.guest() {
+            if !core.trace_code(Gpa(key.gpa.0 & !PAGE_MASK | u64::from(part.offset)), bytes) {
                 // Another processor is at it.
                 return Some(());
             }
         }
         let base = self.cache.range().start;
         let address = self.cache.next_address();
+        let start = (address - base) as u32;
         let code = &mut self.asm.code;
         code.clear();
         code.extend_from_slice(record.code);
@@ -162,16 +180,20 @@ impl Translator {
             put(external.at, (base + u64::from(external.target)).wrapping_sub(after) as u32);
         }
         let sites = self.sites.next_number();
-        for site in record.sites(self.blocks.next_index(), (address - base) as u32) {
+        for site in record.sites(self.blocks.next_index(), start) {
             let Some(site) = site else {
                 self.sites.truncate(sites);
                 return Some(());
             };
-            put(site.at, self.sites.next_number());
+            let number = self.sites.next_number();
+            put(site.at, number);
             self.sites.push(site.site);
+            if let Some(at) = site.site.displacement() {
+                // Behind the displacement begins what it is relative to.
+                self.sites.set_unlinked(number, record.displacement(at.wrapping_sub(start)).wrapping_add(4) as u16);
+            }
         }
         let address = self.cache.add(&self.asm.code)?;
-        self.note_unlinked(sites);
         let map = &mut self.scratch.map;
         map.clear();
         map.extend(record.map());
@@ -191,8 +213,9 @@ impl Translator {
             if rip >> 12 != beside.rip >> 12 {
                 continue;
             }
-            let gpa = Gpa(beside.gpa.0 & !PAGE_MASK | rip & PAGE_MASK);
-            let known = self.blocks.find(&Key { gpa, rip, mode: beside.mode.of_code() });
+            // No other block leads to one whose accesses are checked one by one before it knows the need.
+            let target = Key { mode: beside.mode.of_code(), ..beside.beside((rip & PAGE_MASK) as u16) };
+            let known = self.blocks.find(&target);
             if let Some(known) = known.filter(|known| known.is_single) {
                 let entry = if flags_in_host { known.entry_host } else { known.entry_slot };
                 self.cache.set_displacement(base + u64::from(at), entry);
@@ -201,15 +224,13 @@ impl Translator {
     }
 
     /// Keeps the block that was just translated, whose code is in the assembler and whose sites begin at `first`.
-    pub(super) fn note(&mut self, key: &Key, first: u32, insns: usize, entries: (u32, u32)) {
-        let Some(store) = self.recall.kept.as_ref().and_then(|kept| kept.store()) else { return };
+    pub(super) fn note(&mut self, core: &Core<'_>, key: &Key, first: u32, insns: usize, entries: (u32, u32)) {
+        let Some(kept) = self.recall.kept.clone() else { return };
+        let Some(store) = kept.store() else { return };
         if !self.recall.is_steady(key.gpa.ppn()) {
             return;
         }
-        let group = self.group(key);
-        if self.recall.is_crowded && store.find(group).is_some() {
-            return;
-        }
+        let group = self.group(&kept, core, key);
         let base = self.cache.range().start;
         let start = (self.asm.origin() - base) as u32;
         self.recall.sites.clear();
@@ -270,19 +291,15 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_page_that_is_written_all_the_time_is_looked_at_again_ever_more_seldom() {
+    fn a_page_that_is_written_all_the_time_is_not_looked_at() {
         let (mut recall, page) = (Recall::default(), Ppn(7));
-        let mut looks = 0;
-        for _ in 0..1000 {
-            let history = recall.pages.entry(page).or_default();
-            if history.taken.is_empty() {
-                history.taken.push(1);
-                looks += 1;
-            }
+        let looks = (0..1000).filter(|_| {
+            let is_steady = recall.is_steady(page);
             recall.forget(page);
-        }
-        assert_eq!(looks, 11, "at the first, and behind writes 1, 2, 4 ... 512");
-        assert!(!recall.is_steady(page) && recall.is_steady(Ppn(8)));
+            is_steady
+        });
+        assert_eq!(looks.count(), 65);
+        assert!(recall.is_steady(Ppn(8)));
         recall.forget_all();
         assert!(recall.is_steady(page));
     }

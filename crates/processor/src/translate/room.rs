@@ -61,8 +61,7 @@ impl Translator {
     fn evict(&mut self, core: &mut Core<'_>) {
         self.counters.evictions += 1;
         self.take_samples(core);
-        // What goes now is not taken from what is kept again: that gives whole pages, and there is no room for those. Nor need
-        // it be kept again.
+        // Whole pages of what is kept have no room from now on.
         self.recall.is_crowded = true;
         // Landings are part of blocks.
         core.vcpu.jumps.returns.clear(true);

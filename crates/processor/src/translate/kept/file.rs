@@ -16,11 +16,32 @@ use std::fs::File;
 use std::io::{self, BufWriter, Seek, Write};
 use std::os::unix::fs::FileExt;
 
-/// Which code a group holds: the page's number in virtual memory, and all that a translation depends on besides bytes.
+/// Which code a group holds: the page's number in virtual memory, all that a translation depends on besides bytes, and the
+/// system that it is of, so that two kernels at one address do not share groups. 0 is code that any system may run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct GroupKey {
     pub page: u64,
     pub kind: u32,
+    pub system: u32,
+}
+
+impl GroupKey {
+    /// Bytes of a packed key.
+    pub const SIZE: usize = 16;
+
+    pub fn pack(self) -> [u8; GroupKey::SIZE] {
+        let mut bytes = [0; GroupKey::SIZE];
+        bytes[..8].copy_from_slice(&self.page.to_le_bytes());
+        bytes[8..12].copy_from_slice(&self.kind.to_le_bytes());
+        bytes[12..].copy_from_slice(&self.system.to_le_bytes());
+        bytes
+    }
+
+    pub fn unpack(bytes: &[u8]) -> Option<GroupKey> {
+        let word = |at: usize| Some(u32::from_le_bytes(bytes.get(at..at + 4)?.try_into().ok()?));
+        let page = u64::from_le_bytes(bytes.get(..8)?.try_into().ok()?);
+        Some(GroupKey { page, kind: word(8)?, system: word(12)? })
+    }
 }
 
 /// What a file must be made for, and with.
@@ -40,9 +61,9 @@ pub struct Entry {
     tag: [u8; 32],
 }
 
-const MAGIC: [u8; 16] = *b"ringzero code 1\n";
+const MAGIC: [u8; 16] = *b"ringzero code 2\n";
 const HEADER: usize = 16 + 32 + 8 + 8 + 32;
-const ENTRY: usize = 8 + 4 + 4 + 4 + 4 + 8 + 32;
+const ENTRY: usize = GroupKey::SIZE + 4 + 4 + 8 + 32;
 /// A larger index is none of ours.
 const MOST_GROUPS: u64 = 1 << 18;
 
@@ -65,18 +86,16 @@ impl Seal {
     fn group_tag(&self, key: GroupKey, records: &[u8]) -> blake3::Hash {
         // The records first: their whole chunks are then hashed side by side.
         let mut hasher = blake3::Hasher::new_keyed(&self.secret);
-        hasher.update(records).update(&key.page.to_le_bytes()).update(&key.kind.to_le_bytes());
-        hasher.update(&self.version).update(b"group").finalize()
+        hasher.update(records).update(&key.pack()).update(&self.version).update(b"group").finalize()
     }
 }
 
 impl Entry {
     fn pack(&self) -> [u8; ENTRY] {
         let mut bytes = [0; ENTRY];
-        bytes[..8].copy_from_slice(&self.key.page.to_le_bytes());
-        bytes[8..12].copy_from_slice(&self.key.kind.to_le_bytes());
-        bytes[12..16].copy_from_slice(&self.used.to_le_bytes());
-        bytes[16..20].copy_from_slice(&self.size.to_le_bytes());
+        bytes[..GroupKey::SIZE].copy_from_slice(&self.key.pack());
+        bytes[16..20].copy_from_slice(&self.used.to_le_bytes());
+        bytes[20..24].copy_from_slice(&self.size.to_le_bytes());
         bytes[24..32].copy_from_slice(&self.offset.to_le_bytes());
         bytes[32..].copy_from_slice(&self.tag);
         bytes
@@ -86,9 +105,9 @@ impl Entry {
         let word = |at: usize| Some(u32::from_le_bytes(bytes.get(at..at + 4)?.try_into().ok()?));
         let long = |at: usize| Some(u64::from_le_bytes(bytes.get(at..at + 8)?.try_into().ok()?));
         Some(Entry {
-            key: GroupKey { page: long(0)?, kind: word(8)? },
-            used: word(12)?,
-            size: word(16)?,
+            key: GroupKey::unpack(bytes)?,
+            used: word(16)?,
+            size: word(20)?,
             offset: long(24)?,
             tag: bytes.get(32..64)?.try_into().ok()?,
         })

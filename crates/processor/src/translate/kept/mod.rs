@@ -3,10 +3,11 @@
 //!
 //! A translation is a function of the guest's bytes, the virtual address, the mode, what the guest has enabled, and the
 //! translator itself; so it may be used wherever these are the same. The file is named for the translator's build and the
-//! host's processor, groups by address and mode; the bytes are compared in full, block by block. Nothing that a guest can do
+//! host's processor, groups by address, mode and, for a kernel's code, the kernel; the bytes are compared in full, block by block. Nothing that a guest can do
 //! puts anything else into the file.
 
 mod file;
+pub mod near;
 pub mod record;
 
 use std::collections::{HashMap, HashSet};
@@ -47,6 +48,7 @@ const LOCK: &str = "lock";
 pub struct Kept {
     place: PathBuf,
     store: OnceLock<Option<Store>>,
+    system: OnceLock<u32>,
     /// Translators that have not finished.
     users: AtomicUsize,
 }
@@ -86,7 +88,7 @@ impl Kept {
     /// Translations below `place`, which is made where it is missing.
     #[must_use]
     pub fn new(place: PathBuf) -> Kept {
-        Kept { place, store: OnceLock::new(), users: AtomicUsize::new(0) }
+        Kept { place, store: OnceLock::new(), system: OnceLock::new(), users: AtomicUsize::new(0) }
     }
 
     /// For a translator of this version. `None` when the folder or what is in it cannot be used: then nothing is kept.
@@ -99,6 +101,14 @@ impl Kept {
     #[must_use]
     pub fn store(&self) -> Option<&Store> {
         self.store.get()?.as_ref()
+    }
+
+    /// Which system this machine runs, told by the `first` page of code that was looked for.
+    pub fn system(&self, first: impl FnOnce() -> Vec<u8>) -> u32 {
+        *self.system.get_or_init(|| {
+            let [a, b, c, d, ..] = *blake3::hash(&first()).as_bytes();
+            u32::from_le_bytes([a, b, c, d])
+        })
     }
 
     /// A translator is done: the last one writes the file. A failure leaves the file as it was.
@@ -181,8 +191,7 @@ impl Store {
             return;
         }
         let before = fresh.log.len();
-        fresh.log.extend_from_slice(&key.page.to_le_bytes());
-        fresh.log.extend_from_slice(&key.kind.to_le_bytes());
+        fresh.log.extend_from_slice(&key.pack());
         record::write(block, &mut fresh.log);
         fresh.size += (fresh.log.len() - before) as u64;
         self.blocks_noted.fetch_add(1, Ordering::Relaxed);
@@ -280,10 +289,8 @@ impl Fresh {
 /// The records of a log by their groups, the newest first.
 fn sort_log(mut log: &[u8]) -> HashMap<GroupKey, Vec<&[u8]>> {
     let mut groups = HashMap::<_, Vec<_>>::new();
-    while let Some(head) = log.split_off(..12) {
-        let (Ok(page), Ok(kind)) = (head[..8].try_into(), head[8..].try_into()) else { break };
-        let key = GroupKey { page: u64::from_le_bytes(page), kind: u32::from_le_bytes(kind) };
-        let Some(record) = Record::take(&mut log) else { break };
+    while let Some(head) = log.split_off(..GroupKey::SIZE) {
+        let (Some(key), Some(record)) = (GroupKey::unpack(head), Record::take(&mut log)) else { break };
         groups.entry(key).or_default().push(record.bytes);
     }
     groups.values_mut().for_each(|records| records.reverse());

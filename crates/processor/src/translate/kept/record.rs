@@ -49,6 +49,8 @@ pub struct Block<'a> {
 }
 
 const SITE: usize = 4 + Site::PACKED;
+/// Bytes before the parts.
+const HEAD: usize = 36;
 
 /// Appends the record of a block.
 pub fn write(block: &Block<'_>, out: &mut Vec<u8>) {
@@ -119,7 +121,7 @@ impl<'a> Record<'a> {
             [word(bytes, 4)?, word(bytes, 8)?, word(bytes, 12)?, word(bytes, 16)?, word(bytes, 20)?]
                 .map(|count| count as usize);
         let (entry_host, entry_slot, insns) = (word(bytes, 24)?, word(bytes, 28)?, word(bytes, 32)?);
-        let mut body = bytes.get(36..)?;
+        let mut body = bytes.get(HEAD..)?;
         let mut next = |size: usize| body.split_off(..size);
         let parts = next(parts.checked_mul(4)?)?;
         let guest = parts.chunks_exact(4).map(|part| usize::from(half(part, 2).unwrap_or(0))).sum();
@@ -134,6 +136,14 @@ impl<'a> Record<'a> {
         }
         *rest = &rest[size..];
         Some(record)
+    }
+
+    /// Passes the first record of `rest` over, and gives the offset at which its block begins.
+    pub fn skip(rest: &mut &'a [u8]) -> Option<u16> {
+        let bytes = rest.get(..word(rest, 0)? as usize)?;
+        let offset = half(bytes, HEAD)?;
+        *rest = &rest[bytes.len()..];
+        Some(offset)
     }
 
     /// Whether everything that points into the code or the page is inside it.
@@ -157,13 +167,15 @@ impl<'a> Record<'a> {
         half(self.parts, 0).unwrap_or(0)
     }
 
-    /// Whether the page holds what the block was made of.
-    pub fn is_of(&self, page: &[u8; 4096]) -> bool {
+    /// What the block was made of: each part and the bytes that were there.
+    pub fn guest(&self) -> impl Iterator<Item = (Span, &'a [u8])> {
         let mut guest = self.guest;
-        self.parts().all(|part| {
-            let here = page.get(usize::from(part.offset)..).and_then(|page| page.get(..usize::from(part.size)));
-            here.is_some() && here == guest.split_off(..usize::from(part.size))
-        })
+        self.parts().map_while(move |part| Some((part, guest.split_off(..usize::from(part.size))?)))
+    }
+
+    /// The 32-bit displacement at an offset of the code; 0 where there is none.
+    pub fn displacement(&self, at: u32) -> u32 {
+        word(self.code, at as usize).unwrap_or(0)
     }
 
     /// What makes two records stand for the same block: the parts and their content.
@@ -239,16 +251,25 @@ mod tests {
     }
 
     #[test]
-    fn a_record_is_only_of_the_page_that_it_was_made_of() {
+    fn a_record_says_what_it_was_made_of() {
         let bytes = record();
         let record = Record::take(&mut &bytes[..]).unwrap();
-        let mut page = [0; 4096];
-        page[0x100..0x103].copy_from_slice(&[1, 2, 3]);
-        assert!(!record.is_of(&page), "what was looked at besides the code is different");
-        page[0x200] = 9;
-        assert!(record.is_of(&page));
-        page[0x102] = 4;
-        assert!(!record.is_of(&page));
+        let guest: Vec<_> = record.guest().collect();
+        let span = |offset, size| Span { offset, size };
+        assert_eq!(guest, [(span(0x100, 3), &[1, 2, 3][..]), (span(0x200, 1), &[9])], "and what was looked at besides");
+    }
+
+    #[test]
+    fn records_are_passed_over_by_their_size() {
+        let bytes = [record(), record()].concat();
+        let mut rest = &bytes[..];
+        assert_eq!((Record::skip(&mut rest), rest.len()), (Some(0x100), bytes.len() / 2));
+        assert_eq!((Record::skip(&mut rest), Record::skip(&mut rest), rest.len()), (Some(0x100), None, 0));
+        for size in 0..bytes.len() / 2 {
+            assert!(Record::skip(&mut &bytes[..size]).is_none());
+        }
+        // One that says it has no bytes would be passed over for ever.
+        assert!(Record::skip(&mut &[0; 64][..]).is_none());
     }
 
     #[test]
@@ -262,7 +283,7 @@ mod tests {
                 let mut bad = good.clone();
                 bad[at] = value;
                 if let Some(record) = Record::take(&mut &bad[..]) {
-                    let _ = (record.is_of(&[0; 4096]), record.map().count(), record.sites(0, 0).count());
+                    let _ = (record.guest().count(), record.map().count(), record.sites(0, 0).count());
                     assert!(record.externals().all(|external| external.at as usize + 4 <= record.code.len()));
                 }
             }

@@ -15,7 +15,7 @@ fn place(name: &str) -> PathBuf {
 }
 
 fn key(page: u64) -> GroupKey {
-    GroupKey { page, kind: 1 }
+    GroupKey { page, kind: 1, system: 7 }
 }
 
 /// Notes `blocks` blocks of a page, whose code is `byte`s.
