@@ -4,6 +4,7 @@
 //! One guest load: [`tlb`] hit -> bytes. On a miss: [`walk`] -> [`pmap`] -> [`pool`] -> the TLB is filled.
 
 pub mod bytes;
+pub mod devices;
 mod error;
 pub mod guest;
 pub mod pmap;

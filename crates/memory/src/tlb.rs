@@ -10,6 +10,7 @@
 use x86::{Gva, PAGE_MASK, PAGE_SHIFT, PAGE_SIZE};
 
 use crate::bytes::{self, PageRef};
+use crate::devices::DevicePages;
 use crate::shadow::Shadow;
 
 /// Entries of a bank; a power of two. 1024 entries reach 4 MiB, and are 32 KiB to probe and empty.
@@ -73,6 +74,8 @@ pub struct SoftTlb {
     /// Whether the kernel's bank holds entries that are not global.
     has_local: bool,
     pub shadow: Shadow,
+    /// What is no RAM.
+    pub devices: DevicePages,
     /// Regions of 2 MiB and of 1 GiB, by a hash of their numbers, of which pieces of large pages are held.
     large: u64,
     huge: u64,
@@ -114,6 +117,7 @@ impl SoftTlb {
             generations: [kernel, space, space],
             has_local: false,
             shadow,
+            devices: DevicePages::default(),
             large: 0,
             huge: 0,
             fills: 0,
@@ -255,6 +259,7 @@ impl SoftTlb {
     /// Empties the TLB of what is not global; the shadow keeps it, under its generation.
     fn empty_local(&mut self) {
         self.flushes += 1;
+        self.devices.forget_local();
         self.empty(Bank::User, 0);
         self.empty(Bank::KernelAc, 0);
         if std::mem::take(&mut self.has_local) {
@@ -301,6 +306,7 @@ impl SoftTlb {
         for bank in BANKS {
             self.empty(bank, 0);
         }
+        self.devices.forget_all();
         self.forget_shadow();
         (self.large, self.huge) = (0, 0);
     }
@@ -324,6 +330,7 @@ impl SoftTlb {
             let first = index(address) & !(LARGE_PAGES - 1);
             self.drop_region(address, LARGE_SHIFT, first..first + LARGE_PAGES);
         }
+        self.devices.forget_all();
         let page = address.page().0;
         for bank in BANKS {
             let entry = &mut self.banks[bank as usize].entries[index(address)];

@@ -141,15 +141,14 @@ impl Seats {
 
     fn come_back(&self, number: usize) {
         let turns = &self.seat(number).turns;
+        // Either we see the request when we look for it next, or it is seen in `ask` that we run.
         turns.store(turns.load(Ordering::Relaxed) | 1, Ordering::SeqCst);
-        // Pairs with the fence in `ask`: either we see the request, or it is seen that we run.
-        fence(Ordering::SeqCst);
     }
 
     fn leave(&self, number: usize) {
         let turns = &self.seat(number).turns;
+        // Either we see the sleeper, or it sees that we have left.
         turns.store((turns.load(Ordering::Relaxed) | 1) + 1, Ordering::SeqCst);
-        fence(Ordering::SeqCst);
         if self.sleepers.load(Ordering::SeqCst) > 0 {
             drop(lock(&self.sleep));
             self.left.notify_all();
@@ -160,7 +159,7 @@ impl Seats {
     #[inline]
     #[must_use]
     pub fn is_asked(&self, number: usize) -> bool {
-        self.seat(number).asked.load(Ordering::Acquire)
+        self.seat(number).asked.load(Ordering::SeqCst)
     }
 
     /// The pages to which the processor may not store without a trap any more: its TLB must forget the right.

@@ -80,6 +80,13 @@ impl Control {
         }
     }
 
+    /// The calling thread is that of `processor`.
+    pub fn serve(&self, processor: usize) {
+        if let Some(kicker) = self.kickers.get(processor) {
+            kicker.serve();
+        }
+    }
+
     /// Puts the calling thread, that of `processor`, to sleep until somebody kicks it.
     pub fn sleep(&self, processor: usize) {
         if let Some(kicker) = self.kickers.get(processor) {

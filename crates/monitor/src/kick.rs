@@ -1,5 +1,7 @@
 //! Kicks: how any thread makes a processor look up, whether it runs guest code or sleeps in HLT.
 
+use std::cell::Cell;
+use std::ptr;
 use std::sync::Arc;
 use std::sync::Condvar;
 use std::sync::atomic::{AtomicBool, Ordering, fence};
@@ -19,6 +21,11 @@ pub struct Kicker {
     woken: Condvar,
 }
 
+thread_local! {
+    /// That of the processor whose thread this is. It is compared, and never followed.
+    static OWN: Cell<*const Kicker> = const { Cell::new(ptr::null()) };
+}
+
 impl Kicker {
     #[must_use]
     pub fn new(attention: Arc<Attention>, engine: Option<EngineKick>) -> Kicker {
@@ -34,6 +41,11 @@ impl Kicker {
     /// Makes the processor look at what is wanted of it. Costs no system call when it runs under an engine that polls.
     /// May be called under any lock.
     pub fn kick(&self) {
+        if ptr::eq(OWN.get(), self) {
+            // It is awake, and looks at its attention before it runs on.
+            self.attention.raise_here();
+            return;
+        }
         self.attention.raise();
         // Pairs with the fence in `sleep`: either we see that it sleeps, or it sees the attention that we raised.
         fence(Ordering::SeqCst);
@@ -45,6 +57,11 @@ impl Kicker {
             // One that sleeps is in no engine, and looks at its attention before it goes into one.
             engine();
         }
+    }
+
+    /// The calling thread is the processor's own from now on.
+    pub fn serve(&self) {
+        OWN.set(self);
     }
 
     /// Blocks the calling thread, the processor's own, until a kick. One that came since the attention was last lowered
@@ -65,6 +82,18 @@ mod tests {
     use super::*;
     use std::sync::atomic::AtomicU32;
     use std::time::{Duration, Instant};
+
+    #[test]
+    fn a_processor_that_kicks_itself_only_looks_at_its_attention() {
+        let attention = Arc::<Attention>::default();
+        let engine: EngineKick = Arc::new(|| panic!("nobody has to stop it"));
+        let kicker = Kicker::new(Arc::clone(&attention), Some(engine));
+        kicker.serve();
+        kicker.kick();
+        assert!(attention.take());
+        kicker.kick();
+        kicker.sleep();
+    }
 
     #[test]
     fn a_kick_before_the_sleep_is_not_lost() {

@@ -95,6 +95,7 @@ fn message(panic: &(dyn Any + Send)) -> &str {
 /// Runs the processor until the machine ends; the reason, when it is this processor's doing.
 fn serve(hall: &Hall, number: usize) -> Option<String> {
     let place = hall.processors.get(number)?;
+    hall.control.serve(number);
     let (sampler, is_profiled) = {
         let processor = place.lock();
         (Arc::clone(&processor.sampler), processor.vcpu.profile.is_some())

@@ -66,15 +66,19 @@ impl Core<'_> {
         let paging = Paging::of(&self.vcpu.cpu);
         let translation = walk(self.memory, &paging, address, access)?;
         let ppn = translation.gpa.ppn();
-        if !access.fetch
-            && let Some(page) = self.memory.page(ppn)
-        {
-            let bank = self.bank_of(access);
-            let writable = translation.writable && self.memory.pmap().grant_store(ppn, self.vcpu.number);
-            self.vcpu.tlb.fill(bank, address, page, writable, translation.global);
-            if translation.page_size > PAGE_SIZE {
-                self.vcpu.tlb.note_large(address, translation.page_size);
-            }
+        if access.fetch {
+            return Ok(translation);
+        }
+        let bank = self.bank_of(access);
+        let Some(page) = self.memory.page(ppn) else {
+            let Translation { gpa, writable, global, .. } = translation;
+            self.vcpu.tlb.devices.fill(bank, address, gpa, writable, global);
+            return Ok(translation);
+        };
+        let writable = translation.writable && self.memory.pmap().grant_store(ppn, self.vcpu.number);
+        self.vcpu.tlb.fill(bank, address, page, writable, translation.global);
+        if translation.page_size > PAGE_SIZE {
+            self.vcpu.tlb.note_large(address, translation.page_size);
         }
         Ok(translation)
     }
@@ -137,10 +141,13 @@ impl Core<'_> {
         if let Some(value) = self.vcpu.tlb.load(bank, address, size) {
             return Ok(value);
         }
-        let translation = self.translate(address, access)?;
-        match self.memory.page(translation.gpa.ppn()) {
-            Some(page) => Ok(page.load(translation.gpa.offset(), size)),
-            None => Ok(self.device_read(translation.gpa, size)),
+        let gpa = match self.vcpu.tlb.devices.find(bank, address, false) {
+            Some(gpa) => gpa,
+            None => self.translate(address, access)?.gpa,
+        };
+        match self.memory.page(gpa.ppn()) {
+            Some(page) => Ok(page.load(gpa.offset(), size)),
+            None => Ok(self.device_read(gpa, size)),
         }
     }
 
@@ -163,8 +170,10 @@ impl Core<'_> {
         if self.vcpu.tlb.store(bank, address, size, value) {
             return Ok(());
         }
-        let translation = self.translate(address, access)?;
-        let gpa = translation.gpa;
+        let gpa = match self.vcpu.tlb.devices.find(bank, address, true) {
+            Some(gpa) => gpa,
+            None => self.translate(address, access)?.gpa,
+        };
         match self.memory.page(gpa.ppn()) {
             Some(page) => {
                 page.store(gpa.offset(), size, value);

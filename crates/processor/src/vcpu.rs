@@ -28,6 +28,11 @@ impl Attention {
         self.wanted.store(true, Ordering::SeqCst);
     }
 
+    /// The same for the VCPU's own thread, which needs no fence to see it.
+    pub fn raise_here(&self) {
+        self.wanted.store(true, Ordering::Relaxed);
+    }
+
     /// Lowers the request; says whether there was one.
     pub fn take(&self) -> bool {
         self.wanted.swap(false, Ordering::SeqCst)

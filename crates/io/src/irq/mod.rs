@@ -216,6 +216,7 @@ impl Fabric {
     fn carry_out(&self, cpu: usize, effect: Effect) {
         match effect {
             Effect::None => {}
+            Effect::Kept => self.counters.interrupts_ipi.add(1),
             Effect::EndOfLevel(vector) => {
                 let mut wiring = self.wiring.lock();
                 wiring

@@ -78,8 +78,8 @@ impl Stubs {
     }
 
     #[must_use]
-    pub fn lookups(&self) -> [u64; 8] {
-        self.lookup
+    pub fn lookups(&self) -> &[u64; 8] {
+        &self.lookup
     }
 
     /// Whether a return address is in a stub.

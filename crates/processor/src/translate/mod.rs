@@ -639,6 +639,9 @@ impl Translator {
         if !address.is_canonical() {
             return Ok(false);
         }
+        if core.vcpu.tlb.devices.find(core.vcpu.bank(), address, write).is_some() {
+            return Ok(false);
+        }
         let access = core.access(write);
         core.translate(address, access)?;
         Ok(core.vcpu.tlb.allows(core.vcpu.bank(), address, write))

@@ -35,9 +35,10 @@ impl Returns {
     }
 
     /// Empties the tables of another translator.
-    pub fn prepare(&mut self, lookups: [u64; 8]) {
-        if self.lookups != lookups {
-            self.lookups = lookups;
+    pub fn prepare(&mut self, lookups: &[u64; 8]) {
+        // No two translators have the first at the same place, unless all are.
+        if self.lookups[0] != lookups[0] {
+            self.lookups = *lookups;
             self.clear(true);
             self.clear(false);
         }

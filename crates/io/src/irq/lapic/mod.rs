@@ -146,6 +146,11 @@ impl LocalApic {
         address.0 & !0xfff == self.page.load(Ordering::Relaxed)
     }
 
+    /// The time, for registers that depend on it: to ask the clock takes longer than most accesses.
+    fn time_for(&self, register: u8) -> u64 {
+        if register::is_timers(register) { self.clock.now() } else { 0 }
+    }
+
     /// Read from the xAPIC page. Registers are 32 bits wide, each at the start of 16 bytes; what lies between reads 0.
     #[must_use]
     pub fn read_page(&self, offset: u64, size: AccessSize) -> u64 {
@@ -153,7 +158,7 @@ impl LocalApic {
         if byte >= 4 {
             return 0;
         }
-        let now = self.clock.now();
+        let now = self.time_for(register);
         let value = self.with(|state| state.read(register, now)).unwrap_or(0);
         u64::from(value) >> (8 * byte) & size.mask()
     }
@@ -164,8 +169,12 @@ impl LocalApic {
         if offset & 15 != 0 || size < AccessSize::Dword {
             return Effect::None;
         }
-        let now = self.clock.now();
-        self.with(|state| state.write((offset >> 4) as u8, value as u32, now)).unwrap_or(Effect::None)
+        let register = (offset >> 4) as u8;
+        let now = self.time_for(register);
+        self.with(|state| match state.write(register, value as u32, now) {
+            Ok(effect) => state.keep(effect),
+            Err(Illegal) => Effect::None,
+        })
     }
 
     /// Read an x2APIC register, by its MSR number less 0x800.
@@ -173,7 +182,7 @@ impl LocalApic {
     /// # Errors
     /// [`Illegal`] outside x2APIC mode, and for what is no readable register.
     pub fn read_x2apic(&self, register: u8) -> Result<u64, Illegal> {
-        let now = self.clock.now();
+        let now = self.time_for(register);
         self.with(|state| {
             if !state.is_x2apic() {
                 return Err(Illegal);
@@ -190,16 +199,18 @@ impl LocalApic {
     /// # Errors
     /// [`Illegal`] outside x2APIC mode, for what is no writable register, and for reserved bits.
     pub fn write_x2apic(&self, register: u8, value: u64) -> Result<Effect, Illegal> {
-        let now = self.clock.now();
+        let now = self.time_for(register);
         self.with(|state| {
             if !state.is_x2apic() {
                 return Err(Illegal);
             }
             if register == register::ICR_LOW {
-                return state.write_icr(value);
+                let effect = state.write_icr(value)?;
+                return Ok(state.keep(effect));
             }
             let value = u32::try_from(value).map_err(|_| Illegal)?;
-            state.write(register, value, now)
+            let effect = state.write(register, value, now)?;
+            Ok(state.keep(effect))
         })
     }
 

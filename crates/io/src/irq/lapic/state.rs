@@ -30,6 +30,11 @@ pub mod register {
     pub const CURRENT_COUNT: u8 = 0x39;
     pub const DIVIDE: u8 = 0x3e;
     pub const SELF_IPI: u8 = 0x3f;
+
+    /// Whether reading or writing a register needs the time.
+    pub fn is_timers(register: u8) -> bool {
+        matches!(register, LVT_TIMER | INITIAL_COUNT | CURRENT_COUNT | DIVIDE)
+    }
 }
 use register as r;
 
@@ -80,6 +85,8 @@ pub enum Effect {
     /// Tell the I/O APIC that a level interrupt ended.
     EndOfLevel(u8),
     Send(Message, Shorthand),
+    /// A message was for this processor itself, and has arrived.
+    Kept,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -571,6 +578,17 @@ impl State {
         };
         // An IPI is an edge, whatever the trigger bit says (12.6.1, "Trigger Mode").
         Effect::Send(Message { vector, mode, destination, logical, level: false }, shorthand)
+    }
+
+    /// Takes a message to oneself at once, and leaves any other effect to the caller.
+    pub fn keep(&mut self, effect: Effect) -> Effect {
+        let Effect::Send(message, shorthand) = effect else { return effect };
+        let is_own = !message.logical && message.destination == self.id;
+        if shorthand == Shorthand::Oneself || (shorthand == Shorthand::Destination && is_own) {
+            self.accept(&message);
+            return Effect::Kept;
+        }
+        effect
     }
 
     fn end_of_interrupt(&mut self) -> Effect {

@@ -451,6 +451,33 @@ fn invlpg_forgets_the_page() {
 }
 
 #[test]
+fn a_page_of_registers_is_remembered_as_long_as_one_of_memory() {
+    const REGISTERS: u64 = 0xfee0_0000;
+    const LOAD_CR3: &[u8] = &[0x0f, 0x22, 0xd8];
+    let entry = 0x4000 + (DATA >> 12) * 8;
+    let mut machine = Machine::new();
+    machine.put(DATA, 1);
+    machine.vcpu.cpu.gpr[gpr::RAX] = DATA;
+    machine.put(entry, REGISTERS | 1);
+    assert_eq!(machine.core().read(Gva(DATA + 8), 4), Ok(REGISTERS + 8));
+    assert_eq!(machine.core().write(Gva(DATA), 4, 0), Err(GuestFault::page(Gva(DATA), 3)), "it is read-only");
+    machine.put(entry, DATA | 3);
+    assert_eq!(machine.core().read(Gva(DATA), 4), Ok(REGISTERS), "it is remembered");
+    assert_eq!(machine.run(&[0x0f, 0x01, 0x38]), Ran::Next);
+    assert_eq!(machine.core().read(Gva(DATA), 4), Ok(1));
+    // A load of CR3 forgets all but global pages.
+    for (global, seen) in [(0, 1), (1 << 8, REGISTERS)] {
+        machine.put(entry, REGISTERS | 3 | global);
+        machine.vcpu.flush_all();
+        assert_eq!(machine.core().read(Gva(DATA), 4), Ok(REGISTERS));
+        machine.put(entry, DATA | 3);
+        machine.vcpu.cpu.gpr[gpr::RAX] = machine.vcpu.cpu.cr3;
+        assert_eq!(machine.run(LOAD_CR3), Ran::Next);
+        assert_eq!(machine.core().read(Gva(DATA), 4), Ok(seen));
+    }
+}
+
+#[test]
 fn invlpg_forgets_every_piece_of_a_large_page() {
     let mut machine = Machine::new();
     // 0x20_0000 and 0x4000_0000 are the 2 MiB from zero, once as one page and once as part of 1 GiB.

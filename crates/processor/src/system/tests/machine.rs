@@ -53,8 +53,8 @@ impl Outside for Board {
         0
     }
     fn port_write(&mut self, _: u16, _: u8, _: u32) {}
-    fn mmio_read(&mut self, _: Gpa, _: u8) -> u64 {
-        0
+    fn mmio_read(&mut self, address: Gpa, _: u8) -> u64 {
+        address.0
     }
     fn mmio_write(&mut self, _: Gpa, _: u8, _: u64) {}
     fn apic_read(&mut self, number: u32) -> Option<u64> {
