@@ -21,6 +21,7 @@ mod core {
 
     #[pymodule_init]
     fn init(module: &Bound<'_, PyModule>) -> PyResult<()> {
+        monitor::begin_to_measure();
         // Threads that want the interpreter while it goes away are ended by it in the middle of what they do. Exit
         // handlers run before that, while everything still works.
         let stop_all = wrap_pyfunction!(crate::vm::stop_all, module)?;

@@ -27,6 +27,16 @@ pub fn precise_sleeps() {
     unsafe { libc::prctl(libc::PR_SET_TIMERSLACK, 1_u64, 0, 0, 0) };
 }
 
+/// Where the measurement of the counter's frequency begins: a counter value and the raw monotonic time.
+static BEGIN: OnceLock<(u64, u64)> = OnceLock::new();
+/// A measurement that began longer ago may reach over a change of the host: it begins again.
+const STALE: Duration = Duration::from_secs(2);
+
+/// Begins to measure the counter's frequency, so that [`host_tsc_hz`] need not wait when it is wanted later.
+pub fn begin_to_measure() {
+    BEGIN.get_or_init(tsc_and_raw_time);
+}
+
 /// The frequency of the host's time stamp counter in hertz; measured once a process.
 #[must_use]
 pub fn host_tsc_hz() -> u64 {
@@ -63,8 +73,10 @@ fn tsc_hz_from_cpuid() -> Option<u64> {
 }
 
 fn measure_tsc_hz(period: Duration) -> u64 {
-    let (tsc, time) = tsc_and_raw_time();
-    std::thread::sleep(period);
+    let now = tsc_and_raw_time();
+    let passed = |begin: (u64, u64)| Duration::from_nanos(now.1.saturating_sub(begin.1));
+    let (tsc, time) = BEGIN.get().copied().filter(|begin| passed(*begin) < STALE).unwrap_or(now);
+    std::thread::sleep(period.saturating_sub(passed((tsc, time))));
     let (tsc_later, time_later) = tsc_and_raw_time();
     let ticks = u128::from(tsc_later.wrapping_sub(tsc));
     let nanoseconds = u128::from(time_later.saturating_sub(time)).max(1);

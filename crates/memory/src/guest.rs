@@ -31,6 +31,8 @@ const SPARE_PAGES: u64 = 64;
 const SMALLEST: u64 = 1 << 20;
 const LARGEST: u64 = 512 << 30;
 
+const ZEROES: [u8; PAGE_SIZE as usize] = [0; PAGE_SIZE as usize];
+
 impl GuestMemory {
     pub fn new(size: u64) -> Result<GuestMemory, Error> {
         if !size.is_multiple_of(PAGE_SIZE) || !(SMALLEST..=LARGEST).contains(&size) {
@@ -89,7 +91,7 @@ impl GuestMemory {
         &self,
         address: Gpa,
         size: usize,
-        mut each: impl FnMut(Ppn, PageRef<'_>, u64, std::ops::Range<usize>),
+        mut each: impl FnMut(Ppn, u64, std::ops::Range<usize>) -> Result<(), Error>,
     ) -> Result<(), Error> {
         let not_ram = || Error::NotRam { address, size: size as u64 };
         let end = address.0.checked_add(size as u64).ok_or_else(not_ram)?;
@@ -101,22 +103,30 @@ impl GuestMemory {
         while done < size {
             let at = address.add(done as u64);
             let count = (PAGE_SIZE - at.offset()).min((size - done) as u64) as usize;
-            let page = self.page(at.ppn()).ok_or(Error::PoolEmpty)?;
-            each(at.ppn(), page, at.offset(), done..done + count);
+            each(at.ppn(), at.offset(), done..done + count)?;
             done += count;
         }
         Ok(())
     }
 
     pub fn read(&self, address: Gpa, buffer: &mut [u8]) -> Result<(), Error> {
-        self.pieces(address, buffer.len(), |_, page, offset, range| page.read(offset, &mut buffer[range]))
+        self.pieces(address, buffer.len(), |ppn, offset, range| {
+            self.page(ppn).ok_or(Error::PoolEmpty)?.read(offset, &mut buffer[range]);
+            Ok(())
+        })
     }
 
-    /// Writes as a device or a loader does; code made of the written bytes is reported as stale.
+    /// Writes as a device or a loader does; code made of the written bytes is reported as stale. A page that nobody touched
+    /// is zero: zeroes for all of it cost nothing.
     pub fn write(&self, address: Gpa, data: &[u8]) -> Result<(), Error> {
-        self.pieces(address, data.len(), |ppn, page, offset, range| {
-            page.write(offset, &data[range.clone()]);
-            self.note_store(ppn, offset, range.len() as u64, None);
+        self.pieces(address, data.len(), |ppn, offset, range| {
+            let data = &data[range];
+            if data == ZEROES && self.pmap.get(ppn).is_some_and(|entry| entry.mpn().is_none()) {
+                return Ok(());
+            }
+            self.page(ppn).ok_or(Error::PoolEmpty)?.write(offset, data);
+            self.note_store(ppn, offset, data.len() as u64, None);
+            Ok(())
         })
     }
 
@@ -180,6 +190,18 @@ mod tests {
         memory.read(Gpa(0x1ffd), &mut bytes).unwrap();
         assert_eq!(bytes, [0; 6]);
         assert_eq!(memory.pool().in_use(), 2);
+    }
+
+    #[test]
+    fn zeroes_cost_a_page_only_where_something_was() {
+        let memory = GuestMemory::new(16 << 20).unwrap();
+        memory.write(Gpa(0x1800), &[0; 3 * 4096]).unwrap();
+        assert_eq!(memory.pool().in_use(), 2, "the two that are written in part");
+        memory.write(Gpa(0x2000), &[7; 4096]).unwrap();
+        memory.write(Gpa(0x2000), &[0; 4096]).unwrap();
+        let mut bytes = [1; 4096];
+        memory.read(Gpa(0x2000), &mut bytes).unwrap();
+        assert_eq!(bytes, [0; 4096]);
     }
 
     #[test]

@@ -15,13 +15,14 @@ from ringzero.machine.firmware import acpi
 __all__ = ["BootPlan", "GuestMemory", "Piece", "plan_boot", "unpacked_vmlinux"]
 
 
-_HOLE: Final = bytes(1 << 16)
+_AT_ONCE: Final = 1 << 16
+"""The core copies what it is given: pieces of this size stay in the processor's cache meanwhile."""
 
 
 class GuestMemory(Protocol):
     """What a plan needs of a machine; `ringzero._core.Vm` is one."""
 
-    def write_memory(self, address: int, data: bytes) -> None:
+    def write_memory(self, address: int, data: bytes | memoryview) -> None:
         """Write guest physical memory."""
 
     def set_registers(self, values: dict[str, int], cpu: int = 0) -> None:
@@ -43,16 +44,11 @@ class BootPlan:
     """Addresses worth showing: kernel, kernel_end, initrd, initrd_size, rsdp."""
 
     def load(self, machine: GuestMemory) -> None:
-        """Write the pieces to the machine's memory and set its first processor's registers.
-
-        RAM is zero at the start: what is zero in a piece is not written, and so takes no memory of the host.
-        """
+        """Write the pieces to the machine's memory and set its first processor's registers."""
         for piece in self.pieces:
             view = memoryview(piece.data)
-            for at in range(0, len(view), len(_HOLE)):
-                part = bytes(view[at : at + len(_HOLE)])
-                if part != _HOLE:
-                    machine.write_memory(piece.address + at, part)
+            for at in range(0, len(view), _AT_ONCE):
+                machine.write_memory(piece.address + at, view[at : at + _AT_ONCE])
         machine.set_registers(dict(self.registers), 0)
 
 

@@ -53,6 +53,10 @@ def unpacked(payload: memoryview, name: str = "kernel") -> memoryview | None:
     return memoryview(data)
 
 
+def _sum(data: bytes | memoryview) -> bytes:
+    return blake3(data, max_threads=blake3.AUTO).digest()
+
+
 def _kept(place: Path) -> memoryview | None:
     try:
         descriptor = os.open(place, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
@@ -67,7 +71,7 @@ def _kept(place: Path) -> memoryview | None:
         view = memoryview(mmap.mmap(descriptor, 0, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ))
         magic, size, checksum = _TRAILER.unpack(view[-_TRAILER.size :])
         data = view[: -_TRAILER.size]
-        if magic != _MAGIC or size != len(data) or blake3(data).digest() != checksum:
+        if magic != _MAGIC or size != len(data) or _sum(data) != checksum:
             return None
         os.utime(descriptor)
         return data
@@ -90,7 +94,7 @@ def _keep(place: Path, data: bytes) -> None:
                     file.seek(len(_HOLE), os.SEEK_CUR)
                 else:
                     file.write(piece)
-            file.write(_TRAILER.pack(_MAGIC, len(data), blake3(data).digest()))
+            file.write(_TRAILER.pack(_MAGIC, len(data), _sum(data)))
             file.flush()
             os.rename(file.name, place)
         except OSError:
