@@ -60,24 +60,31 @@ pub struct Stale {
 /// most INVLPGs, which are about data, the loss of all that is known of code.
 #[derive(Debug)]
 pub struct CodePages {
-    bits: [u64; 64],
+    /// Two bits for each page.
+    bits: Box<[u64; CODE_WORDS]>,
     /// Code ran from a page of 2 MiB or of 1 GiB, whose regions are in `bits`, too.
     has_large: bool,
     has_giant: bool,
     count: u32,
 }
 
+const CODE_WORDS: usize = 2048;
+/// A large program runs code of some thousand pages. With so many, one INVLPG of other pages in twenty seems to be about code.
+const MOST_CODE_PAGES: u32 = 16_384;
+
 const LARGE_SHIFT: u32 = 21;
 const GIANT_SHIFT: u32 = 30;
 
 impl CodePages {
-    const fn new() -> CodePages {
-        CodePages { bits: [0; 64], has_large: false, has_giant: false, count: 0 }
+    fn new() -> CodePages {
+        CodePages { bits: Box::new([0; CODE_WORDS]), has_large: false, has_giant: false, count: 0 }
     }
 
-    fn place(number: u64) -> (usize, u64) {
-        let hash = number.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 52;
-        ((hash >> 6) as usize, 1 << (hash & 63))
+    /// The words and bits of a page.
+    fn places(number: u64) -> [(usize, u64); 2] {
+        let hash = number.wrapping_mul(0x9e37_79b9_7f4a_7c15);
+        // Both halves are well mixed, the upper better than the lower.
+        [hash >> 47, hash >> 30].map(|place| ((place >> 6) as usize % CODE_WORDS, 1 << (place & 63)))
     }
 
     /// The numbers of large pages are told from those of small ones by bits that no such number has.
@@ -90,8 +97,7 @@ impl CodePages {
     }
 
     fn has(&self, number: u64) -> bool {
-        let (word, bit) = Self::place(number);
-        self.bits[word] & bit != 0
+        Self::places(number).into_iter().all(|(word, bit)| self.bits[word] & bit != 0)
     }
 
     pub fn insert(&mut self, address: Gva, page_size: u64) {
@@ -100,9 +106,10 @@ impl CodePages {
             size if size > 1 << LARGE_SHIFT => Self::giant(address),
             _ => Self::large(address),
         };
-        let (word, bit) = Self::place(number);
-        self.count += u32::from(self.bits[word] & bit == 0);
-        self.bits[word] |= bit;
+        self.count += u32::from(!self.has(number));
+        for (word, bit) in Self::places(number) {
+            self.bits[word] |= bit;
+        }
         self.has_giant |= page_size > 1 << LARGE_SHIFT;
         self.has_large |= page_size == 1 << LARGE_SHIFT;
     }
@@ -117,11 +124,14 @@ impl CodePages {
     /// Whether so many pages are noted that yes says little.
     #[must_use]
     pub fn is_crowded(&self) -> bool {
-        self.count > 1024
+        self.count > MOST_CODE_PAGES
     }
 
     pub fn clear(&mut self) {
-        *self = CodePages::new();
+        if self.count != 0 {
+            self.bits.fill(0);
+            (self.has_large, self.has_giant, self.count) = (false, false, 0);
+        }
     }
 }
 
@@ -299,6 +309,20 @@ impl Vcpu {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_large_program_leaves_most_other_pages_alone() {
+        let (mut pages, code) = (CodePages::new(), 0x40_0000);
+        for page in 0..8192 {
+            pages.insert(Gva(code + (page << 12)), x86::PAGE_SIZE);
+        }
+        assert!(!pages.is_crowded());
+        assert!((0..8192).all(|page| pages.may_contain(Gva(code + (page << 12)))));
+        let wrong = (0..10_000).filter(|page| pages.may_contain(Gva(0x7f00_0000_0000 + (page << 12)))).count();
+        assert!(wrong < 500, "{wrong} of 10000 pages of data");
+        pages.clear();
+        assert!(!pages.may_contain(Gva(code)));
+    }
 
     #[test]
     fn code_on_a_large_page_concerns_its_region_alone() {

@@ -4,7 +4,7 @@ use x86::{PAGE_MASK, PAGE_SIZE};
 
 use super::asm::{Alu, Asm, BASE, Label, Mem, T0, T1, cc};
 use super::block::Insn;
-use super::frame;
+use super::frame::{self, JumpCache, JumpEntry};
 use super::lower::{Flags, Lowering, MapEntry, Mode, Site};
 use super::refill::Crossing;
 use super::short::Short;
@@ -171,17 +171,18 @@ impl Lowering<'_> {
 
     /// Goes to a constant RIP whose code is of another mode.
     pub(super) fn lookup_in_mode(&mut self, target: u64, mode: Mode) {
-        let place = jump_index(target);
-        let entry = frame::jump_entry(mode.0.into(), place);
+        let place = jump_index(target, mode);
         let label = self.c.asm.label();
         let asm = &mut *self.c.asm;
         asm.mov_imm(T0, target);
         if mode.is_user() {
             asm.alu_load(Alu::Xor, T0, Mem::vcpu(frame::USER_GENERATION));
         }
-        asm.alu_load(Alu::Cmp, T0, Mem::vcpu(entry));
+        let [tag, host] = constant_entry(asm, mode, place);
+        asm.alu_load(Alu::Cmp, T0, tag);
         asm.jcc(cc::NZ, label);
-        asm.jmp_mem(Mem::vcpu(entry + 8));
+        asm.jmp_mem(host);
+        self.in_t1 = None;
         self.cold.push(Cold::LookupMiss { label, mode, first: Some(place) });
     }
 
@@ -272,10 +273,32 @@ impl Lowering<'_> {
     }
 }
 
+/// The tag and the host address at a place of a jump cache. Clobbers T1.
+fn constant_entry(asm: &mut Asm, mode: Mode, place: usize) -> [Mem; 2] {
+    let offset = (place * size_of::<JumpEntry>()) as i32;
+    match frame::jump_cache(mode) {
+        JumpCache::Here(cache) => [0, 8].map(|word| Mem::vcpu(cache + offset + word)),
+        JumpCache::At(table) => {
+            asm.load(T1, Mem::vcpu(table));
+            [0, 8].map(|word| Mem::base(T1, offset + word))
+        }
+    }
+}
+
+/// The same, the offset of the place being in T1; that may be changed to its address.
+fn entry(asm: &mut Asm, mode: Mode) -> [Mem; 2] {
+    match frame::jump_cache(mode) {
+        JumpCache::Here(cache) => [0, 8].map(|word| Mem::indexed(BASE, T1, 0, cache + word)),
+        JumpCache::At(table) => {
+            asm.alu_load(Alu::Add, T1, Mem::vcpu(table));
+            [0, 8].map(|word| Mem::base(T1, word))
+        }
+    }
+}
+
 /// Looks in the jump cache for the RIP in T0: either jumps to its block, or goes to `strange` with T0 as it came, or to
-/// `miss` with T0 as a tag and the place's offset in T1. Clobbers flags.
+/// `miss` with T0 as a tag and the place in T1, as [`entry`] left it. Clobbers flags.
 pub fn look_up(asm: &mut Asm, mode: Mode, strange: Label, miss: Label) {
-    let cache = frame::jump_entry(mode.0.into(), 0);
     if mode.is_user() {
         // Only addresses of the lower half have tags that the generation cannot confuse.
         asm.mov(T1, T0);
@@ -283,30 +306,32 @@ pub fn look_up(asm: &mut Asm, mode: Mode, strange: Label, miss: Label) {
         asm.jcc(cc::NZ, strange);
     }
     asm.multiply32(T1, T0, frame::JUMP_MULTIPLIER);
-    asm.shr(T1, 16);
-    asm.alu_imm32(Alu::And, T1, ((frame::JUMP_ENTRIES - 1) << 4) as i32);
+    // As `jump_index`, times the 16 bytes of an entry.
+    let bits = frame::jump_bits(mode);
+    asm.shr(T1, (32 - bits - 4) as u8);
+    asm.alu_imm32(Alu::And, T1, ((1 << bits) - 1) << 4);
     if mode.is_user() {
         asm.alu_load(Alu::Xor, T0, Mem::vcpu(frame::USER_GENERATION));
     }
-    asm.alu_load(Alu::Cmp, T0, Mem::indexed(BASE, T1, 0, cache));
+    let [tag, host] = entry(asm, mode);
+    asm.alu_load(Alu::Cmp, T0, tag);
     asm.jcc(cc::NZ, miss);
-    asm.jmp_mem(Mem::indexed(BASE, T1, 0, cache + 8));
+    asm.jmp_mem(host);
 }
 
-/// The other place where a jump may be remembered. `first` is the place just looked at, unless its offset is in T1. Goes on
-/// with the RIP in T0 when it is not there either.
+/// The other place where a jump may be remembered. `first` is the place just looked at, unless that is in T1. Goes on with
+/// the RIP in T0 when it is not there either.
 pub fn look_up_second(asm: &mut Asm, mode: Mode, first: Option<usize>) {
     let miss = asm.label();
-    let (tag, host) = match first {
-        Some(place) => {
-            let entry = frame::jump_entry(mode.0.into(), place ^ 1);
-            (Mem::vcpu(entry), Mem::vcpu(entry + 8))
-        }
+    let [tag, host] = match first {
+        Some(place) => constant_entry(asm, mode, place ^ 1),
         None => {
+            if let JumpCache::At(table) = frame::jump_cache(mode) {
+                asm.alu_load(Alu::Sub, T1, Mem::vcpu(table));
+            }
             // An entry has 16 bytes.
             asm.alu_imm32(Alu::Xor, T1, 16);
-            let cache = frame::jump_entry(mode.0.into(), 0);
-            (Mem::indexed(BASE, T1, 0, cache), Mem::indexed(BASE, T1, 0, cache + 8))
+            entry(asm, mode)
         }
     };
     asm.alu_load(Alu::Cmp, T0, tag);
@@ -318,8 +343,8 @@ pub fn look_up_second(asm: &mut Asm, mode: Mode, first: Option<usize>) {
     }
 }
 
-/// The place of a RIP in a jump cache.
+/// The place of a RIP in the jump cache of a mode.
 #[must_use]
-pub fn jump_index(rip: u64) -> usize {
-    ((rip as u32).wrapping_mul(frame::JUMP_MULTIPLIER) >> 20) as usize & (frame::JUMP_ENTRIES - 1)
+pub fn jump_index(rip: u64, mode: Mode) -> usize {
+    ((rip as u32).wrapping_mul(frame::JUMP_MULTIPLIER) >> (32 - frame::jump_bits(mode))) as usize
 }

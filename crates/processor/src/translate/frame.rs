@@ -74,21 +74,25 @@ pub struct Across {
     saved: [u64; 3],
 }
 
-/// Slots of a jump cache; a power of two.
-pub const JUMP_ENTRIES: usize = 4096;
+/// Entries of a jump cache, as powers of two. Jumps of user code to other pages all go through it; those of kernel code are
+/// links, but for indirect ones.
+const KERNEL_JUMPS: u32 = 12;
+const USER_JUMPS: u32 = 16;
 
-/// The place of a RIP in a jump cache is in bits 31:20 of its low half times this: return addresses lie at the same offsets
-/// of different pages often enough to want a real hash.
+/// Log2 of the entries of a mode's jump cache.
+#[must_use]
+pub const fn jump_bits(mode: Mode) -> u32 {
+    if mode.is_user() { USER_JUMPS } else { KERNEL_JUMPS }
+}
+
+/// The place of a RIP in a jump cache is in the upper bits of its low half times this: return addresses lie at the same
+/// offsets of different pages often enough to want a real hash.
 pub const JUMP_MULTIPLIER: u32 = 0x9e37_79b1;
 
 /// Guest RIP -> where its block is entered with the flags in memory. Tags of user code are mixed with the generation of
 /// their address space, so that a load of CR3 empties nothing.
-#[derive(Clone, Copy, Debug)]
-#[repr(C)]
-pub struct JumpEntry {
-    pub tag: u64,
-    pub host: u64,
-}
+/// An entry is a tag and a host address, 0 when there is none.
+pub type JumpEntry = [u64; 2];
 
 /// A cache for each mode of translated code.
 #[derive(Debug)]
@@ -99,7 +103,12 @@ pub struct JumpCaches {
     /// How often the generations had gone round.
     rounds: u64,
     pub returns: Returns,
-    pub caches: [[JumpEntry; JUMP_ENTRIES]; 8],
+    /// The addresses of `user`.
+    user_tables: [u64; 2],
+    /// By [`cache_number`].
+    kernel: [[JumpEntry; 1 << KERNEL_JUMPS]; 4],
+    /// Most programs use little of theirs, and memory that is not used need not be there.
+    user: [Box<[JumpEntry]>; 2],
     /// Entries that were filled since the kernel's, or the user's, were last cleared: a kernel whose pages are not global
     /// clears its own at every load of CR3, and most are empty.
     filled: [Vec<(Mode, u16)>; 2],
@@ -111,7 +120,12 @@ const MOST_FILLED: usize = 2048;
 /// What no lookup matches. A lookup only compares tags whose low half names the entry's own place (that of 0 is 0, and that
 /// of 1 is far from it) or its neighbour's, so the tag of another place is impossible, whatever address a guest jumps to.
 fn impossible(place: usize) -> JumpEntry {
-    JumpEntry { tag: u64::from(place < 2), host: 0 }
+    [u64::from(place < 2), 0]
+}
+
+/// A cache of user code. No tag there is 0: generations begin at 1, and only addresses of the lower half are looked for.
+fn user_cache() -> Box<[JumpEntry]> {
+    vec![[0; 2]; 1 << USER_JUMPS].into_boxed_slice()
 }
 
 impl Default for JumpCaches {
@@ -122,9 +136,11 @@ impl Default for JumpCaches {
 
 impl JumpCaches {
     pub fn new() -> JumpCaches {
-        let empty = std::array::from_fn(impossible);
+        let kernel = [std::array::from_fn(impossible); 4];
+        let user = [user_cache(), user_cache()];
+        let user_tables = [user[0].as_ptr() as u64, user[1].as_ptr() as u64];
         let filled = std::array::from_fn(|_| Vec::with_capacity(MOST_FILLED));
-        JumpCaches { user_generation: 1 << 48, rounds: 0, returns: Returns::new(), caches: [empty; 8], filled }
+        JumpCaches { user_generation: 1 << 48, rounds: 0, returns: Returns::new(), user_tables, kernel, user, filled }
     }
 
     /// What the tag of a RIP in a cache is now.
@@ -143,12 +159,23 @@ impl JumpCaches {
         }
     }
 
+    fn cache(&self, mode: Mode) -> &[JumpEntry] {
+        let number = cache_number(mode);
+        if mode.is_user() { &self.user[number] } else { &self.kernel[number] }
+    }
+
+    fn cache_mut(&mut self, mode: Mode) -> &mut [JumpEntry] {
+        let number = cache_number(mode);
+        if mode.is_user() { &mut self.user[number] } else { &mut self.kernel[number] }
+    }
+
     /// Forgets one block in all address spaces.
-    pub fn forget_block(&mut self, rip: u64, mode: usize, place: usize) {
+    pub fn forget_block(&mut self, rip: u64, mode: Mode) {
+        let place = jump_index(rip, mode);
         for place in [place, place ^ 1] {
-            let entry = &mut self.caches[mode][place];
-            if (entry.tag ^ rip) << 16 == 0 {
-                *entry = impossible(place);
+            let entry = &mut self.cache_mut(mode)[place];
+            if (entry[0] ^ rip) << 16 == 0 {
+                *entry = none(mode, place);
             }
         }
     }
@@ -160,48 +187,62 @@ impl JumpCaches {
             // The generation could make its tag that of another address.
             return None;
         }
-        let (tag, place) = (self.tag(rip, mode.is_user()), jump_index(rip));
-        let cache = &self.caches[usize::from(mode.0)];
-        let entry = [cache[place], cache[place ^ 1]].into_iter().find(|entry| entry.tag == tag)?;
-        (entry.host != 0).then_some(entry.host)
+        let (tag, place) = (self.tag(rip, mode.is_user()), jump_index(rip, mode));
+        let cache = self.cache(mode);
+        let [_, host] = [cache[place], cache[place ^ 1]].into_iter().find(|[known, _]| *known == tag)?;
+        (host != 0).then_some(host)
     }
 
-    /// Remembers a block; what was at its place moves to the neighbour.
-    pub fn remember(&mut self, rip: u64, mode: Mode, place: usize, host: u64) {
-        let tag = self.tag(rip, mode.is_user());
-        let cache = &mut self.caches[usize::from(mode.0)];
-        let filled = &mut self.filled[usize::from(mode.is_user())];
-        let mut fill = |place: usize, entry: JumpEntry| {
-            if cache[place].host == 0 && filled.len() < MOST_FILLED {
-                filled.push((mode, place as u16));
-            }
-            std::mem::replace(&mut cache[place], entry)
-        };
-        let old = fill(place, JumpEntry { tag, host });
-        if old.host != 0 && old.tag != tag {
-            fill(place ^ 1, old);
+    /// Remembers a block; what was at its place moves to the neighbour, unless that belongs there.
+    pub fn remember(&mut self, rip: u64, mode: Mode, host: u64) {
+        let (tag, place) = (self.tag(rip, mode.is_user()), jump_index(rip, mode));
+        let old = self.fill(mode, place, [tag, host]);
+        let [beside, beside_host] = self.cache(mode)[place ^ 1];
+        // Two blocks whose own places are side by side would else evict each other for the sake of a third that nobody needs.
+        let is_at_home = beside_host != 0 && jump_index(beside, mode) == place ^ 1;
+        if old[1] != 0 && old[0] != tag && !is_at_home {
+            self.fill(mode, place ^ 1, old);
         }
+    }
+
+    /// Puts an entry at a place; gives what was there.
+    fn fill(&mut self, mode: Mode, place: usize, entry: JumpEntry) -> JumpEntry {
+        let old = std::mem::replace(&mut self.cache_mut(mode)[place], entry);
+        let filled = &mut self.filled[usize::from(mode.is_user())];
+        if old[1] == 0 && filled.len() < MOST_FILLED {
+            filled.push((mode, place as u16));
+        }
+        old
     }
 
     /// Forgets all user code, or all kernel code.
     pub fn clear(&mut self, user: bool) {
         self.returns.clear(user);
-        let filled = &mut self.filled[usize::from(user)];
+        let mut filled = std::mem::take(&mut self.filled[usize::from(user)]);
         if filled.len() < MOST_FILLED {
-            for (mode, place) in filled.drain(..) {
-                self.caches[usize::from(mode.0)][usize::from(place)] = impossible(place.into());
+            for (mode, place) in &filled {
+                self.cache_mut(*mode)[usize::from(*place)] = none(*mode, (*place).into());
             }
-            return;
+        } else if user {
+            self.user = [user_cache(), user_cache()];
+            self.user_tables = [self.user[0].as_ptr() as u64, self.user[1].as_ptr() as u64];
+        } else {
+            self.kernel = [std::array::from_fn(impossible); 4];
         }
         filled.clear();
-        for (mode, cache) in self.caches.iter_mut().enumerate() {
-            if (mode as u8 & Mode::USER != 0) == user {
-                for (place, entry) in cache.iter_mut().enumerate() {
-                    *entry = impossible(place);
-                }
-            }
-        }
+        self.filled[usize::from(user)] = filled;
     }
+}
+
+/// What a place holds that was emptied.
+fn none(mode: Mode, place: usize) -> JumpEntry {
+    if mode.is_user() { [0; 2] } else { impossible(place) }
+}
+
+/// The number of a mode's cache among those of its privilege. User code is of one mode whether AC is set or not.
+const fn cache_number(mode: Mode) -> usize {
+    let simd = (mode.0 & Mode::SIMD != 0) as usize;
+    if mode.is_user() { simd } else { simd << 1 | (mode.0 & Mode::AC != 0) as usize }
 }
 
 /// Displacement from the base register of an offset in [`Vcpu`].
@@ -315,10 +356,28 @@ pub fn returns(mode: usize) -> i32 {
     disp(offset_of!(Vcpu, jumps) + tables + mode * size_of::<[u64; LANDINGS]>())
 }
 
+/// Where the jump cache of a mode is: from the base register, or where its address is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum JumpCache {
+    Here(i32),
+    At(i32),
+}
+
 #[must_use]
-pub fn jump_entry(mode: usize, place: usize) -> i32 {
-    let caches = offset_of!(Vcpu, jumps) + offset_of!(JumpCaches, caches);
-    disp(caches + (mode * JUMP_ENTRIES + place) * size_of::<JumpEntry>())
+pub const fn jump_cache(mode: Mode) -> JumpCache {
+    let (jumps, number) = (offset_of!(Vcpu, jumps), cache_number(mode));
+    if mode.is_user() {
+        JumpCache::At(disp(jumps + offset_of!(JumpCaches, user_tables) + 8 * number))
+    } else {
+        let size = size_of::<[JumpEntry; 1 << KERNEL_JUMPS]>();
+        JumpCache::Here(disp(jumps + offset_of!(JumpCaches, kernel) + number * size))
+    }
+}
+
+const fn jump_place(mode: Mode) -> i32 {
+    match jump_cache(mode) {
+        JumpCache::Here(place) | JumpCache::At(place) => place,
+    }
 }
 
 /// The places of all that translated code reaches: a kept translation is only right where they are the same.
@@ -358,7 +417,16 @@ pub fn layout() -> Vec<u64> {
         TLB_WRITE,
         TLB_PAGE,
     ];
-    let computed = [group(0), gpr(0), selector(0), segment_base(0), jump_entry(0, 0), returns(0), shadow(Bank::Kernel)];
+    let computed = [
+        group(0),
+        gpr(0),
+        selector(0),
+        segment_base(0),
+        jump_place(Mode(0)),
+        jump_place(Mode(Mode::USER)),
+        returns(0),
+        shadow(Bank::Kernel),
+    ];
     let banks = [Bank::Kernel, Bank::User, Bank::KernelAc].map(|bank| [tlb(bank), dirty(bank), generation(bank)]);
     let controls = [0, 2, 3, 4].map(control);
     let all = fields.into_iter().chain(computed).chain(banks.into_iter().flatten()).chain(controls);
@@ -377,8 +445,8 @@ mod tests {
     fn jumps_are_found_in_their_mode_and_space_until_cleared() {
         let mut jumps = Box::new(JumpCaches::new());
         let kernel = 0xffff_ffff_8100_0000;
-        jumps.remember(kernel, Mode(0), jump_index(kernel), 0x1000);
-        jumps.remember(0x40_0000, Mode(Mode::USER), jump_index(0x40_0000), 0x2000);
+        jumps.remember(kernel, Mode(0), 0x1000);
+        jumps.remember(0x40_0000, Mode(Mode::USER), 0x2000);
         assert_eq!(find(&jumps, kernel, 0), Some(0x1000));
         assert_eq!(find(&jumps, kernel, Mode::AC), None);
         assert_eq!(find(&jumps, 0x40_0000, Mode::USER), Some(0x2000));
@@ -393,16 +461,38 @@ mod tests {
     }
 
     #[test]
+    fn blocks_whose_places_are_neighbours_do_not_evict_each_other() {
+        for mode in [Mode(0), Mode(Mode::USER)] {
+            let mut jumps = Box::new(JumpCaches::new());
+            let at = |place: usize| (1..).map(|n| n << 4).filter(move |rip| jump_index(*rip, mode) == place);
+            let (mut here, beside) = (at(6), at(7).next().unwrap());
+            let (one, other) = (here.next().unwrap(), here.next().unwrap());
+            for rip in [one, beside, other, beside, other] {
+                jumps.remember(rip, mode, rip);
+                assert_eq!(find(&jumps, rip, mode.0), Some(rip));
+            }
+            assert_eq!(find(&jumps, beside, mode.0), Some(beside));
+            // Where nobody is at home, there is room for two.
+            jumps.forget_block(beside, mode);
+            jumps.remember(one, mode, one);
+            assert_eq!((find(&jumps, one, mode.0), find(&jumps, other, mode.0)), (Some(one), Some(other)));
+        }
+    }
+
+    #[test]
     fn a_full_cache_is_cleared_whole() {
         let mut jumps = Box::new(JumpCaches::new());
         for round in 0..2 {
-            for page in 0..3 * JUMP_ENTRIES as u64 {
-                let rip = 0xffff_8000_0000_0000 + (page << 12) + round;
-                jumps.remember(rip, Mode(0), jump_index(rip), 0x1000);
+            for (mode, start) in [(Mode(0), 0xffff_8000_0000_0000), (Mode(Mode::USER | Mode::SIMD), 0)] {
+                let entries = 1 << jump_bits(mode);
+                for page in 0..3 * entries {
+                    jumps.remember(start + (page << 12) + round, mode, 0x1000);
+                }
+                let filled = |jumps: &JumpCaches| jumps.cache(mode).iter().filter(|[_, host]| *host != 0).count();
+                assert!(filled(&jumps) as u64 > entries / 2);
+                jumps.clear(mode.is_user());
+                assert_eq!(filled(&jumps), 0);
             }
-            assert!(jumps.caches[0].iter().filter(|entry| entry.host != 0).count() > JUMP_ENTRIES / 2);
-            jumps.clear(false);
-            assert!(jumps.caches[0].iter().all(|entry| entry.host == 0));
         }
     }
 }

@@ -33,7 +33,7 @@ impl Mode {
     pub const APART: u8 = 8;
 
     #[must_use]
-    pub fn is_user(self) -> bool {
+    pub const fn is_user(self) -> bool {
         self.0 & Self::USER != 0
     }
 

@@ -45,7 +45,6 @@ use self::asm::Asm;
 use self::block::{BlockDecoder, Features};
 use self::blocks::{Blocks, Key};
 use self::enter::Stubs;
-use self::exits::jump_index;
 use self::fetch::FetchCache;
 use self::groups::Groups;
 use self::kept::record::Span;
@@ -322,7 +321,7 @@ impl Translator {
             // What is not remembered is not jumped to from translated code.
             return (host, slot);
         }
-        core.vcpu.jumps.remember(key.rip, key.mode, jump_index(key.rip), slot);
+        core.vcpu.jumps.remember(key.rip, key.mode, slot);
         (host, slot)
     }
 

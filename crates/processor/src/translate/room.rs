@@ -7,7 +7,6 @@
 use x86::Ppn;
 
 use super::blocks::Key;
-use super::exits::jump_index;
 use super::lower::Site;
 use super::{BLOCK_ROOM, Translator};
 use crate::core::Core;
@@ -71,7 +70,7 @@ impl Translator {
         let mut pages = Vec::new();
         for _ in 0..(blocks / 16).max(1) {
             let Some((key, second)) = self.blocks.oldest() else { break };
-            core.vcpu.jumps.forget_block(key.rip, key.mode.of_code().0.into(), jump_index(key.rip));
+            core.vcpu.jumps.forget_block(key.rip, key.mode.of_code());
             pages.extend(second.into_iter().chain([key.gpa.ppn()]));
             let wanted = self.blocks.pop_oldest(self.sites.next_number());
             self.sites.forget_before(wanted);
@@ -123,7 +122,7 @@ impl Translator {
         jumps.returns.clear(true);
         jumps.returns.clear(false);
         self.blocks.drop_page(page, |Key { rip, mode, .. }| {
-            jumps.forget_block(rip, mode.of_code().0.into(), jump_index(rip));
+            jumps.forget_block(rip, mode.of_code());
         });
         self.links.undo_page(page, &self.blocks, &mut self.cache);
         self.recall.forget(page);
