@@ -1,6 +1,7 @@
 //! THE GROUND: what the host system gives us. Memory maps, signals, clocks, events, ranked locks, and the one list of
 //! counters. Knows nothing of guests.
 
+pub mod affinity;
 pub mod clock;
 pub mod counters;
 pub mod events;
@@ -10,3 +11,4 @@ pub mod private;
 pub mod random;
 pub mod sampler;
 pub mod signal;
+pub mod tracee;

@@ -9,6 +9,7 @@ mod error;
 pub mod guest;
 pub mod pmap;
 pub mod pool;
+pub mod reach;
 pub mod shadow;
 pub mod tlb;
 pub mod trace;

@@ -82,6 +82,12 @@ impl Pool {
         Ok(())
     }
 
+    /// The file whose pages these are: machine page n is at n times 4096.
+    #[must_use]
+    pub fn file(&self) -> &File {
+        &self.file
+    }
+
     #[must_use]
     pub fn page(&self, mpn: Mpn) -> PageRef<'_> {
         PageRef::in_map(&self.map, mpn)

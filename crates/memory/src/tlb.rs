@@ -81,6 +81,31 @@ pub struct SoftTlb {
     huge: u64,
     pub fills: u64,
     pub flushes: u64,
+    pub dropped: Dropped,
+}
+
+/// Single pages that were dropped, for whoever fills tables of his own beside this TLB. All other changes give an address
+/// space another generation.
+#[derive(Debug, Default)]
+pub struct Dropped {
+    /// Somebody wants to know.
+    pub is_wanted: bool,
+    /// Pages with the generation of their address space.
+    pub pages: Vec<(u64, Gva)>,
+    /// Too many to be listed.
+    pub are_many: bool,
+}
+
+impl Dropped {
+    const MOST: usize = 512;
+
+    fn note(&mut self, generation: u64, page: Gva) {
+        if self.pages.len() < Self::MOST {
+            self.pages.push((generation, page));
+        } else {
+            self.are_many = true;
+        }
+    }
 }
 
 /// Entries that one dirty bit stands for.
@@ -122,6 +147,7 @@ impl SoftTlb {
             huge: 0,
             fills: 0,
             flushes: 0,
+            dropped: Dropped::default(),
         }
     }
 
@@ -332,6 +358,9 @@ impl SoftTlb {
         }
         self.devices.forget_all();
         let page = address.page().0;
+        if self.dropped.is_wanted {
+            self.dropped.note(self.generations[Bank::User as usize], address.page());
+        }
         for bank in BANKS {
             let entry = &mut self.banks[bank as usize].entries[index(address)];
             if entry.read == page {

@@ -13,6 +13,7 @@ use io::platform::{Config, Platform};
 use memory::GuestMemory;
 use memory::pmap::{HOLE_END, HOLE_START};
 use processor::cpuid::CpuidModel;
+use processor::direct::Choice;
 use processor::interpret::Interpreter;
 use processor::translate::kept::Kept;
 use processor::translate::{self, Translator};
@@ -29,7 +30,7 @@ use crate::slow::{Dispatcher, SlowDevice};
 use crate::trace::Tracer;
 
 /// The engines that this build has; the first is the default.
-pub const ENGINES: &[&str] = &["translate", "interpret"];
+pub const ENGINES: &[&str] = &["direct", "translate", "interpret"];
 
 pub use memory::writers::MOST_PROCESSORS;
 
@@ -93,8 +94,13 @@ pub struct Vm {
 fn engine(options: &Options, kept: Option<&Arc<Kept>>) -> Result<Box<dyn Engine>, Error> {
     match options.engine.as_str() {
         "interpret" => Ok(Box::new(Interpreter::new())),
-        "translate" => {
+        "translate" | "direct" => {
+            let direct = match options.engine.as_str() {
+                "direct" => Choice::Worthwhile,
+                _ => Choice::Never,
+            };
             let options = translate::Options {
+                direct,
                 count_instructions: options.count_instructions,
                 single: options.trace.is_some(),
                 budget: translation_budget(options),

@@ -7,6 +7,7 @@ pub mod core;
 pub mod cpuid;
 pub mod debug;
 pub mod deliver;
+pub mod direct;
 pub mod engine;
 pub mod far;
 pub mod interpret;

@@ -31,12 +31,14 @@ pub enum Doing {
     Mmio,
     /// MSRs and the task priority of the local APIC.
     Apic,
+    /// User code as it stands, in a process of its own, and the way there and back.
+    Direct,
     /// Asleep: the guest has nothing to do.
     Idle,
 }
 
 impl Doing {
-    const ALL: [Doing; 13] = [
+    const ALL: [Doing; 14] = [
         Doing::Monitor,
         Doing::Translated,
         Doing::Dispatch,
@@ -49,6 +51,7 @@ impl Doing {
         Doing::Port,
         Doing::Mmio,
         Doing::Apic,
+        Doing::Direct,
         Doing::Idle,
     ];
 
@@ -72,6 +75,7 @@ impl Doing {
             Doing::Port => "port",
             Doing::Mmio => "mmio",
             Doing::Apic => "apic",
+            Doing::Direct => "direct",
             Doing::Idle => "idle",
         }
     }

@@ -183,6 +183,8 @@ pub struct Vcpu {
     pub number: usize,
     /// PAUSE instructions that ran, where the machine has several processors.
     pub pauses: u64,
+    /// User code of some address space is to be run directly.
+    has_direct: bool,
     /// What CPUID tells this guest.
     pub cpuid: Arc<CpuidModel>,
     pub kernel_code: CodePages,
@@ -224,6 +226,7 @@ impl Vcpu {
             memory_epoch: 0,
             number: 0,
             pauses: 0,
+            has_direct: false,
             cpuid: CpuidModel::shared(),
             kernel_code: CodePages::new(),
             user_code: CodePages::new(),
@@ -290,7 +293,14 @@ impl Vcpu {
         }
     }
 
+    /// Says whether whoever returns to user code is to look first whether it can run directly.
+    pub fn wants_direct(&mut self, wanted: bool) {
+        self.has_direct = wanted;
+        self.hot.direct = wanted.into();
+    }
+
     fn space_changed(&mut self) {
+        self.hot.direct = self.has_direct.into();
         self.mappings += 1;
         self.stale.local_mappings = true;
         let generation = self.tlb.generations[Bank::User as usize];

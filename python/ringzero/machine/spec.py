@@ -33,7 +33,7 @@ LEAST_MEMORY: Final = 1 * address_map.MIB
 MOST_MEMORY: Final = 256 * address_map.GIB
 """A sanity limit: the pmap alone would need half a GiB here, at 8 bytes a page."""
 MOST_CPUS: Final = 16
-ENGINES: Final = ("translate", "interpret")
+ENGINES: Final = ("direct", "translate", "interpret")
 
 _UNITS: Final = {
     "": 1,

@@ -41,10 +41,14 @@ use crate::Engine;
 pub fn engine(name: &str) -> Result<Box<dyn Engine>, String> {
     match name {
         "interpret" => Ok(Box::new(crate::interpret::Interpreter::new())),
-        "translate" => {
-            let made = crate::translate::Translator::new(crate::translate::Options::default());
-            Ok(Box::new(made.map_err(|why| format!("no translator: {why}"))?))
-        }
-        _ => Err(format!("no engine called {name}; there are interpret and translate")),
+        "translate" => translator(crate::direct::Choice::Never),
+        "direct" => translator(crate::direct::Choice::Always),
+        _ => Err(format!("no engine called {name}; there are interpret, translate and direct")),
     }
+}
+
+fn translator(direct: crate::direct::Choice) -> Result<Box<dyn Engine>, String> {
+    let options = crate::translate::Options { direct, ..Default::default() };
+    let made = crate::translate::Translator::new(options);
+    Ok(Box::new(made.map_err(|why| format!("no translator: {why}"))?))
 }

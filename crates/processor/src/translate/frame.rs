@@ -40,6 +40,8 @@ pub struct Hot {
     /// The mode of the code that runs, where code changed it by itself (SYSCALL, SYSRET).
     pub mode: u32,
     pub is_placed: bool,
+    /// Not zero: a return to user code leaves, since that code may run directly.
+    pub direct: u8,
     // The last fields are nearest to the base register.
     /// The two scratch registers at the last leave.
     pub scratch: [u64; 2],
@@ -255,6 +257,7 @@ const ACROSS: usize = offset_of!(Vcpu, across);
 
 pub const FLAGS: i32 = disp(offset_of!(Hot, flags));
 pub const SCRATCH: i32 = disp(offset_of!(Hot, scratch));
+pub const DIRECT: i32 = disp(offset_of!(Hot, direct));
 pub const SPILL: i32 = disp(offset_of!(Hot, spill));
 pub const MODE: i32 = disp(offset_of!(Hot, mode));
 pub const STAR: i32 = disp(CPU + offset_of!(CpuState, star));
@@ -386,6 +389,7 @@ pub fn layout() -> Vec<u64> {
     let fields = [
         FLAGS,
         SCRATCH,
+        DIRECT,
         SPILL,
         MODE,
         STAR,

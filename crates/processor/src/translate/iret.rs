@@ -135,6 +135,9 @@ impl Lowering<'_> {
         let mode = Mode(if level == 3 { Mode::USER } else { 0 });
         asm.store_imm32(Mem::vcpu(frame::MODE), mode.0.into());
         self.in_t1 = None;
+        if level == 3 {
+            self.leave_for_direct();
+        }
         self.lookup_dynamic(mode);
     }
 

@@ -33,6 +33,7 @@ mod short;
 mod sites;
 mod string;
 mod system;
+mod user;
 
 use std::io;
 use std::sync::Arc;
@@ -56,6 +57,7 @@ use self::sites::Sites;
 use crate::code_cache::{CodeCache, Poll};
 use crate::core::Core;
 use crate::deliver;
+use crate::direct::{Choice, Direct};
 use crate::engine::{Engine, Exit};
 use crate::interpret::{self, DecodeCache};
 use crate::profile::{Doing, Part};
@@ -79,6 +81,8 @@ pub struct Options {
     pub count_instructions: bool,
     /// Leave after every instruction, for traces.
     pub single: bool,
+    /// User code that is not translated at all.
+    pub direct: Choice,
     /// Bytes that code and all that is known of it may take; 0 stands for [`room::BUDGET`].
     pub budget: usize,
 }
@@ -134,6 +138,8 @@ pub struct Translator {
     idle: idle::Idle,
     /// How often the generations of address spaces had gone round.
     rounds: u64,
+    /// What runs user code as it stands, if any is to be.
+    direct: Option<Box<Direct>>,
     options: Options,
     counters: Counters,
 }
@@ -186,6 +192,8 @@ impl Translator {
             kernel_simd: 0,
             idle: idle::Idle::new(),
             rounds: 0,
+            // What counts or traces instructions must see them.
+            direct: Direct::new(options.direct).filter(|_| !options.count_instructions && !options.single),
             options,
             counters: Counters::default(),
         })
@@ -264,6 +272,9 @@ impl Translator {
         self.links.clear();
         self.recall.forget_all();
         core.memory.untrace_all(core.vcpu.number);
+        if let Some(direct) = &mut self.direct {
+            direct.forget_all_code();
+        }
         self.decoder.clear();
         self.forget_all_jumps(core);
     }
@@ -432,6 +443,11 @@ impl Translator {
         if must_interpret(&core.vcpu.cpu) {
             return self.interpret(core);
         }
+        if core.vcpu.hot.direct != 0
+            && let Some(ended) = self.run_user(core)
+        {
+            return ended;
+        }
         let cpu = &core.vcpu.cpu;
         if let Some(slot) = core.vcpu.jumps.find(cpu.rip, self.mode(cpu)) {
             return self.execute(core, slot);
@@ -597,7 +613,8 @@ impl Translator {
     fn look_up(&mut self, core: &mut Core<'_>) -> Next {
         self.counters.exits_lookup += 1;
         core.vcpu.cpu.rip = core.vcpu.hot.scratch[0];
-        if self.options.single || core.vcpu.attention.is_raised() {
+        let may_be_direct = core.vcpu.hot.direct != 0 && core.vcpu.cpu.cpl() == 3;
+        if self.options.single || core.vcpu.attention.is_raised() || may_be_direct {
             return Next::Dispatch;
         }
         match self.find(core) {
@@ -702,7 +719,7 @@ fn set_flags(cpu: &mut CpuState, flags: u64) {
 
 impl Engine for Translator {
     fn name(&self) -> &'static str {
-        "translate"
+        if self.options.direct == Choice::Never { "translate" } else { "direct" }
     }
 
     fn run(&mut self, core: &mut Core<'_>) -> Exit {
@@ -716,8 +733,10 @@ impl Engine for Translator {
         if core.vcpu.sampler.is_crowded() {
             self.take_samples(core);
         }
+        self.begin_user(core);
         loop {
             if core.vcpu.attention.is_raised() {
+                self.sample_user(core);
                 return Exit::Attention;
             }
             if core.vcpu.wants_interrupt_window && core.vcpu.cpu.can_take_interrupt() {
@@ -728,6 +747,7 @@ impl Engine for Translator {
             core.vcpu.sampler.now(Doing::Dispatch.word());
             if let Some(exit) = self.advance(core) {
                 if exit == Exit::Halt {
+                    self.rest_user();
                     self.idle(core);
                 }
                 return exit;
@@ -761,10 +781,14 @@ impl Engine for Translator {
 
     fn kicker(&self) -> Option<Arc<dyn Fn() + Send + Sync>> {
         let (poll, landing) = (self.poll.clone(), Arc::clone(&self.landing));
+        let direct = self.direct.as_ref().map(|direct| direct.kicker());
         Some(Arc::new(move || {
             // What the running processor does to itself it sees when it is back here, before it goes on.
             if !signal::is_current(&landing) {
                 poll.arm();
+                if let Some(direct) = &direct {
+                    direct.kick();
+                }
             }
         }))
     }
@@ -797,6 +821,9 @@ impl Engine for Translator {
             ("exits.poll", c.exits_poll),
         ];
         self.recall_counters(&mut counters);
+        if let Some(direct) = &self.direct {
+            direct.counters(&mut counters);
+        }
         counters
     }
 }

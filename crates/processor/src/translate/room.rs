@@ -126,5 +126,8 @@ impl Translator {
         });
         self.links.undo_page(page, &self.blocks, &mut self.cache);
         self.recall.forget(page);
+        if let Some(direct) = &mut self.direct {
+            direct.forget_code(page);
+        }
     }
 }

@@ -290,6 +290,13 @@ impl Lowering<'_> {
         self.c.asm.store_imm32(Mem::vcpu(frame::MODE), Mode::USER.into());
         self.c.asm.mov(T0, RCX);
         self.in_t1 = None;
+        self.leave_for_direct();
         self.lookup_dynamic(Mode(Mode::USER));
+    }
+
+    /// Behind a return to user code, whose RIP is in T0: leaves where that code may run directly.
+    pub(super) fn leave_for_direct(&mut self) {
+        self.c.asm.cmp_byte_mem(Mem::vcpu(frame::DIRECT), 0);
+        self.leave_if(cc::NZ, Site::Lookup, Flags::Slot);
     }
 }

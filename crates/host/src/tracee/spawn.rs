@@ -1,0 +1,144 @@
+//! The system calls behind a tracee: fork, execve of a file in memory, ptrace, wait.
+//!
+//! Contract: between fork and execve the child only makes system calls, on memory that was made before.
+
+use std::ffi::CStr;
+use std::fs::File;
+use std::io;
+use std::mem::MaybeUninit;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::ptr;
+
+/// PTRACE_SYSEMU: run until a system call, and do not carry it out.
+pub const SYSEMU: libc::c_uint = 31;
+/// NT_X86_XSTATE.
+const XSTATE: usize = 0x202;
+/// How waitpid tells a system call from a SIGTRAP, with PTRACE_O_TRACESYSGOOD.
+const CALL: i32 = libc::SIGTRAP | 0x80;
+
+/// Why a tracee stopped, as waitpid says it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Wait {
+    Call,
+    Filtered,
+    Signal(i32),
+}
+
+pub fn request(
+    process: libc::pid_t,
+    request: libc::c_uint,
+    address: *mut libc::c_void,
+    data: *mut libc::c_void,
+) -> io::Result<()> {
+    // SAFETY: the callers pass what the request asks for: structures that outlive the call, or none.
+    let result = unsafe { libc::ptrace(request, process, address, data) };
+    if result == -1 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
+/// Reads or writes the extended state of a stopped tracee; gives the number of bytes.
+pub fn register_set(process: libc::pid_t, direction: libc::c_uint, area: &mut [u8]) -> io::Result<usize> {
+    let mut vector = libc::iovec { iov_base: area.as_mut_ptr().cast(), iov_len: area.len() };
+    request(process, direction, ptr::without_provenance_mut(XSTATE), (&raw mut vector).cast())?;
+    Ok(vector.iov_len)
+}
+
+/// The code and the address of the signal that a tracee stopped with.
+pub fn signal_of(process: libc::pid_t) -> Option<(i32, u64)> {
+    let mut info = MaybeUninit::<libc::siginfo_t>::zeroed();
+    request(process, libc::PTRACE_GETSIGINFO, ptr::null_mut(), info.as_mut_ptr().cast()).ok()?;
+    // SAFETY: zeroed, then filled by the kernel: plain data in either case.
+    let info = unsafe { info.assume_init() };
+    // SAFETY: for the signals of faults the union holds an address; for others it is a number that nobody uses.
+    Some((info.si_code, unsafe { info.si_addr() } as u64))
+}
+
+/// Waits for the next stop; `None` when the process has ended.
+pub fn wait(process: libc::pid_t) -> Option<Wait> {
+    let mut status = 0;
+    loop {
+        // SAFETY: plain system call; the status is ours.
+        let result = unsafe { libc::waitpid(process, &raw mut status, libc::__WALL) };
+        if result == process {
+            break;
+        }
+        if io::Error::last_os_error().kind() != io::ErrorKind::Interrupted {
+            return None;
+        }
+    }
+    if !libc::WIFSTOPPED(status) {
+        return None;
+    }
+    Some(match status >> 8 {
+        CALL => Wait::Call,
+        event if event >> 8 == libc::PTRACE_EVENT_SECCOMP => Wait::Filtered,
+        other => Wait::Signal(other & 0xff),
+    })
+}
+
+/// A descriptor of the same file that is not among the first ten.
+fn high(file: &File) -> io::Result<OwnedFd> {
+    // SAFETY: plain system call on a descriptor that we hold.
+    let fd = unsafe { libc::fcntl(file.as_raw_fd(), libc::F_DUPFD_CLOEXEC, 10) };
+    if fd < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: just made, and nobody else's.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// Starts `program` as a traced child in a session of its own, with `files` as its only descriptors, from 0 on.
+/// It is stopped at its first instruction.
+pub fn spawn(program: &File, files: &[&File]) -> io::Result<libc::pid_t> {
+    let program = high(program)?;
+    let files = files.iter().map(|file| high(file)).collect::<io::Result<Vec<OwnedFd>>>()?;
+    let (empty, name) = (c"", c"ringzero-user");
+    let arguments = [name.as_ptr(), ptr::null()];
+    let environment: [*const libc::c_char; 1] = [ptr::null()];
+    // SAFETY: the child makes system calls alone, see `child`.
+    let process = unsafe { libc::fork() };
+    if process < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    if process == 0 {
+        child(&program, &files, empty, &arguments, &environment);
+    }
+    match wait(process) {
+        Some(Wait::Signal(libc::SIGTRAP)) => Ok(process),
+        Some(_) => {
+            // SAFETY: a signal to a child that was not waited for.
+            unsafe { libc::kill(process, libc::SIGKILL) };
+            while wait(process).is_some() {}
+            Err(io::Error::other("a traced child did not begin with a trap"))
+        }
+        None => Err(io::Error::other("the host does not let a child be traced")),
+    }
+}
+
+fn child(
+    program: &OwnedFd,
+    files: &[OwnedFd],
+    empty: &CStr,
+    arguments: &[*const libc::c_char],
+    environment: &[*const libc::c_char],
+) -> ! {
+    // SAFETY: system calls only, on descriptors and memory that the parent made; it ends in another program or not at all.
+    unsafe {
+        let mut none = MaybeUninit::<libc::sigset_t>::zeroed();
+        libc::sigemptyset(none.as_mut_ptr());
+        libc::sigprocmask(libc::SIG_SETMASK, none.as_ptr(), ptr::null_mut());
+        // Signals of the terminal are not for it.
+        libc::setsid();
+        let no_core = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+        libc::setrlimit(libc::RLIMIT_CORE, &raw const no_core);
+        for (number, file) in files.iter().enumerate() {
+            libc::dup2(file.as_raw_fd(), number as i32);
+        }
+        // All others, the program's but for a moment.
+        libc::syscall(libc::SYS_close_range, files.len(), u32::MAX, libc::CLOSE_RANGE_CLOEXEC);
+        if libc::ptrace(libc::PTRACE_TRACEME, 0, 0, 0) == 0 {
+            let (arguments, environment) = (arguments.as_ptr(), environment.as_ptr());
+            libc::syscall(libc::SYS_execveat, program.as_raw_fd(), empty.as_ptr(), arguments, environment, 0x1000);
+        }
+        libc::_exit(127)
+    }
+}

@@ -1,0 +1,163 @@
+//! Is it worth it? Each way into the process and out again costs some microseconds, in which translated code would have done
+//! part of the work already. So direct execution begins where user code was found at work twice, goes on while more time is
+//! spent in the guest's code than around it, and otherwise pauses, longer every time.
+
+use std::collections::HashMap;
+
+use host::clock::host_tsc_hz;
+
+/// Times that user code must be found at work first: a process that lives for a few milliseconds is not worth a start.
+const SAMPLES: u32 = 2;
+/// Address spaces that are remembered.
+const MOST: usize = 256;
+/// Parts of a second: how much is looked at to judge, and the shortest and longest pause.
+const WINDOW: u64 = 2_000;
+const SHORTEST: u64 = 250;
+const LONGEST: u64 = 4;
+
+#[derive(Clone, Copy, Debug, Default)]
+struct Pace {
+    samples: u32,
+    is_wanted: bool,
+    is_banned: bool,
+    /// Ticks in the guest's code and around it, since the last judgement.
+    useful: u64,
+    lost: u64,
+    pause: u64,
+    until: u64,
+}
+
+/// The paces of address spaces, by the address of their top-level table.
+#[derive(Debug)]
+pub struct Paces {
+    paces: HashMap<u64, Pace>,
+    /// The shortest excursion so far, which did nothing: what the way alone takes.
+    switch: u64,
+    /// How often direct execution was found not to be worth it.
+    pub given_up: u64,
+}
+
+impl Default for Paces {
+    fn default() -> Self {
+        Paces { paces: HashMap::new(), switch: u64::MAX, given_up: 0 }
+    }
+}
+
+impl Paces {
+    fn get(&mut self, root: u64) -> &mut Pace {
+        if self.paces.len() >= MOST && !self.paces.contains_key(&root) {
+            self.paces.clear();
+        }
+        self.paces.entry(root).or_default()
+    }
+
+    /// User code of a space was found at work; says whether it is to be run directly.
+    pub fn sampled(&mut self, root: u64, now: u64) -> bool {
+        let pace = self.get(root);
+        pace.samples = pace.samples.saturating_add(1);
+        let is_over = now.wrapping_sub(pace.until) < u64::MAX / 2;
+        pace.is_wanted |= pace.samples >= SAMPLES && is_over && !pace.is_banned;
+        pace.is_wanted
+    }
+
+    pub fn is_wanted(&self, root: u64) -> bool {
+        self.paces.get(&root).is_some_and(|pace| pace.is_wanted)
+    }
+
+    pub fn any_wanted(&self) -> bool {
+        self.paces.values().any(|pace| pace.is_wanted)
+    }
+
+    /// Ticks of an excursion without those of the way.
+    pub fn without_switch(&mut self, ticks: u64) -> u64 {
+        self.switch = self.switch.min(ticks);
+        ticks - self.switch
+    }
+
+    /// Takes note of what an excursion was good for; says whether to go on.
+    pub fn judge(&mut self, root: u64, useful: u64, lost: u64, now: u64) -> bool {
+        let second = host_tsc_hz();
+        let pace = self.get(root);
+        pace.useful += useful;
+        pace.lost += lost;
+        if pace.useful + pace.lost >= second / WINDOW {
+            let is_good = pace.useful > pace.lost;
+            (pace.useful, pace.lost) = (0, 0);
+            if is_good {
+                pace.pause = 0;
+            } else {
+                pace.pause = (pace.pause * 2).clamp(second / SHORTEST, second / LONGEST);
+                pace.until = now.wrapping_add(pace.pause);
+                pace.is_wanted = false;
+                self.given_up += 1;
+            }
+        }
+        self.is_wanted(root)
+    }
+
+    /// Code that does what direct execution cannot keep from it: never again.
+    pub fn ban(&mut self, root: u64) {
+        let pace = self.get(root);
+        (pace.is_banned, pace.is_wanted) = (true, false);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const ROOT: u64 = 0x5000;
+
+    fn sampled() -> (Paces, u64) {
+        let mut paces = Paces::default();
+        assert!(!paces.sampled(ROOT, 1000), "once is not enough");
+        assert!(paces.sampled(ROOT, 2000) && paces.is_wanted(ROOT) && paces.any_wanted());
+        assert!(!paces.is_wanted(ROOT + 0x1000));
+        (paces, host_tsc_hz())
+    }
+
+    #[test]
+    fn what_computes_goes_on() {
+        let (mut paces, second) = sampled();
+        for round in 0..100 {
+            assert!(paces.judge(ROOT, second / 1000, second / 5000, 3000 + round));
+        }
+        assert_eq!(paces.given_up, 0);
+    }
+
+    #[test]
+    fn what_calls_its_kernel_all_the_time_pauses_longer_and_longer() {
+        let (mut paces, second) = sampled();
+        let mut now = 10_000;
+        let mut pauses = Vec::new();
+        for _ in 0..12 {
+            assert!(!paces.judge(ROOT, second / 5000, second / 1000, now));
+            let begin = now;
+            while !paces.sampled(ROOT, now) {
+                now += second / 1000;
+            }
+            pauses.push((now - begin) / (second / 1000));
+        }
+        assert_eq!(pauses[..3], [4, 8, 16]);
+        assert_eq!(pauses[11], 250);
+        // One good stretch, and the next pause is short again.
+        assert!(paces.judge(ROOT, second, 0, now));
+        assert!(!paces.judge(ROOT, 0, second, now));
+        assert!(paces.sampled(ROOT, now + second / 200));
+    }
+
+    #[test]
+    fn what_is_banned_stays_so() {
+        let (mut paces, _) = sampled();
+        paces.ban(ROOT);
+        assert!(!paces.sampled(ROOT, 5000) && !paces.is_wanted(ROOT));
+    }
+
+    #[test]
+    fn the_way_itself_does_not_count() {
+        let mut paces = Paces::default();
+        assert_eq!(paces.without_switch(5000), 0);
+        assert_eq!(paces.without_switch(9000), 4000);
+        assert_eq!(paces.without_switch(4000), 0);
+    }
+}

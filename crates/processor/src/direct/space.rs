@@ -1,0 +1,318 @@
+//! One address space of the guest's as a process of the host: its page tables, filled on demand, are the shadow of the
+//! guest's.
+//!
+//! Contract: before the process runs, [`Space::bring_up_to_date`] has been called since the VCPU last did anything else, and
+//! every page that is mapped then is one that the guest's tables let user code reach, with rights that they and the traces
+//! allow. It rests on the soft TLB's word: what the guest has invalidated is listed there page by page, or the address
+//! space has got another generation, upon which everything is compared with the guest's tables again.
+
+use std::collections::HashMap;
+use std::io;
+
+use host::tracee::{Order, Rights, Tracee, USER};
+use memory::reach::{self, PAGES, REGION, Region};
+use memory::tlb::Bank;
+use memory::{GuestMemory, Paging};
+use x86::{Gpa, Gva, PAGE_SIZE, Ppn};
+
+use super::{Codes, MOST_WRITES, scan};
+use crate::core::Core;
+
+/// Pages mapped at most: Linux gives a process 65,530 mappings, and scattered pages take one each.
+const MOST_PAGES: usize = 48_000;
+/// Pages around a missing one that are mapped with it.
+const DATA_AROUND: usize = 64;
+const CODE_AROUND: usize = 16;
+
+/// What a page is wanted for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Want {
+    Data,
+    Code,
+}
+
+/// What of a region is mapped.
+#[derive(Debug)]
+struct Held {
+    region: Region,
+    /// The guest's entries that the mappings were made from, 0 where there is none.
+    entries: [u64; PAGES],
+    rights: [Option<Rights>; PAGES],
+}
+
+#[derive(Debug)]
+pub struct Space {
+    /// The guest physical address of the top-level table.
+    pub root: u64,
+    /// When it was last used, in turns of its owner.
+    pub used: u64,
+    pub tracee: Tracee,
+    regions: HashMap<u64, Box<Held>>,
+    pages: usize,
+    /// Of the soft TLB: rounds and generation.
+    generation: (u64, u64),
+    epoch: u64,
+    orders: Vec<Order>,
+}
+
+/// The page and whether stores to it would be noticed by nobody who must.
+fn may_store(core: &Core<'_>, ppn: Ppn) -> bool {
+    core.memory.pmap().get(ppn).is_some_and(|it| !it.is_traced() && it.writers().has(core.vcpu.number))
+}
+
+fn generation(core: &Core<'_>) -> (u64, u64) {
+    (core.vcpu.tlb.shadow.rounds, core.vcpu.tlb.generations[Bank::User as usize])
+}
+
+impl Space {
+    pub fn new(root: u64, memory: &GuestMemory) -> io::Result<Space> {
+        let tracee = Tracee::new(memory.pool().file())?;
+        let (regions, orders) = Default::default();
+        Ok(Space { root, used: 0, tracee, regions, pages: 0, generation: (0, 0), epoch: memory.epoch(), orders })
+    }
+
+    pub fn is_gone(&mut self) -> bool {
+        self.tracee.registers().is_err()
+    }
+
+    /// Empties it, for the same or for another address space.
+    pub fn begin_anew(&mut self, root: u64) -> io::Result<()> {
+        self.root = root;
+        self.doubt();
+        self.unmap_all();
+        self.flush()
+    }
+
+    fn unmap_all(&mut self) {
+        self.regions.clear();
+        self.pages = 0;
+        self.orders.clear();
+        let own = self.tracee.reserved();
+        self.orders.push(Order::unmap(USER.start, own.start - USER.start));
+        self.orders.push(Order::unmap(own.end, USER.end - own.end));
+    }
+
+    /// Nothing that is mapped counts until it was compared with the guest's tables.
+    pub fn doubt(&mut self) {
+        self.generation = (u64::MAX, 0);
+    }
+
+    /// The guest has invalidated a page of the address space that had this generation.
+    pub fn drop_page(&mut self, generation: u64, page: Gva) {
+        if self.generation.1 == generation {
+            self.unmap(page);
+        }
+    }
+
+    fn unmap(&mut self, page: Gva) {
+        let Some(held) = self.regions.get_mut(&(page.0 & !(REGION - 1))) else { return };
+        let index = (page.0 % REGION / PAGE_SIZE) as usize;
+        if held.rights[index].take().is_some() {
+            held.entries[index] = 0;
+            self.pages -= 1;
+            self.orders.push(Order::unmap(page.page().0, PAGE_SIZE));
+        }
+    }
+
+    /// Unmaps code of the pages that `is_stale` names.
+    pub fn drop_code(&mut self, is_stale: impl Fn(Ppn) -> bool) {
+        let mut stale = Vec::new();
+        for (first, held) in &self.regions {
+            for index in 0..PAGES {
+                if held.rights[index] == Some(Rights::Execute) && is_stale(held.region.reached(held.entries[index]).ppn) {
+                    stale.push(Gva(first + index as u64 * PAGE_SIZE));
+                }
+            }
+        }
+        stale.into_iter().for_each(|page| self.unmap(page));
+    }
+
+    /// Carries out what was found stale; compares everything with the guest's tables if they may have changed. Says whether it
+    /// did.
+    pub fn bring_up_to_date(&mut self, core: &Core<'_>) -> io::Result<bool> {
+        let now = generation(core);
+        let is_doubtful = self.generation != now;
+        if self.epoch != core.memory.epoch() {
+            // Pages were moved to other machine pages.
+            self.epoch = core.memory.epoch();
+            self.unmap_all();
+        } else if is_doubtful {
+            self.compare(core);
+        }
+        self.generation = now;
+        self.flush()?;
+        Ok(is_doubtful)
+    }
+
+    /// Unmaps whatever the guest's tables, or the traces, do not allow any more.
+    fn compare(&mut self, core: &Core<'_>) {
+        let paging = Paging::of(&core.vcpu.cpu);
+        let (orders, pages) = (&mut self.orders, &mut self.pages);
+        self.regions.retain(|first, held| {
+            let now = reach::region(core.memory, &paging, Gva(*first));
+            if now != Some(held.region) {
+                orders.push(Order::unmap(*first, REGION));
+                *pages -= held.rights.iter().flatten().count();
+                return false;
+            }
+            for (index, entry) in held.region.entries(core.memory, 0, PAGES).enumerate() {
+                let Some(rights) = held.rights[index] else { continue };
+                let is_right = entry == held.entries[index]
+                    || same_but_for_dirty(entry, held.entries[index]) && rights != Rights::Write;
+                let is_right = is_right && (rights != Rights::Write || may_store(core, held.region.reached(entry).ppn));
+                if !is_right {
+                    held.rights[index] = None;
+                    held.entries[index] = 0;
+                    *pages -= 1;
+                    orders.push(Order::unmap(first + index as u64 * PAGE_SIZE, PAGE_SIZE));
+                }
+            }
+            true
+        });
+    }
+
+    /// Gives the orders to the process.
+    fn flush(&mut self) -> io::Result<()> {
+        if self.orders.is_empty() {
+            return Ok(());
+        }
+        let orders = std::mem::take(&mut self.orders);
+        let result = orders.chunks(Tracee::most_orders()).try_for_each(|part| self.tracee.order(part));
+        self.orders = orders;
+        self.orders.clear();
+        result
+    }
+
+    /// Whether code on a page runs without a fault.
+    pub fn executes(&self, address: Gva) -> bool {
+        let held = self.regions.get(&(address.0 & !(REGION - 1)));
+        held.is_some_and(|held| held.rights[(address.0 % REGION / PAGE_SIZE) as usize] == Some(Rights::Execute))
+    }
+
+    /// Maps the page of `address` and those around it that the guest's tables allow, as data or as code; gives their number.
+    pub fn fill(&mut self, core: &mut Core<'_>, address: Gva, want: Want, codes: &mut Codes) -> io::Result<u64> {
+        let own = self.tracee.reserved();
+        let first = address.0 & !(REGION - 1);
+        if !USER.contains(&address.0) || (first..first + REGION).contains(&own.start) {
+            return Ok(0);
+        }
+        let paging = Paging::of(&core.vcpu.cpu);
+        let Some(region) = reach::region(core.memory, &paging, address) else { return Ok(0) };
+        if self.pages > MOST_PAGES {
+            self.unmap_all();
+        }
+        let around = if want == Want::Code { CODE_AROUND } else { DATA_AROUND };
+        let target = (address.0 % REGION / PAGE_SIZE) as usize;
+        let window = target & !(around - 1);
+        if self.regions.get(&first).is_some_and(|held| held.region != region) {
+            self.orders.push(Order::unmap(first, REGION));
+            let gone = self.regions.remove(&first);
+            self.pages -= gone.map_or(0, |held| held.rights.iter().flatten().count());
+        }
+        let entries: Vec<u64> = region.entries(core.memory, window, around).collect();
+        let mut chosen = Vec::with_capacity(around);
+        for (index, entry) in (window..).zip(entries) {
+            let page = first + index as u64 * PAGE_SIZE;
+            let has = self.regions.get(&first).and_then(|held| held.rights[index]);
+            // Code that is stored to stays code: until the store is noticed, then it goes.
+            let stays = has == Some(Rights::Execute) || (has.is_some() && index != target);
+            if entry == 0 || page < USER.start || stays {
+                continue;
+            }
+            if let Some(rights) = self.rights_of(core, region, entry, want, codes)
+                && Some(rights) != has
+            {
+                chosen.push((index, entry, rights));
+            }
+        }
+        // Code was traced: rights may have been taken away, from pages that were chosen above among them.
+        if generation(core) != self.generation {
+            self.bring_up_to_date(core)?;
+            chosen.retain(|(_, entry, rights)| *rights != Rights::Write || may_store(core, region.reached(*entry).ppn));
+        }
+        self.map(core, first, region, &chosen)
+    }
+
+    /// What a page may be mapped for.
+    fn rights_of(
+        &self,
+        core: &mut Core<'_>,
+        region: Region,
+        entry: u64,
+        want: Want,
+        codes: &mut Codes,
+    ) -> Option<Rights> {
+        let reached = region.reached(entry);
+        // Not RAM: whoever is there must be asked.
+        core.memory.machine_page(reached.ppn)?;
+        if want == Want::Code {
+            let is_code = reached.executable && is_plain(core, reached.ppn, codes, self.tracee.hides_cpuid);
+            return is_code.then_some(Rights::Execute);
+        }
+        let may_store = reached.writable && core.memory.pmap().grant_store(reached.ppn, core.vcpu.number);
+        Some(if may_store { Rights::Write } else { Rights::Read })
+    }
+
+    /// Maps pages of one region, neighbours that are neighbours in the pool, too, together.
+    fn map(
+        &mut self,
+        core: &Core<'_>,
+        first: u64,
+        region: Region,
+        chosen: &[(usize, u64, Rights)],
+    ) -> io::Result<u64> {
+        if chosen.is_empty() {
+            self.flush()?;
+            return Ok(0);
+        }
+        let held = self.regions.entry(first).or_insert_with(|| {
+            Box::new(Held { region, entries: [0; PAGES], rights: [None; PAGES] })
+        });
+        let mut runs: Vec<(u64, u64, Rights, u64)> = Vec::new();
+        let mut count = 0;
+        for (index, entry, rights) in chosen {
+            let Some(mpn) = core.memory.machine_page(region.reached(*entry).ppn) else { continue };
+            let (page, offset) = (first + *index as u64 * PAGE_SIZE, mpn.0 * PAGE_SIZE);
+            self.pages += usize::from(held.rights[*index].is_none());
+            (held.entries[*index], held.rights[*index]) = (*entry, Some(*rights));
+            count += 1;
+            match runs.last_mut() {
+                Some((at, size, same, from)) if at == &(page - *size) && same == rights && *from + *size == offset => {
+                    *size += PAGE_SIZE;
+                }
+                _ => runs.push((page, PAGE_SIZE, *rights, offset)),
+            }
+        }
+        self.orders.extend(runs.into_iter().map(|(at, size, rights, from)| Order::map(at, size, rights, from)));
+        self.flush()?;
+        Ok(count)
+    }
+}
+
+/// Whether two entries differ in the dirty bit alone.
+fn same_but_for_dirty(one: u64, other: u64) -> bool {
+    (one ^ other) & !x86::paging::entry::DIRTY == 0
+}
+
+/// Looks through the code of a page and has stores to it watched, once.
+fn is_plain(core: &mut Core<'_>, ppn: Ppn, codes: &mut Codes, hides_cpuid: bool) -> bool {
+    if codes.plain.contains(&ppn) {
+        return true;
+    }
+    if codes.refused.contains(&ppn) {
+        return false;
+    }
+    let mut code = [0; PAGE_SIZE as usize];
+    let gpa = Gpa(ppn.0 * PAGE_SIZE);
+    let Some(page) = core.memory.page(ppn) else { return false };
+    page.read(0, &mut code);
+    let is_stable = codes.writes.get(&ppn).is_none_or(|writes| *writes < MOST_WRITES);
+    // A refused page is watched, too, so that it is looked at again when it has changed.
+    let is_traced = core.trace_code(gpa, &code);
+    if is_traced && is_stable && scan::is_plain(&code, hides_cpuid) {
+        codes.plain.insert(ppn);
+        return true;
+    }
+    codes.refused.insert(ppn);
+    false
+}
