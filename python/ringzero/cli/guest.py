@@ -126,7 +126,8 @@ def run_guest(options: RunOptions) -> int:
         console=show(1) if command is None else show(2) if options.verbose else None,
         shell=command is None,
         quiet=not options.verbose,
-        count_instructions=options.stats,
+        # Code that runs as it stands cannot be counted.
+        count_instructions=options.stats and options.engine != "direct",
         profile=options.stats and "RINGZERO_PROFILE" in os.environ,
         trace=options.trace,
         translation_cache=not options.no_translation_cache,

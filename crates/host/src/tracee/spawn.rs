@@ -1,6 +1,6 @@
-//! The system calls behind a tracee: fork, execve of a file in memory, ptrace, wait.
+//! The system calls behind a tracee: clone, execve of a file in memory, ptrace, wait.
 //!
-//! Contract: between fork and execve the child only makes system calls, on memory that was made before.
+//! Contract: between clone and execve the child only makes system calls, on memory that was made before.
 
 use std::ffi::CStr;
 use std::fs::File;
@@ -8,6 +8,8 @@ use std::io;
 use std::mem::MaybeUninit;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::ptr;
+
+use crate::map::Map;
 
 /// PTRACE_SYSEMU: run until a system call, and do not carry it out.
 pub const SYSEMU: libc::c_uint = 31;
@@ -86,21 +88,37 @@ fn high(file: &File) -> io::Result<OwnedFd> {
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
+/// What the child needs, made by the parent.
+struct Beginning<'a> {
+    program: OwnedFd,
+    files: Vec<OwnedFd>,
+    empty: &'a CStr,
+    arguments: [*const libc::c_char; 2],
+    environment: [*const libc::c_char; 1],
+}
+
+/// Bytes of the child's stack until it is another program.
+const STACK: usize = 64 << 10;
+
 /// Starts `program` as a traced child in a session of its own, with `files` as its only descriptors, from 0 on.
 /// It is stopped at its first instruction.
 pub fn spawn(program: &File, files: &[&File]) -> io::Result<libc::pid_t> {
-    let program = high(program)?;
-    let files = files.iter().map(|file| high(file)).collect::<io::Result<Vec<OwnedFd>>>()?;
-    let (empty, name) = (c"", c"ringzero-user");
-    let arguments = [name.as_ptr(), ptr::null()];
-    let environment: [*const libc::c_char; 1] = [ptr::null()];
-    // SAFETY: the child makes system calls alone, see `child`.
-    let process = unsafe { libc::fork() };
+    let beginning = Beginning {
+        program: high(program)?,
+        files: files.iter().map(|file| high(file)).collect::<io::Result<Vec<OwnedFd>>>()?,
+        empty: c"",
+        arguments: [c"ringzero-user".as_ptr(), ptr::null()],
+        environment: [ptr::null()],
+    };
+    let stack = Map::anonymous(STACK)?;
+    let data = ptr::from_ref(&beginning).cast_mut().cast();
+    // The child borrows our memory until it is another program, as with vfork: nothing of ours is copied.
+    let flags = libc::CLONE_VM | libc::CLONE_VFORK | libc::SIGCHLD;
+    // SAFETY: this thread waits until the child has another program or has ended, so stack and data outlive its use of them;
+    // it runs on a stack of its own and makes system calls alone, see `child`.
+    let process = unsafe { libc::clone(child, stack.base().as_ptr().add(STACK).cast(), flags, data) };
     if process < 0 {
         return Err(io::Error::last_os_error());
-    }
-    if process == 0 {
-        child(&program, &files, empty, &arguments, &environment);
     }
     match wait(process) {
         Some(Wait::Signal(libc::SIGTRAP)) => Ok(process),
@@ -114,30 +132,30 @@ pub fn spawn(program: &File, files: &[&File]) -> io::Result<libc::pid_t> {
     }
 }
 
-fn child(
-    program: &OwnedFd,
-    files: &[OwnedFd],
-    empty: &CStr,
-    arguments: &[*const libc::c_char],
-    environment: &[*const libc::c_char],
-) -> ! {
-    // SAFETY: system calls only, on descriptors and memory that the parent made; it ends in another program or not at all.
+extern "C" fn child(data: *mut libc::c_void) -> libc::c_int {
+    // SAFETY: the parent passes what it keeps until we are another program. Only system calls follow, on descriptors and
+    // memory that it made; none of them changes that memory, but for the signals that are let through.
     unsafe {
-        let mut none = MaybeUninit::<libc::sigset_t>::zeroed();
-        libc::sigemptyset(none.as_mut_ptr());
-        libc::sigprocmask(libc::SIG_SETMASK, none.as_ptr(), ptr::null_mut());
-        // Signals of the terminal are not for it.
+        let beginning = &*data.cast::<Beginning<'_>>();
         libc::setsid();
         let no_core = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
         libc::setrlimit(libc::RLIMIT_CORE, &raw const no_core);
-        for (number, file) in files.iter().enumerate() {
+        for (number, file) in beginning.files.iter().enumerate() {
             libc::dup2(file.as_raw_fd(), number as i32);
         }
         // All others, the program's but for a moment.
-        libc::syscall(libc::SYS_close_range, files.len(), u32::MAX, libc::CLOSE_RANGE_CLOEXEC);
+        libc::syscall(libc::SYS_close_range, beginning.files.len(), u32::MAX, libc::CLOSE_RANGE_CLOEXEC);
         if libc::ptrace(libc::PTRACE_TRACEME, 0, 0, 0) == 0 {
-            let (arguments, environment) = (arguments.as_ptr(), environment.as_ptr());
-            libc::syscall(libc::SYS_execveat, program.as_raw_fd(), empty.as_ptr(), arguments, environment, 0x1000);
+            // A handler of the parent's that ran here would run in its memory: signals come through where there is none.
+            let mut none = MaybeUninit::<libc::sigset_t>::zeroed();
+            libc::sigemptyset(none.as_mut_ptr());
+            for signal in [libc::SIGINT, libc::SIGTERM, libc::SIGCHLD, libc::SIGUSR1, libc::SIGUSR2] {
+                libc::signal(signal, libc::SIG_DFL);
+            }
+            libc::sigprocmask(libc::SIG_SETMASK, none.as_ptr(), ptr::null_mut());
+            let (arguments, environment) = (beginning.arguments.as_ptr(), beginning.environment.as_ptr());
+            let program = beginning.program.as_raw_fd();
+            libc::syscall(libc::SYS_execveat, program, beginning.empty.as_ptr(), arguments, environment, 0x1000);
         }
         libc::_exit(127)
     }

@@ -48,8 +48,6 @@ pub const MOST_ORDERS: usize = (PAGE - TAIL) / size_of::<Order>();
 /// Components that a process may have though it never used them: PKRU, which Linux sets.
 pub const INITIAL_COMPONENTS: u64 = 1 << 9;
 
-const ARCH_CPUID: u64 = 0x1012;
-
 /// Loads the first page of the file as code, at `base`.
 fn image(base: u64) -> Vec<u8> {
     let mut image = vec![0; PAGE];
@@ -131,7 +129,7 @@ pub fn start(file: &File) -> io::Result<Tracee> {
     let process = spawn::spawn(&program, &[file, &orders_file])?;
     // From here on the process goes when the tracee is dropped.
     let (vectors, on) = (Vec::new(), None);
-    let mut tracee = Tracee { process, base, orders, vectors, hides_cpuid: false, on, is_gone: false };
+    let mut tracee = Tracee { process, base, orders, vectors, on, is_gone: false };
     let options = libc::PTRACE_O_EXITKILL | libc::PTRACE_O_TRACESYSGOOD | libc::PTRACE_O_TRACESECCOMP;
     spawn::request(process, libc::PTRACE_SETOPTIONS, ptr::null_mut(), ptr::without_provenance_mut(options as usize))?;
 
@@ -164,10 +162,6 @@ pub fn start(file: &File) -> io::Result<Tracee> {
         Order::unmap(0, base),
         Order::unmap(end, super::USER.end - end),
         control(libc::PR_SET_NAME, [at(name_at), 0]),
-        control(libc::PR_SET_TSC, [libc::PR_TSC_SIGSEGV as u64, 0]),
-    ])?;
-    tracee.hides_cpuid = tracee.order(&[Order::new(libc::SYS_arch_prctl, [ARCH_CPUID, 0, 0, 0, 0, 0])]).is_ok();
-    tracee.order(&[
         control(libc::PR_SET_NO_NEW_PRIVS, [1, 0]),
         control(libc::PR_SET_SECCOMP, [libc::SECCOMP_MODE_FILTER as u64, at(filter_at)]),
     ])?;

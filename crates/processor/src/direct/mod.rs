@@ -79,6 +79,8 @@ pub struct Direct {
     refusal: Option<std::io::Error>,
     place: Place,
     turn: u64,
+    /// The instruction that last left with a fault for the guest's kernel, and the address that it wanted.
+    missing: Option<(Gva, Gva)>,
 }
 
 /// Pages of code: which were looked through, and with what result.
@@ -127,6 +129,7 @@ impl Direct {
                 refusal: None,
                 place: Place::default(),
                 turn: 0,
+                missing: None,
             })
         })
     }
@@ -278,6 +281,16 @@ impl Direct {
         spent: &mut Spent,
     ) -> Ended {
         self.counters.excursions += 1;
+        if let Some((rip, address)) = self.missing.take()
+            && rip.0 == core.vcpu.cpu.rip
+        {
+            // The guest's kernel has mapped it by now.
+            match self.timed_fill(core, index, rip, address, spent) {
+                Ok(true) => {}
+                Ok(false) => return Ended::Refused,
+                Err(_) => return self.give_up(core, index),
+            }
+        }
         loop {
             if self.bring_up_to_date(core, index).is_err() {
                 return self.give_up(core, index);
@@ -308,8 +321,11 @@ impl Direct {
             if let Some(exit) = interpret(core) {
                 return Ended::Exit(exit);
             }
-            if core.vcpu.cpu.cpl() != 3
-                || core.vcpu.attention.is_raised()
+            if core.vcpu.cpu.cpl() != 3 {
+                self.missing = wanted.map(|address| (rip, address));
+                return Ended::Somewhere;
+            }
+            if core.vcpu.attention.is_raised()
                 || core.vcpu.cpu.cr3 & ADDRESS != self.spaces[index].root
                 || core.memory.code.is_pending(core.vcpu.number)
                 || !is_ordinary(core.vcpu)
@@ -317,16 +333,27 @@ impl Direct {
                 return Ended::Somewhere;
             }
             if let Some(address) = wanted {
-                let begun = host_tsc();
-                let filled = self.fill(core, index, rip, address);
-                spent.filling += host_tsc().wrapping_sub(begun);
-                match filled {
+                match self.timed_fill(core, index, rip, address, spent) {
                     Ok(true) => {}
                     Ok(false) => return Ended::Somewhere,
                     Err(_) => return self.give_up(core, index),
                 }
             }
         }
+    }
+
+    fn timed_fill(
+        &mut self,
+        core: &mut Core<'_>,
+        index: usize,
+        rip: Gva,
+        address: Gva,
+        spent: &mut Spent,
+    ) -> std::io::Result<bool> {
+        let begun = host_tsc();
+        let filled = self.fill(core, index, rip, address);
+        spent.filling += host_tsc().wrapping_sub(begun);
+        filled
     }
 
     /// Maps what an instruction at `rip` wanted at `address`; false when the code there is not to be run so.

@@ -129,7 +129,7 @@ mod tests {
     fn what_calls_its_kernel_all_the_time_pauses_longer_and_longer() {
         let (mut paces, second) = sampled();
         let mut now = 10_000;
-        let mut pauses = Vec::new();
+        let mut pauses: Vec<u64> = Vec::new();
         for _ in 0..12 {
             assert!(!paces.judge(ROOT, second / 5000, second / 1000, now));
             let begin = now;
@@ -138,8 +138,11 @@ mod tests {
             }
             pauses.push((now - begin) / (second / 1000));
         }
-        assert_eq!(pauses[..3], [4, 8, 16]);
-        assert_eq!(pauses[11], 250);
+        assert!(
+            pauses[..3].iter().zip([4, 8, 16]).all(|(pause, wanted)| (wanted..=wanted + 1).contains(pause)),
+            "{pauses:?}"
+        );
+        assert!((250..=251).contains(&pauses[11]), "{pauses:?}");
         // One good stretch, and the next pause is short again.
         assert!(paces.judge(ROOT, second, 0, now));
         assert!(!paces.judge(ROOT, 0, second, now));

@@ -21,7 +21,7 @@ use crate::core::Core;
 /// Pages mapped at most: Linux gives a process 65,530 mappings, and scattered pages take one each.
 const MOST_PAGES: usize = 48_000;
 /// Pages around a missing one that are mapped with it.
-const DATA_AROUND: usize = 64;
+const DATA_AROUND: usize = 32;
 const CODE_AROUND: usize = 16;
 
 /// What a page is wanted for.
@@ -119,7 +119,8 @@ impl Space {
         let mut stale = Vec::new();
         for (first, held) in &self.regions {
             for index in 0..PAGES {
-                if held.rights[index] == Some(Rights::Execute) && is_stale(held.region.reached(held.entries[index]).ppn) {
+                if held.rights[index] == Some(Rights::Execute) && is_stale(held.region.reached(held.entries[index]).ppn)
+                {
                     stale.push(Gva(first + index as u64 * PAGE_SIZE));
                 }
             }
@@ -246,7 +247,7 @@ impl Space {
         // Not RAM: whoever is there must be asked.
         core.memory.machine_page(reached.ppn)?;
         if want == Want::Code {
-            let is_code = reached.executable && is_plain(core, reached.ppn, codes, self.tracee.hides_cpuid);
+            let is_code = reached.executable && is_plain(core, reached.ppn, codes);
             return is_code.then_some(Rights::Execute);
         }
         let may_store = reached.writable && core.memory.pmap().grant_store(reached.ppn, core.vcpu.number);
@@ -254,20 +255,15 @@ impl Space {
     }
 
     /// Maps pages of one region, neighbours that are neighbours in the pool, too, together.
-    fn map(
-        &mut self,
-        core: &Core<'_>,
-        first: u64,
-        region: Region,
-        chosen: &[(usize, u64, Rights)],
-    ) -> io::Result<u64> {
+    fn map(&mut self, core: &Core<'_>, first: u64, region: Region, chosen: &[(usize, u64, Rights)]) -> io::Result<u64> {
         if chosen.is_empty() {
             self.flush()?;
             return Ok(0);
         }
-        let held = self.regions.entry(first).or_insert_with(|| {
-            Box::new(Held { region, entries: [0; PAGES], rights: [None; PAGES] })
-        });
+        let held = self
+            .regions
+            .entry(first)
+            .or_insert_with(|| Box::new(Held { region, entries: [0; PAGES], rights: [None; PAGES] }));
         let mut runs: Vec<(u64, u64, Rights, u64)> = Vec::new();
         let mut count = 0;
         for (index, entry, rights) in chosen {
@@ -295,7 +291,7 @@ fn same_but_for_dirty(one: u64, other: u64) -> bool {
 }
 
 /// Looks through the code of a page and has stores to it watched, once.
-fn is_plain(core: &mut Core<'_>, ppn: Ppn, codes: &mut Codes, hides_cpuid: bool) -> bool {
+fn is_plain(core: &mut Core<'_>, ppn: Ppn, codes: &mut Codes) -> bool {
     if codes.plain.contains(&ppn) {
         return true;
     }
@@ -309,7 +305,7 @@ fn is_plain(core: &mut Core<'_>, ppn: Ppn, codes: &mut Codes, hides_cpuid: bool)
     let is_stable = codes.writes.get(&ppn).is_none_or(|writes| *writes < MOST_WRITES);
     // A refused page is watched, too, so that it is looked at again when it has changed.
     let is_traced = core.trace_code(gpa, &code);
-    if is_traced && is_stable && scan::is_plain(&code, hides_cpuid) {
+    if is_traced && is_stable && scan::is_plain(&code) {
         codes.plain.insert(ppn);
         return true;
     }

@@ -13,8 +13,7 @@ pub const SELECTORS: (u16, u16) = (0x33, 0x2b);
 const CODE32: u64 = 0x23;
 
 /// Flags that user code can change. Those that it cannot (IF, IOPL) are the VCPU's.
-const CHANGEABLE: u64 =
-    rflags::ARITHMETIC | rflags::DF | rflags::TF | rflags::NT | rflags::AC | rflags::ID;
+const CHANGEABLE: u64 = rflags::ARITHMETIC | rflags::DF | rflags::TF | rflags::NT | rflags::AC | rflags::ID;
 
 pub fn put(cpu: &CpuState, tracee: &mut Tracee) -> std::io::Result<()> {
     let registers = Registers {
