@@ -32,7 +32,7 @@ class Vm:
         memory: int,
         *,
         cpus: int = 1,
-        engine: str = "translate",
+        engine: str = "direct",
         count_instructions: bool = False,
         profile: bool = False,
         trace_path: str | None = None,

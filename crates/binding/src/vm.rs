@@ -52,7 +52,7 @@ impl Vm {
     #[new]
     #[pyo3(
         signature = (
-            memory, *, cpus = None, engine = "translate", count_instructions = false, profile = false, trace_path = None,
+            memory, *, cpus = None, engine = "direct", count_instructions = false, profile = false, trace_path = None,
             translations = None, translation_bytes = None
         ),
         text_signature = "(memory, *, cpus=1, engine='translate', count_instructions=False, profile=False, \

@@ -124,7 +124,8 @@ fn block_others() {
     }
 }
 
-fn install() -> io::Result<()> {
+/// Installs the handlers, once for the process; [`enter`] does it, too.
+pub fn install() -> io::Result<()> {
     if PREVIOUS.get().is_some() {
         return Ok(());
     }

@@ -5,6 +5,7 @@ use std::fs::{File, OpenOptions};
 use std::path::Path;
 
 use host::map::{Map, PAGE, Protection, memfd};
+use host::tracee::Tracee;
 
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Feature {
@@ -60,6 +61,10 @@ fn memfd_works() -> bool {
     made.is_ok_and(|file| Map::shared(&file, PAGE, Protection::ReadWrite).is_ok())
 }
 
+fn tracing_works() -> bool {
+    memfd(c"ringzero-doctor", PAGE as u64).and_then(|file| Tracee::new(&file)).is_ok()
+}
+
 /// Everything that decides what can run here and how fast, by name.
 #[must_use]
 pub fn host_features() -> Vec<(&'static str, Feature)> {
@@ -84,6 +89,8 @@ pub fn host_features() -> Vec<(&'static str, Feature)> {
         ("tsc_khz", Feature::Number(host::clock::host_tsc_hz() / 1000)),
         ("kvm", flag(may_open(Path::new("/dev/kvm")))),
         ("memfd", flag(memfd_works())),
+        // Whether a process of ours may trace a child: direct execution needs it.
+        ("tracing", flag(tracing_works())),
         ("page_size", Feature::Number(auxiliary(AT_PAGESZ).unwrap_or(0))),
         ("mmap_exec", flag(may_execute())),
     ]

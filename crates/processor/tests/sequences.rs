@@ -75,6 +75,39 @@ fn translated_mixture_in_kernel_mode() {
     agree_but_for_flags_at_traps(Kinds::ALL, Ring::Kernel, 10_000..13_000);
 }
 
+/// User code as it stands: the host's processor against itself, but for the way there and back, the page tables, and all that
+/// the interpreter does between.
+fn agree_directly(kinds: Kinds, seeds: std::ops::Range<u64>) {
+    let mut campaign = Campaign::new(engine("direct").unwrap(), kinds, Ring::User).unwrap();
+    campaign.lenient = true;
+    for seed in seeds {
+        if let Err(disagreement) = campaign.check(seed) {
+            panic!("{disagreement}");
+        }
+    }
+    if campaign.counter("direct.impossible") != 0 {
+        eprintln!("skipped: this host lets no process be traced");
+        return;
+    }
+    assert!(campaign.counter("direct.excursions") > campaign.runs / 2, "most sequences should run directly");
+    assert_eq!(campaign.counter("direct.processes"), 1);
+}
+
+#[test]
+fn integer_instructions_as_they_stand() {
+    agree_directly(Kinds::INTEGER, 0..1500);
+}
+
+#[test]
+fn simd_instructions_as_they_stand() {
+    agree_directly(Kinds::SIMD, 0..1500);
+}
+
+#[test]
+fn state_instructions_as_they_stand() {
+    agree_directly(Kinds::STATE, 0..1000);
+}
+
 /// A harness that sees nothing would agree with everything.
 #[test]
 fn an_engine_that_does_nothing_is_found_out() {

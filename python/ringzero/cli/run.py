@@ -65,7 +65,7 @@ def run(
     ] = None,
     memory: Annotated[str, typer.Option(metavar="SIZE", help="Guest memory: 512M, 2G.")] = "256M",
     cpus: Annotated[int, typer.Option(metavar="N", help="Processors.")] = 1,
-    engine: Annotated[str, typer.Option(metavar="NAME", help="translate, or interpret.")] = "translate",
+    engine: Annotated[str, typer.Option(metavar="NAME", help="direct, translate, or interpret.")] = "direct",
     kaslr: Annotated[
         bool, typer.Option("--kaslr", help="Let the kernel unpack itself, at a random address; slower.")
     ] = False,

@@ -110,7 +110,7 @@ class MachineSpec:
 
     memory: int = DEFAULT_MEMORY
     cpus: int = 1
-    engine: str = "translate"
+    engine: str = "direct"
     kernel: Path | None = None
     initrd: Path | None = None
     command_line: str = ""
@@ -123,7 +123,7 @@ class MachineSpec:
         *,
         memory: str | int = DEFAULT_MEMORY,
         cpus: int = 1,
-        engine: str = "translate",
+        engine: str = "direct",
         kernel: Path | str | None = None,
         initrd: Path | str | None = None,
         command_line: str = "",

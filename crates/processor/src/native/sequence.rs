@@ -279,6 +279,11 @@ impl Arena {
         if !std::is_x86_feature_detected!("avx") {
             return Err(io::Error::other("comparison with the host needs a processor with AVX"));
         }
+        // A translator's handlers must come first: those of a run are put in their place and taken away again, and would take
+        // away what was installed meanwhile.
+        let guard = LOCK.lock().unwrap_or_else(PoisonError::into_inner);
+        host::signal::install()?;
+        drop(guard);
         let file = map::memfd(c"ringzero-sequences", ARENA_SIZE as u64)?;
         let alias = Map::shared(&file, ARENA_SIZE, Protection::ReadWrite)?;
         let map = Map::shared(&file, ARENA_SIZE, Protection::None)?;

@@ -185,6 +185,12 @@ impl Campaign {
         (sequence, states)
     }
 
+    /// A counter of the engine's.
+    #[must_use]
+    pub fn counter(&self, name: &str) -> u64 {
+        self.engine.counters().iter().find(|(known, _)| *known == name).map_or(0, |(_, value)| *value)
+    }
+
     /// Compares the engine with the host on the sequence of one seed.
     ///
     /// # Errors
