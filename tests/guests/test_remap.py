@@ -10,7 +10,7 @@ from ringzero._core import Vm
 MIB = 1 << 20
 CODE, RESULT, STACK, TABLES, DATA = 0x1000, 0x3000, 0x8000, 0x10000, 0x100000
 WORDS = 0x8000
-ROUNDS = {"interpret": 25, "translate": 200}
+ROUNDS = {"interpret": 25, "translate": 200, "direct": 200}
 ROUNDS_AT = CODE + 14
 PAGES = WORDS * 8 // 4096
 MULTIPLIER = 0x9E3779B97F4A7C15

@@ -92,7 +92,7 @@ def test_spec_checks_every_field() -> None:
         ({"cpus": 0}, "1 to"),
         ({"cpus": 1000}, "1 to"),
         ({"cpus": True}, "1 to"),
-        ({"engine": "warp"}, "choose one of translate, interpret"),
+        ({"engine": "warp"}, "choose one of direct, translate, interpret"),
         ({"command_line": "a\0b"}, "null"),
     ):
         with pytest.raises(InputError, match=words):

@@ -137,7 +137,7 @@ class FakeVm:
 def vm(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     """A way to make machines on the fake core; gives (make, the vms that were made)."""
     core = types.ModuleType("ringzero._core")
-    core.Vm, core.CoreError, core.engines = FakeVm, CoreError, lambda: ["interpret", "translate"]
+    core.Vm, core.CoreError, core.engines = FakeVm, CoreError, lambda: ["direct", "translate", "interpret"]
     monkeypatch.setitem(sys.modules, "ringzero._core", core)
     monkeypatch.setattr(ringzero, "_core", core, raising=False)
     monkeypatch.setattr(assemble_module, "attach_devices", lambda vm, devices: None)

@@ -9,7 +9,7 @@ from house import checks, run, setup, tests
 from house.conformance import command as conformance
 from house.shell import Failed
 
-ENGINES = ("interpret", "translate")
+ENGINES = ("interpret", "translate", "direct")
 
 
 def parser() -> argparse.ArgumentParser:

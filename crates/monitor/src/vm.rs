@@ -32,6 +32,9 @@ use crate::trace::Tracer;
 /// The engines that this build has; the first is the default.
 pub const ENGINES: &[&str] = &["direct", "translate", "interpret"];
 
+/// An environment variable: where it is set, all user code that can be run directly is, worth it or not.
+const ALWAYS_DIRECT: &str = "RINGZERO_ALWAYS_DIRECT";
+
 pub use memory::writers::MOST_PROCESSORS;
 
 /// How long a device that is being called may keep its machine from being taken apart.
@@ -96,6 +99,7 @@ fn engine(options: &Options, kept: Option<&Arc<Kept>>) -> Result<Box<dyn Engine>
         "interpret" => Ok(Box::new(Interpreter::new())),
         "translate" | "direct" => {
             let direct = match options.engine.as_str() {
+                "direct" if std::env::var_os(ALWAYS_DIRECT).is_some() => Choice::Always,
                 "direct" => Choice::Worthwhile,
                 _ => Choice::Never,
             };

@@ -13,7 +13,7 @@ from house.conformance.running import TCG, Result, run
 from house.conformance.unittests import Case, read_list
 from house.shell import ROOT, Failed, say, which
 
-COLUMNS = (TCG, "interpret", "translate")
+COLUMNS = (TCG, "interpret", "translate", "direct")
 FIGURES = ROOT / "build/conformance"
 
 

@@ -21,7 +21,7 @@ STARTED = "smp: waiting for"
 """What every test prints before it tests anything (lib/x86/smp.c)."""
 LATE = 124
 # Beside the time that the list allows: for the interpreter, and for a busy machine.
-PATIENCE = {"interpret": 10.0, "translate": 6.0, TCG: 3.0}
+PATIENCE = {"interpret": 10.0, "translate": 6.0, "direct": 6.0, TCG: 3.0}
 
 
 @dataclass(frozen=True)
