@@ -97,12 +97,34 @@ struct Beginning<'a> {
     environment: [*const libc::c_char; 1],
 }
 
+/// Has the system not tell this process of children that stop. It would send SIGCHLD at every stop of a tracee, and some
+/// other thread would be woken for that, in which a signal that comes then may get lost: Python sees signals in its first
+/// thread only.
+fn silence_stops() -> io::Result<()> {
+    let mut action = MaybeUninit::<libc::sigaction>::zeroed();
+    // SAFETY: reads the action, and writes it back with a flag more; both structures are ours.
+    unsafe {
+        if libc::sigaction(libc::SIGCHLD, ptr::null(), action.as_mut_ptr()) != 0 {
+            return Err(io::Error::last_os_error());
+        }
+        let mut action = action.assume_init();
+        if action.sa_flags & libc::SA_NOCLDSTOP == 0 {
+            action.sa_flags |= libc::SA_NOCLDSTOP;
+            if libc::sigaction(libc::SIGCHLD, &raw const action, ptr::null_mut()) != 0 {
+                return Err(io::Error::last_os_error());
+            }
+        }
+    }
+    Ok(())
+}
+
 /// Bytes of the child's stack until it is another program.
 const STACK: usize = 64 << 10;
 
 /// Starts `program` as a traced child in a session of its own, with `files` as its only descriptors, from 0 on.
 /// It is stopped at its first instruction.
 pub fn spawn(program: &File, files: &[&File]) -> io::Result<libc::pid_t> {
+    silence_stops()?;
     let beginning = Beginning {
         program: high(program)?,
         files: files.iter().map(|file| high(file)).collect::<io::Result<Vec<OwnedFd>>>()?,

@@ -154,3 +154,21 @@ fn a_process_that_was_ended_is_told_of() {
     assert_eq!(tracee.run(), Stop::Gone);
     assert_eq!(tracee.run(), Stop::Gone);
 }
+
+#[test]
+fn nobody_is_told_of_each_stop() {
+    static TOLD: AtomicI32 = AtomicI32::new(0);
+    extern "C" fn count(_signal: i32) {
+        TOLD.fetch_add(1, Ordering::SeqCst);
+    }
+    let handler = count as extern "C" fn(i32);
+    // SAFETY: a handler that only counts; the action it takes the place of is the default one.
+    unsafe { libc::signal(libc::SIGCHLD, handler as *const () as libc::sighandler_t) };
+    // syscall
+    let Some((mut tracee, _file, registers)) = with_code(&[0x0f, 5]) else { return };
+    for _ in 0..1000 {
+        assert_eq!(run(&mut tracee, &registers).0, Stop::Call);
+    }
+    // Tracees of other tests end meanwhile, and that is told.
+    assert!(TOLD.load(Ordering::SeqCst) < 100, "{TOLD:?}");
+}
