@@ -4,6 +4,7 @@ Addresses are guest physical, in bytes, unless a name says otherwise. Sizes are 
 wait releases the GIL. What the operator must know is raised as `CoreError`, one sentence a message.
 """
 
+from collections.abc import Sequence
 from typing import Protocol, Self, final, type_check_only
 
 from typing_extensions import Buffer  # collections.abc has it from 3.12 on
@@ -33,6 +34,7 @@ class Vm:
         *,
         cpus: int = 1,
         engine: str = "direct",
+        cpu_features: Sequence[str] = (),
         count_instructions: bool = False,
         profile: bool = False,
         trace_path: str | None = None,

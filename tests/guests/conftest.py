@@ -59,10 +59,10 @@ Run = Callable[..., Outcome]
 def run(build: Build) -> Run:
     """Run a guest to its end; `patience` (seconds) later it is stopped from outside."""
 
-    def run(name: str, engine: str, append: str = "", patience: float = TIMEOUT) -> Outcome:
+    def run(name: str, engine: str, append: str = "", patience: float = TIMEOUT, cpu: str = "") -> Outcome:
         output = bytearray()
         with Machine(
-            kernel=build(name), engine=engine, memory=MEMORY, append=append, console=output.extend
+            kernel=build(name), engine=engine, memory=MEMORY, append=append, cpu=cpu, console=output.extend
         ) as machine:
             reason = machine.wait(patience)
             if reason is None:

@@ -15,6 +15,7 @@ GUESTS = [
     "exceptions",
     "flow",
     "interrupts",
+    "keys",
     "paging",
     "self_modifying",
     "simd",
@@ -31,9 +32,13 @@ AFTER_THE_END = {"rax", "rip"}
 PAGES_OF_CLOCKS = {"interrupts": 2}
 
 
+# What a guest wants of its processor beyond the usual.
+CPU = {"keys": "+pku,+pks"}
+
+
 @pytest.mark.parametrize("name", GUESTS)
 def test_a_guest_passes_and_ends_alike_on_both_engines(name: str, run: Callable[..., Any]) -> None:
-    ends = {engine: run(name, engine) for engine in _core.engines()}
+    ends = {engine: run(name, engine, cpu=CPU.get(name, "")) for engine in _core.engines()}
     for engine, end in ends.items():
         assert end.reason == "poweroff", engine
         assert [line for line in end.lines if line.startswith("FAIL")] == [], engine

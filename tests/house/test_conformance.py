@@ -70,6 +70,8 @@ def test_commands_carry_what_the_list_says(suite: Path) -> None:
         "settings",
     ]
     assert "--append=one two" in ours
+    assert ours[ours.index("--cpu") + 1] == "+pku,+pks", "max is all that there is"
+    assert "--cpu" not in on_ours(read_list(suite)[0], suite, "translate", "settings")
 
 
 @pytest.mark.parametrize(

@@ -52,11 +52,11 @@ impl Vm {
     #[new]
     #[pyo3(
         signature = (
-            memory, *, cpus = None, engine = "direct", count_instructions = false, profile = false, trace_path = None,
-            translations = None, translation_bytes = None
+            memory, *, cpus = None, engine = "direct", cpu_features = Vec::new(), count_instructions = false,
+            profile = false, trace_path = None, translations = None, translation_bytes = None
         ),
-        text_signature = "(memory, *, cpus=1, engine='translate', count_instructions=False, profile=False, \
-            trace_path=None, translations=None, translation_bytes=None)"
+        text_signature = "(memory, *, cpus=1, engine='direct', cpu_features=(), count_instructions=False, \
+            profile=False, trace_path=None, translations=None, translation_bytes=None)"
     )]
     #[expect(clippy::too_many_arguments, reason = "they are Python's keyword arguments")]
     fn new(
@@ -64,6 +64,7 @@ impl Vm {
         memory: &Bound<'_, PyAny>,
         cpus: Option<&Bound<'_, PyAny>>,
         engine: &str,
+        cpu_features: Vec<String>,
         count_instructions: bool,
         profile: bool,
         trace_path: Option<PathBuf>,
@@ -74,6 +75,7 @@ impl Vm {
             memory: fit(memory, "the size of memory")?,
             processors: cpus.map_or(Ok(1), |cpus| fit(cpus, "the number of processors"))?,
             engine: engine.to_string(),
+            cpu_features,
             count_instructions,
             profile,
             trace: trace_path,

@@ -52,6 +52,9 @@ pub struct Paging {
     pub smap: bool,
     pub smap_implicit: bool,
     pub global: bool,
+    /// PKRU and IA32_PKRS, which forbid nothing where CR4 does not enable them.
+    pub user_keys: u32,
+    pub supervisor_keys: u32,
 }
 
 impl Paging {
@@ -67,7 +70,18 @@ impl Paging {
             smap: smap && cpu.rflags & rflags::AC == 0,
             smap_implicit: smap,
             global: cpu.cr4 & cr4::PGE != 0,
+            user_keys: if cpu.cr4 & cr4::PKE != 0 { cpu.pkru } else { 0 },
+            supervisor_keys: if cpu.cr4 & cr4::PKS != 0 { cpu.pkrs } else { 0 },
         }
+    }
+
+    /// Whether the protection key in the `leaf` entry of a user or supervisor page forbids an access, whatever else does:
+    /// SDM Vol. 3A 5.6.2 "Protection Keys". Of the two bits for a key the lower forbids all data accesses, the upper stores.
+    fn key_forbids(&self, leaf: u64, user_page: bool, access: Access) -> bool {
+        let keys = if user_page { self.user_keys } else { self.supervisor_keys };
+        let key = leaf >> entry::KEY_SHIFT & 15;
+        let (no_access, no_store) = (keys >> (2 * key) & 1 != 0, keys >> (2 * key) & 2 != 0);
+        !access.fetch && (no_access || (no_store && access.write && (access.user || self.write_protect)))
     }
 }
 
@@ -172,8 +186,10 @@ fn attempt(
         rights.user &= value & entry::USER != 0;
         rights.no_execute |= value & entry::NX != 0;
         let leaf = level == 0 || large;
-        if leaf && !rights.allow(paging, access) {
-            return Err(fault(paging, address, access, page_fault::PRESENT));
+        let is_locked = leaf && paging.key_forbids(value, rights.user, access);
+        if is_locked || (leaf && !rights.allow(paging, access)) {
+            let key = if is_locked { page_fault::KEY } else { 0 };
+            return Err(fault(paging, address, access, page_fault::PRESENT | key));
         }
         let mut updated = value | entry::ACCESSED;
         if leaf && access.write {
@@ -190,9 +206,10 @@ fn attempt(
         if leaf {
             let size = 1_u64 << shift;
             let base = value & ADDRESS & !(size - 1);
+            let is_unlocked = !paging.key_forbids(value, rights.user, Access { write: true, ..access });
             return Ok(Some(Translation {
                 gpa: Gpa(base | address.0 & (size - 1)),
-                writable: updated & entry::DIRTY != 0 && rights.allow_write(paging, access),
+                writable: updated & entry::DIRTY != 0 && rights.allow_write(paging, access) && is_unlocked,
                 global: paging.global && value & entry::GLOBAL != 0,
                 user: rights.user,
                 page_size: size,

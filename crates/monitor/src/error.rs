@@ -9,6 +9,8 @@ pub enum Error {
     Processors { wanted: usize, most: usize },
     #[error("there is no engine '{name}' here: choose one of {}", .known.join(", "))]
     Engine { name: String, known: Vec<&'static str> },
+    #[error("processors have no '{name}' on request: choose from {}", .known.join(", "))]
+    Feature { name: String, known: Vec<&'static str> },
     #[error("the engine '{engine}' cannot run here: {reason}")]
     EngineRefused { engine: &'static str, reason: String },
     #[error("there is no processor {wanted}: this machine has {count}, counted from 0")]

@@ -28,6 +28,7 @@ fn machine_with(code: &[u8], engine: &str, processors: usize) -> Vm {
         memory: 16 << 20,
         processors,
         engine: engine.into(),
+        cpu_features: Vec::new(),
         count_instructions: false,
         profile: false,
         trace: None,

@@ -48,6 +48,8 @@ pub struct Options {
     pub processors: usize,
     /// One of [`ENGINES`].
     pub engine: String,
+    /// Features of the processors that are there on request only, as CPUID's model names them.
+    pub cpu_features: Vec<String>,
     /// Count every instruction exactly, at some cost in speed.
     pub count_instructions: bool,
     /// Find out where each processor's time goes, by sampling it.
@@ -147,9 +149,13 @@ impl Vm {
         let kept = options.translations.clone().map(|place| Arc::new(Kept::new(place)));
         let mut processors = Vec::with_capacity(options.processors);
         let mut kickers = Vec::with_capacity(options.processors);
+        let features = &options.cpu_features;
+        if let Some(wanted) = features.iter().find(|name| !CpuidModel::on_request().any(|known| known == **name)) {
+            return Err(Error::Feature { name: wanted.clone(), known: CpuidModel::on_request().collect() });
+        }
         let cpuid = match options.processors {
-            1 => CpuidModel::shared(),
-            several => Arc::new(CpuidModel::of_host(several as u32)),
+            1 if features.is_empty() => CpuidModel::shared(),
+            count => Arc::new(CpuidModel::of_host(count as u32, features)),
         };
         for number in 0..options.processors {
             let engine = engine(options, kept.as_ref())?;

@@ -21,6 +21,8 @@ use x86::msr::misc_enable;
 use x86::paging::PHYSICAL_BITS;
 use x86::registers::xcr0;
 
+use crate::xsave;
+
 /// Family 6, model 0x8f, stepping 8.
 const SIGNATURE: u32 = 0x0008_06f8;
 const MAX_BASIC: u32 = 0x1f;
@@ -54,8 +56,10 @@ enum Rule {
     HostXsave,
     /// Ours to provide, whatever the host is.
     Always,
+    /// Ours, where the operator asks for it: a guest that uses it becomes slower.
+    OnRequest,
 }
-use Rule::{Always, Host, HostAvx, HostXsave};
+use Rule::{Always, Host, HostAvx, HostXsave, OnRequest};
 
 #[derive(Clone, Copy, Debug)]
 struct Feature {
@@ -72,8 +76,8 @@ const fn feature(leaf: u32, subleaf: u32, register: Register, bit: u8, rule: Rul
     Feature { leaf, subleaf, register, bit, rule, name }
 }
 
-/// Every feature that a guest can be offered. What is not here is never offered: AVX-512, AMX, TSX, MONITOR, protection
-/// keys, CET, LA57, VMX, performance counters, virtual-8086 extensions (VME).
+/// Every feature that a guest can be offered. What is not here is never offered: AVX-512, AMX, TSX, MONITOR,
+/// CET, LA57, VMX, performance counters, virtual-8086 extensions (VME).
 const FEATURES: &[Feature] = &[
     feature(1, 0, Edx, 0, Host, "fpu"),
     feature(1, 0, Edx, 2, Always, "de"),
@@ -136,10 +140,13 @@ const FEATURES: &[Feature] = &[
     feature(7, 0, Ebx, 20, Always, "smap"),
     feature(7, 0, Ebx, 29, Host, "sha_ni"),
     feature(7, 0, Ecx, 2, Always, "umip"),
+    feature(7, 0, Ecx, 3, OnRequest, "pku"),
+    // Bit 4 (ospke) follows CR4.
     feature(7, 0, Ecx, 8, Host, "gfni"),
     feature(7, 0, Ecx, 9, HostAvx, "vaes"),
     feature(7, 0, Ecx, 10, HostAvx, "vpclmulqdq"),
     feature(7, 0, Ecx, 22, Always, "rdpid"),
+    feature(7, 0, Ecx, 31, OnRequest, "pks"),
     feature(7, 0, Edx, 4, Always, "fsrm"),
     // Nothing to do under either engine; without it Linux serializes itself by an IRET at every patch of its text.
     feature(7, 0, Edx, 14, Always, "serialize"),
@@ -172,6 +179,8 @@ const FEATURES: &[Feature] = &[
 pub struct Now {
     /// CR4.OSXSAVE.
     pub osxsave: bool,
+    /// CR4.PKE.
+    pub ospke: bool,
     pub xcr0: u64,
     pub apic_id: u32,
     pub apic_enabled: bool,
@@ -222,9 +231,15 @@ pub fn host_features() -> Vec<u64> {
 }
 
 impl CpuidModel {
-    /// The model for a guest of `cpus` processors on this host. Its time stamp counter is the host's.
+    /// The features that are only offered on request.
+    pub fn on_request() -> impl Iterator<Item = &'static str> {
+        FEATURES.iter().filter(|feature| feature.rule == OnRequest).map(|feature| feature.name)
+    }
+
+    /// The model for a guest of `cpus` processors on this host, with those features `on_request`. Its time stamp counter is the
+    /// host's.
     #[must_use]
-    pub fn of_host(cpus: u32) -> CpuidModel {
+    pub fn of_host(cpus: u32, on_request: &[String]) -> CpuidModel {
         // Looks at XCR0, too: whether the host's operating system saves the AVX state.
         let avx = std::arch::is_x86_feature_detected!("avx");
         let xsave = std::arch::is_x86_feature_detected!("xsave");
@@ -237,6 +252,7 @@ impl CpuidModel {
                     HostAvx => avx && has(),
                     HostXsave => xsave,
                     Always => true,
+                    OnRequest => on_request.iter().any(|name| name == feature.name),
                 }
             })
             .collect();
@@ -247,7 +263,7 @@ impl CpuidModel {
     #[must_use]
     pub fn shared() -> Arc<CpuidModel> {
         static MODEL: OnceLock<Arc<CpuidModel>> = OnceLock::new();
-        Arc::clone(MODEL.get_or_init(|| Arc::new(CpuidModel::of_host(1))))
+        Arc::clone(MODEL.get_or_init(|| Arc::new(CpuidModel::of_host(1, &[]))))
     }
 
     /// Frequency at which the local APIC's timer counts (before its divider), as leaf 0x15 tells. It is the counter's own,
@@ -286,12 +302,27 @@ impl CpuidModel {
     /// State components that XCR0 may enable.
     #[must_use]
     pub fn xcr0_supported(&self) -> u64 {
-        if self.has("avx") { xcr0::X87 | xcr0::SSE | xcr0::AVX } else { xcr0::X87 | xcr0::SSE }
+        let avx = if self.has("avx") { xcr0::AVX } else { 0 };
+        let pkru = if self.has("pku") && self.has("xsave") { xcr0::PKRU } else { 0 };
+        xcr0::X87 | xcr0::SSE | avx | pkru
     }
 
     /// Size of the standard XSAVE area for these components, SDM Vol. 1 13.4.
     fn xsave_size(components: u64) -> u32 {
-        if components & xcr0::AVX != 0 { 832 } else { 576 }
+        if components & xcr0::PKRU != 0 {
+            xsave::PKRU_OFFSET + xsave::PKRU_SIZE
+        } else if components & xcr0::AVX != 0 {
+            xsave::AVX_OFFSET + xsave::AVX_SIZE
+        } else {
+            xsave::AVX_OFFSET
+        }
+    }
+
+    /// Size of the compacted area, where each component is behind those that are there.
+    fn compacted_size(components: u64) -> u32 {
+        let avx = if components & xcr0::AVX != 0 { xsave::AVX_SIZE } else { 0 };
+        let pkru = if components & xcr0::PKRU != 0 { xsave::PKRU_SIZE } else { 0 };
+        xsave::AVX_OFFSET + avx + pkru
     }
 
     /// What CPUID answers.
@@ -337,7 +368,7 @@ impl CpuidModel {
             2 => [0x00fe_ff01, 0, 0, 0],
             4 => self.cache(subleaf),
             // The last subleaf.
-            7 if subleaf == 0 => [2, 0, 0, 0],
+            7 if subleaf == 0 => [2, 0, u32::from(now.ospke) << 4, 0],
             0xb | 0x1f => self.topology(subleaf, now.apic_id),
             0xd if xsave => self.xsave(subleaf, now),
             0x15 => [1, self.tsc_ratio() as u32, self.apic_timer_hz() as u32, 0],
@@ -397,10 +428,10 @@ impl CpuidModel {
         let supported = self.xcr0_supported();
         match subleaf {
             0 => [supported as u32, Self::xsave_size(now.xcr0), Self::xsave_size(supported), 0],
-            // With AVX alone beyond the legacy state, the compacted area is as large as the standard one. The features
-            // are in EAX; EBX is defined when one of them is there.
-            1 => [0, Self::xsave_size(now.xcr0), 0, 0],
-            2 if supported & xcr0::AVX != 0 => [256, 576, 0, 0],
+            // The features are in EAX; EBX is defined when one of them is there.
+            1 => [0, Self::compacted_size(now.xcr0), 0, 0],
+            2 if supported & xcr0::AVX != 0 => [xsave::AVX_SIZE, xsave::AVX_OFFSET, 0, 0],
+            9 if supported & xcr0::PKRU != 0 => [xsave::PKRU_SIZE, xsave::PKRU_OFFSET, 0, 0],
             _ => [0; 4],
         }
     }
@@ -408,12 +439,13 @@ impl CpuidModel {
     /// Every leaf and subleaf as processor 0 sees it after reset, for people and for comparisons.
     #[must_use]
     pub fn table(&self) -> Vec<(u32, u32, Registers)> {
-        let now = Now { osxsave: false, xcr0: xcr0::X87, apic_id: 0, apic_enabled: true, misc_enable: 0 };
+        let now = Now { xcr0: xcr0::X87, apic_enabled: true, ..Now::default() };
         let basic = (0..=MAX_BASIC).flat_map(|leaf| {
             let last = match leaf {
                 4 => 3,
                 0xb | 0x1f => 1,
-                7 | 0xd => 2,
+                7 => 2,
+                0xd => 9,
                 _ => 0,
             };
             (0..=last).map(move |subleaf| (leaf, subleaf))
@@ -452,8 +484,24 @@ fn brand(third: u32) -> Registers {
 mod tests {
     use super::*;
 
+    /// Everything but what is there on request.
     fn model() -> CpuidModel {
-        CpuidModel { offered: vec![true; FEATURES.len()], cpus: 2, tsc_hz: 2_599_998_765 }
+        let offered = FEATURES.iter().map(|feature| feature.rule != OnRequest).collect();
+        CpuidModel { offered, cpus: 2, tsc_hz: 2_599_998_765 }
+    }
+
+    #[test]
+    fn protection_keys_are_there_on_request_with_their_state() {
+        let enabled = Now { xcr0: xcr0::X87 | xcr0::SSE | xcr0::PKRU, ospke: true, ..Now::default() };
+        assert_eq!(CpuidModel::on_request().collect::<Vec<_>>(), ["pku", "pks"]);
+        assert_eq!(model().query(7, 0, Now::default())[2] & (1 << 3 | 1 << 4 | 1 << 31), 0);
+        assert_eq!(model().query(0xd, 9, Now::default()), [0; 4]);
+        let requested = CpuidModel { offered: vec![true; FEATURES.len()], ..model() };
+        assert_eq!(requested.query(7, 0, enabled)[2] & (1 << 3 | 1 << 4 | 1 << 31), 1 << 3 | 1 << 4 | 1 << 31);
+        assert_eq!(requested.query(0xd, 0, enabled), [0x207, 840, 840, 0]);
+        assert_eq!(requested.query(0xd, 1, enabled)[1], 584, "without AVX in between");
+        assert_eq!(requested.query(0xd, 9, enabled), [8, 832, 0, 0]);
+        assert!(!CpuidModel::of_host(1, &["pks".to_owned()]).has("pku"));
     }
 
     #[test]
@@ -492,7 +540,7 @@ mod tests {
 
     #[test]
     fn nothing_is_offered_that_the_host_cannot_run() {
-        let model = CpuidModel::of_host(1);
+        let model = CpuidModel::of_host(1, &[]);
         for (feature, offered) in FEATURES.iter().zip(&model.offered) {
             if matches!(feature.rule, Host | HostAvx) && *offered {
                 assert_ne!(word(host(feature.leaf, feature.subleaf), feature.register) & 1 << feature.bit, 0);

@@ -1,22 +1,25 @@
 //! FXSAVE, the XSAVE family, XCR0 and MXCSR: Intel SDM (2024-12) Vol. 1 ch. 13 "Managing State Using the XSAVE Feature
-//! Set". State components: 0 x87, 1 SSE, 2 AVX. There are no supervisor components: IA32_XSS is zero.
+//! Set". State components: 0 x87, 1 SSE, 2 AVX, and 9 PKRU where CPUID offers
+//! it. There are no supervisor components: IA32_XSS is zero.
 
 use std::ops::Range;
 
 use iced_x86::{Instruction, Mnemonic as M};
-use x86::registers::xcr0::{AVX, SSE, X87};
+use x86::registers::xcr0::{AVX, PKRU, SSE, X87};
 use x86::{CpuState, FpuArea, GuestFault, Gva, cr0, cr4};
 
 use crate::core::Core;
 use crate::interpret::{Flow, operand};
 use crate::simd::is_pending;
+use crate::system::set_pkru;
 
 /// What CPUID.(EAX=0DH,ECX=1):EAX may say: XSAVEOPT, XSAVEC, XGETBV with ECX=1, XSAVES.
 pub const EXTENSIONS: u32 = 0xf;
-/// Size in bytes of the standard format with all components, and place and size of component 2.
-pub const AREA_SIZE: u32 = 832;
+/// Places in the standard format and sizes in bytes of the components behind the header.
 pub const AVX_OFFSET: u32 = 576;
 pub const AVX_SIZE: u32 = 256;
+pub const PKRU_OFFSET: u32 = 832;
+pub const PKRU_SIZE: u32 = 8;
 
 /// MXCSR after reset, and the bits that exist.
 const MXCSR_INITIAL: u32 = 0x1f80;
@@ -29,12 +32,6 @@ const CONTROL: Range<usize> = 0..24;
 const MXCSR: Range<usize> = 24..28;
 const MXCSR_AND_MASK: Range<usize> = 24..32;
 const STACK: Range<usize> = 32..160;
-
-/// The bits that XCR0 may have.
-#[must_use]
-pub fn components() -> u64 {
-    if std::is_x86_feature_detected!("avx") { X87 | SSE | AVX } else { X87 | SSE }
-}
 
 pub fn execute(core: &mut Core<'_>, i: &Instruction) -> Option<Result<Flow, GuestFault>> {
     let done = match i.mnemonic() {
@@ -190,7 +187,19 @@ pub fn in_use(cpu: &CpuState) -> u64 {
     if any(FpuArea::YMM_HIGH..FpuArea::SIZE) {
         components |= AVX;
     }
+    if cpu.pkru != 0 {
+        components |= PKRU;
+    }
     components & cpu.xcr0
+}
+
+/// Where PKRU is in an image: of the compacted format, `room` says for which components it has room.
+fn place_of_pkru(room: Option<u64>) -> u64 {
+    u64::from(match room {
+        None => PKRU_OFFSET,
+        Some(room) if room & AVX != 0 => AVX_OFFSET + AVX_SIZE,
+        Some(_) => AVX_OFFSET,
+    })
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -229,6 +238,10 @@ fn save(core: &mut Core<'_>, i: &Instruction, kind: Save, wide: bool) -> Result<
     if written & AVX != 0 {
         // Component 2 follows the header in either format, because no other component comes between.
         pieces.push((u64::from(AVX_OFFSET), &bytes[FpuArea::YMM_HIGH..FpuArea::YMM_HIGH + count]));
+    }
+    let pkru = u64::from(core.vcpu.cpu.pkru).to_le_bytes();
+    if written & PKRU != 0 {
+        pieces.push((place_of_pkru((kind == Save::Compacted).then_some(wanted)), &pkru));
     }
     let mut header = [0; 16];
     let (present, layout) = if kind == Save::Compacted {
@@ -293,6 +306,14 @@ fn restore(core: &mut Core<'_>, i: &Instruction, wide: bool, supervisor: bool) -
         shape_pointers(&mut area.bytes, wide);
         settle_x87(&mut area);
     }
+    if wanted & PKRU != 0 {
+        let mut pkru = [0; 4];
+        if present & PKRU != 0 {
+            let room = compacted.then_some(layout);
+            read(core, i, base, place_of_pkru(room), &mut pkru)?;
+        }
+        set_pkru(core, u32::from_le_bytes(pkru));
+    }
     core.vcpu.cpu.fpu = area;
     Ok(())
 }
@@ -313,12 +334,13 @@ fn xgetbv(core: &mut Core<'_>) -> Result<(), GuestFault> {
 }
 
 fn xsetbv(core: &mut Core<'_>) -> Result<(), GuestFault> {
+    let components = core.vcpu.cpuid.xcr0_supported();
     let cpu = &mut core.vcpu.cpu;
     if cpu.cr4 & cr4::OSXSAVE == 0 {
         return Err(GuestFault::UD);
     }
     let value = cpu.gpr[0] & 0xffff_ffff | cpu.gpr[2] << 32;
-    let legal = value & !components() == 0 && value & X87 != 0 && (value & AVX == 0 || value & SSE != 0);
+    let legal = value & !components == 0 && value & X87 != 0 && (value & AVX == 0 || value & SSE != 0);
     if cpu.cpl() != 0 || cpu.gpr[1] as u32 != 0 || !legal {
         return Err(GuestFault::GP0);
     }

@@ -31,6 +31,7 @@ pub mod page_fault {
     pub const USER: u32 = 1 << 2;
     pub const RESERVED: u32 = 1 << 3;
     pub const FETCH: u32 = 1 << 4;
+    pub const KEY: u32 = 1 << 5;
 }
 
 /// An exception to deliver to the guest, at the instruction that it is in (RIP is still that instruction's, unless

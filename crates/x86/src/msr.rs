@@ -27,6 +27,7 @@ pub const MTRR_FIX4K_F8000: u32 = 0x26f;
 pub const PAT: u32 = 0x277;
 pub const MTRR_DEF_TYPE: u32 = 0x2ff;
 pub const TSC_DEADLINE: u32 = 0x6e0;
+pub const PKRS: u32 = 0x6e1;
 pub const X2APIC_FIRST: u32 = 0x800;
 pub const X2APIC_LAST: u32 = 0x8ff;
 pub const XSS: u32 = 0xda0;

@@ -9,6 +9,8 @@ pub mod entry {
     /// In a PDPTE or PDE: the entry maps a 1 GiB or 2 MiB page.
     pub const LARGE: u64 = 1 << 7;
     pub const GLOBAL: u64 = 1 << 8;
+    /// Where the protection key is, bits 62:59 of an entry that maps a page.
+    pub const KEY_SHIFT: u32 = 59;
     pub const NX: u64 = 1 << 63;
 }
 

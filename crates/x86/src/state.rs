@@ -158,6 +158,9 @@ pub struct CpuState {
     pub spec_ctrl: u64,
     pub xcr0: u64,
     pub xss: u64,
+    /// Two bits a protection key, of user pages and of supervisor pages.
+    pub pkru: u32,
+    pub pkrs: u32,
     pub debugctl: u64,
     pub dr: [u64; 8],
     pub gdtr: DescriptorTable,
@@ -210,6 +213,8 @@ impl CpuState {
             spec_ctrl: 0,
             xcr0: 1,
             xss: 0,
+            pkru: 0,
+            pkrs: 0,
             debugctl: 0,
             dr,
             gdtr: DescriptorTable { base: 0, limit: 0xffff },

@@ -51,6 +51,7 @@ class RunOptions:
     memory: str = "256M"
     cpus: int = 1
     engine: str = "direct"
+    cpu: str = ""
     kaslr: bool = False
     timeout: float | None = None
     tty: bool = False
@@ -118,6 +119,7 @@ def run_guest(options: RunOptions) -> int:
         memory=options.memory,
         cpus=options.cpus,
         engine=options.engine,
+        cpu=options.cpu,
         kaslr=options.kaslr,
         kernel=kernel,
         initrd=options.initrd,

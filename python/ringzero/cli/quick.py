@@ -19,6 +19,7 @@ OPTIONS: dict[str, tuple[str, Callable[[str], Any] | None]] = {
     "--memory": ("memory", str),
     "--cpus": ("cpus", int),
     "--engine": ("engine", str),
+    "--cpu": ("cpu", str),
     "--kaslr": ("kaslr", None),
     "--timeout": ("timeout", float),
     "--tty": ("tty", None),

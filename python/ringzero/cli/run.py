@@ -66,6 +66,9 @@ def run(
     memory: Annotated[str, typer.Option(metavar="SIZE", help="Guest memory: 512M, 2G.")] = "256M",
     cpus: Annotated[int, typer.Option(metavar="N", help="Processors.")] = 1,
     engine: Annotated[str, typer.Option(metavar="NAME", help="direct, translate, or interpret.")] = "direct",
+    cpu: Annotated[
+        str, typer.Option(metavar="WORDS", help="Features to add to the processors: +pku,+pks.")
+    ] = "",
     kaslr: Annotated[
         bool, typer.Option("--kaslr", help="Let the kernel unpack itself, at a random address; slower.")
     ] = False,
@@ -103,6 +106,7 @@ def run(
         memory=memory,
         cpus=cpus,
         engine=engine,
+        cpu=cpu,
         kaslr=kaslr,
         timeout=timeout,
         tty=tty,

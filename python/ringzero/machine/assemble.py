@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from ringzero.errors import InputError, InternalError
 from ringzero.machine.boot import bzimage, plan_boot, read_file, unpacked_vmlinux
-from ringzero.machine.spec import MachineSpec
+from ringzero.machine.spec import MachineSpec, requested_features
 
 if TYPE_CHECKING:
     from ringzero import _core
@@ -65,6 +65,7 @@ def assemble(
         spec.memory,
         cpus=spec.cpus,
         engine=spec.engine,
+        cpu_features=requested_features(spec.cpu),
         count_instructions=count_instructions,
         profile=profile,
         trace_path=trace,

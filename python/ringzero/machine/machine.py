@@ -59,6 +59,7 @@ class Machine:
         memory: str | int = "256M",
         cpus: int = 1,
         engine: str = "direct",
+        cpu: str = "",
         kaslr: bool = False,
         kernel: str | os.PathLike[str] | None = None,
         initrd: str | os.PathLike[str] | None = None,
@@ -79,7 +80,8 @@ class Machine:
         `image` is a name ("debian", "debian:6.12", "hello"), fetched at `start` when it is not on this
         machine; the default is "debian", unless a `kernel` file is given: then that boots, with `initrd` and
         `append`, and with an image too it takes the place of the image's kernel. `append` adds words to the
-        kernel's command line. `memory` is bytes, or a size like "512M". `devices` are slow devices in Python
+        kernel's command line. `memory` is bytes, or a size like "512M". `cpu` adds features to the processors, each of
+        which makes a guest that uses it slower: "+pku,+pks". `devices` are slow devices in Python
         (ringzero.devices.Device), or names of ours ("debug-exit"). `console` is given every piece of console
         output. `agent` and `shell` choose what an image with our agent starts: commands for `run`, and a
         login shell on the console. Without `quiet` the kernel's messages show. With `kaslr` a bzImage unpacks
@@ -97,7 +99,9 @@ class Machine:
             resolve(image)
         self._image = image
         # The kernel and its command line are filled in at `start`, when an image is known to be here.
-        self.spec = MachineSpec.checked(memory=memory, cpus=cpus, engine=engine, kaslr=kaslr, linux=False)
+        self.spec = MachineSpec.checked(
+            memory=memory, cpus=cpus, engine=engine, cpu=cpu, kaslr=kaslr, linux=False
+        )
         self._kernel = Path(kernel) if kernel is not None else None
         self._initrd = Path(initrd) if initrd is not None else None
         self._append = append or ""

@@ -16,6 +16,7 @@ from ringzero.errors import InputError
 from ringzero.machine import address_map
 
 __all__ = [
+    "CPU_FEATURES",
     "DEFAULT_MEMORY",
     "ENGINES",
     "LEAST_MEMORY",
@@ -25,6 +26,7 @@ __all__ = [
     "format_size",
     "parse_memory",
     "parse_size",
+    "requested_features",
 ]
 
 DEFAULT_MEMORY: Final = 256 * address_map.MIB
@@ -34,6 +36,8 @@ MOST_MEMORY: Final = 256 * address_map.GIB
 """A sanity limit: the pmap alone would need half a GiB here, at 8 bytes a page."""
 MOST_CPUS: Final = 16
 ENGINES: Final = ("direct", "translate", "interpret")
+CPU_FEATURES: Final = ("pku", "pks")
+"""What processors have only where it is asked for, as /proc/cpuinfo calls it: protection keys."""
 
 _UNITS: Final = {
     "": 1,
@@ -85,6 +89,16 @@ def parse_memory(text: str | int) -> int:
     return size - size % address_map.PAGE
 
 
+def requested_features(cpu: str) -> list[str]:
+    """Return the features that "+pku,+pks" asks for. Raises InputError for one that there is not."""
+    words = [word.strip() for word in cpu.split(",")] if cpu.strip() else []
+    for word in words:
+        if not word.startswith("+") or word[1:] not in CPU_FEATURES:
+            known = ", ".join(f"+{name}" for name in CPU_FEATURES)
+            raise InputError(f"processors have no {word!r} to add: choose from {known}")
+    return list(dict.fromkeys(word[1:] for word in words))
+
+
 def format_size(size: int) -> str:
     """Return a size as an operator would write it: "256M", "1G", or plain bytes when it is no whole number of
     KiB.
@@ -102,6 +116,7 @@ class MachineSpec:
     memory: bytes, a whole number of 4 KiB pages.
     cpus: virtual processors.
     engine: what runs guest instructions.
+    cpu: features of the processors beyond the usual, as "+pku,+pks".
     kernel, initrd: files, not yet read; None when the caller has them in memory.
     command_line: for the kernel.
     linux: whether the kernel is a Linux, which needs more memory than a guest of ours.
@@ -111,6 +126,7 @@ class MachineSpec:
     memory: int = DEFAULT_MEMORY
     cpus: int = 1
     engine: str = "direct"
+    cpu: str = ""
     kernel: Path | None = None
     initrd: Path | None = None
     command_line: str = ""
@@ -124,6 +140,7 @@ class MachineSpec:
         memory: str | int = DEFAULT_MEMORY,
         cpus: int = 1,
         engine: str = "direct",
+        cpu: str = "",
         kernel: Path | str | None = None,
         initrd: Path | str | None = None,
         command_line: str = "",
@@ -147,12 +164,14 @@ class MachineSpec:
             raise InputError(f"{cpus} processors are not possible: give a number from 1 to {most_cpus}")
         if engine not in engines:
             raise InputError(f"there is no engine {engine!r}: choose one of {', '.join(engines)}")
+        requested_features(cpu)
         if "\0" in command_line:
             raise InputError("the kernel command line holds a null character: remove it")
         return cls(
             memory=size,
             cpus=cpus,
             engine=engine,
+            cpu=cpu,
             kernel=None if kernel is None else Path(kernel),
             initrd=None if initrd is None else Path(initrd),
             command_line=command_line,

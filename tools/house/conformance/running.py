@@ -20,6 +20,8 @@ STATUSES = {1: "pass", 77: "skip"}
 STARTED = "smp: waiting for"
 """What every test prints before it tests anything (lib/x86/smp.c)."""
 LATE = 124
+ALL_FEATURES = "+pku,+pks"
+"""What `-cpu max` stands for here."""
 # Beside the time that the list allows: for the interpreter, and for a busy machine.
 PATIENCE = {"interpret": 10.0, "translate": 6.0, "direct": 6.0, TCG: 3.0}
 
@@ -72,6 +74,8 @@ def on_ours(test: Case, suite: Path, engine: str, settings: str) -> list[str]:
     words = [str(VENV / "bin/python"), "-m", "ringzero", "run", "--engine", engine, "--memory", test.memory]
     words += ["--cpus", str(test.processors), "--device", "debug-exit", "--device", "pc-testdev"]
     words += ["--kernel", str(suite / "x86" / test.file), "--initrd", settings]
+    if test.wants_all:
+        words += ["--cpu", ALL_FEATURES]
     return [*words, *([f"--append={' '.join(test.arguments)}"] if test.arguments else [])]
 
 

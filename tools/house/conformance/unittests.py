@@ -2,6 +2,7 @@
 
 import shlex
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 
 from house.shell import Failed
@@ -47,6 +48,12 @@ class Case:
         """Why this test is not run here, or None."""
         reasons = [LEFT_OUT_GROUPS[group] for group in sorted(self.groups) if group in LEFT_OUT_GROUPS]
         return LEFT_OUT.get(self.name, reasons[0] if reasons else None)
+
+    @property
+    def wants_all(self) -> bool:
+        """Whether the processor is to have all that there is: the list says `-cpu max`."""
+        models = [after for word, after in pairwise(self.qemu) if word == "-cpu"]
+        return any(model.split(",")[0] == "max" for model in models)
 
     @property
     def memory(self) -> str:

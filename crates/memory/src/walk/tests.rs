@@ -15,6 +15,8 @@ fn paging() -> Paging {
         smap: true,
         smap_implicit: true,
         global: true,
+        user_keys: 0,
+        supervisor_keys: 0,
     }
 }
 
@@ -82,4 +84,36 @@ fn large_pages_map_whole_ranges() {
     memory.write(Gpa(0x3000), &(0x20_2000 | P | W | entry::LARGE).to_le_bytes()).unwrap();
     let misplaced = walk(&memory, &paging(), Gva(0), Access::read(false)).unwrap_err();
     assert_eq!(misplaced.error.unwrap() & code::RESERVED, code::RESERVED);
+}
+
+#[test]
+fn protection_keys_take_rights_away_from_data_accesses() {
+    const AD: u32 = 1 << 4;
+    const WD: u32 = 2 << 4;
+    let key = 2 << entry::KEY_SHIFT;
+    let user = memory_with(0x9000 | P | W | U | entry::DIRTY | key);
+    let supervisor = memory_with(0x9000 | P | W | entry::DIRTY | key);
+    let free = Paging { smap: false, smap_implicit: false, smep: false, ..paging() };
+    let pkru = |keys| Paging { user_keys: keys, ..free };
+    let pkrs = |keys| Paging { supervisor_keys: keys, ..free };
+    let error = |memory: &GuestMemory, paging: Paging, access: Access| {
+        walk(memory, &paging, Gva(0), access).err().and_then(|fault| fault.error).unwrap_or(0)
+    };
+    let locked = code::PRESENT | code::KEY;
+    assert_eq!(error(&user, pkru(AD), Access::read(true)), locked | code::USER);
+    assert_eq!(error(&user, pkru(AD), Access::read(false)), locked, "of the kernel, too");
+    assert_eq!(error(&user, pkru(AD), Access::fetch(true)), 0);
+    assert_eq!(error(&user, pkru(AD << 2), Access::write(true)), 0, "another key");
+    assert_eq!(error(&user, pkrs(AD), Access::write(true)), 0, "another register");
+    assert_eq!(error(&user, pkru(WD), Access::write(true)), locked | code::WRITE | code::USER);
+    assert_eq!(error(&user, pkru(WD), Access::write(false)), locked | code::WRITE);
+    assert_eq!(error(&user, Paging { write_protect: false, ..pkru(WD) }, Access::write(false)), 0);
+    assert_eq!(error(&supervisor, pkru(AD), Access::read(false)), 0);
+    assert_eq!(error(&supervisor, pkrs(AD), Access::read(false)), locked);
+    assert_eq!(error(&supervisor, pkrs(WD), Access::write(false)), locked | code::WRITE);
+    assert_eq!(error(&supervisor, pkrs(AD), Access::read(true)), locked | code::USER, "two reasons");
+    // What a read learns must not let a store pass.
+    let read = |memory: &GuestMemory, paging: Paging| walk(memory, &paging, Gva(0), Access::read(false)).unwrap();
+    assert!(read(&user, free).writable && !read(&user, pkru(WD)).writable);
+    assert!(read(&user, Paging { write_protect: false, ..pkru(WD) }).writable);
 }

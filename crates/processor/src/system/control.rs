@@ -31,8 +31,11 @@ pub const CR4_KNOWN: u64 = cr4::TSD
     | cr4::SMEP
     | cr4::SMAP;
 
+/// The bit of CR4 for each feature that is offered on request.
+const CR4_REQUESTED: [(&str, u64); 2] = [("pku", cr4::PKE), ("pks", cr4::PKS)];
+
 /// Changes of these bits make every cached translation void. Those of SMAP do because our TLB keeps rights, too.
-const CR4_PAGING: u64 = cr4::PSE | cr4::PAE | cr4::PGE | cr4::PCIDE | cr4::SMEP | cr4::SMAP;
+const CR4_PAGING: u64 = cr4::PSE | cr4::PAE | cr4::PGE | cr4::PCIDE | cr4::SMEP | cr4::SMAP | cr4::PKE | cr4::PKS;
 const CR0_PAGING: u64 = cr0::PG | cr0::PE | cr0::WP;
 
 /// In MOV to CR3 with PCIDs enabled: keep what the TLBs know of the new PCID.
@@ -144,10 +147,13 @@ pub fn set_cr3(core: &mut Core<'_>, value: u64) -> Result<(), GuestFault> {
 
 /// Loads CR4.
 pub fn set_cr4(core: &mut Core<'_>, new: u64) -> Result<(), GuestFault> {
+    let model = &core.vcpu.cpuid;
+    let requested = CR4_REQUESTED.iter().filter(|(name, bit)| new & bit != 0 && model.has(name));
+    let known = requested.fold(CR4_KNOWN, |known, (_, bit)| known | bit);
     let cpu = &mut core.vcpu.cpu;
     let old = cpu.cr4;
     let sets = |bit: u64| new & bit != 0 && old & bit == 0;
-    if new & !CR4_KNOWN != 0
+    if new & !known != 0
         || (new & cr4::PAE == 0 && cpu.is_long_mode())
         || (sets(cr4::PCIDE) && (!cpu.is_long_mode() || cpu.cr3 & CR3_PCID != 0))
     {

@@ -5,6 +5,7 @@
 pub mod control;
 pub mod debug;
 pub mod fast;
+mod keys;
 pub mod msr;
 pub mod paging;
 pub mod ports;
@@ -23,6 +24,7 @@ use crate::far::{self, next_rip};
 use crate::interpret::{Flow, operand, segment_index};
 use crate::segment;
 
+pub use keys::set_pkru;
 pub use ports::check_io_permission;
 
 type Outcome = Result<Flow, GuestFault>;
@@ -113,6 +115,8 @@ pub fn execute(core: &mut Core<'_>, instruction: &Instruction) -> Option<Outcome
         M::Wrmsr => msr::wrmsr(core),
         M::Rdtsc => msr::rdtsc(core, false),
         M::Rdtscp => msr::rdtsc(core, true),
+        M::Rdpkru => keys::rdpkru(core),
+        M::Wrpkru => keys::wrpkru(core),
         M::Rdpid => msr::rdpid(core, instruction),
         // There are no performance counters, so every index is out of range.
         M::Rdpmc => Err(GuestFault::GP0),
@@ -298,6 +302,7 @@ fn cpuid(core: &mut Core<'_>) -> Outcome {
     let (leaf, subleaf) = (cpu.gpr[gpr::RAX] as u32, cpu.gpr[gpr::RCX] as u32);
     let now = crate::cpuid::Now {
         osxsave: cpu.cr4 & cr4::OSXSAVE != 0,
+        ospke: cpu.cr4 & cr4::PKE != 0,
         xcr0: cpu.xcr0,
         apic_id: core.outside.apic_id(),
         apic_enabled: core.outside.apic_enabled(),

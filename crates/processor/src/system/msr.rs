@@ -6,7 +6,7 @@ use x86::msr::misc_enable;
 use x86::state::gpr;
 use x86::{CpuState, GuestFault, Gva, cr0, cr4, efer, msr, seg};
 
-use super::{Outcome, edx_eax, set_edx_eax, supervisor};
+use super::{Outcome, edx_eax, keys, set_edx_eax, supervisor};
 use crate::core::Core;
 use crate::interpret::{Flow, operand};
 
@@ -165,6 +165,7 @@ pub fn read(core: &mut Core<'_>, number: u32) -> Result<u64, GuestFault> {
         msr::KERNEL_GS_BASE => cpu.kernel_gs_base,
         msr::TSC_AUX => cpu.tsc_aux,
         msr::XSS => cpu.xss,
+        msr::PKRS if core.vcpu.cpuid.has("pks") => cpu.pkrs.into(),
         _ => return fixed_range(number).map(|index| cpu.mtrr_fixed[index]).ok_or(FAULT),
     };
     Ok(value)
@@ -252,6 +253,7 @@ pub fn write(core: &mut Core<'_>, number: u32, value: u64) -> Result<(), GuestFa
         msr::TSC_AUX => cpu.tsc_aux = only(value, 0xffff_ffff)?,
         // XSAVES has no supervisor components to save.
         msr::XSS => cpu.xss = only(value, 0)?,
+        msr::PKRS if core.vcpu.cpuid.has("pks") => keys::set_pkrs(core, only(value, 0xffff_ffff)? as u32),
         _ => match fixed_range(number) {
             Some(index) => cpu.mtrr_fixed[index] = memory_types(value)?,
             None => return Err(FAULT),
