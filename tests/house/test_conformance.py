@@ -6,7 +6,7 @@ import pytest
 
 from house.conformance import command, programs, selftests, tcgtests
 from house.conformance.command import Trees
-from house.conformance.running import Result, on_ours, read, under_qemu
+from house.conformance.running import PATIENCE, Result, on_ours, read, under_qemu
 from house.conformance.unittests import Case, read_list
 from house.shell import Failed
 
@@ -97,7 +97,7 @@ def test_ends_are_told_apart(status: int, output: str, verdict: str) -> None:
 def test_one_failure_on_an_engine_fails_the_command_but_not_one_under_tcg(
     suite: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    verdicts = {"tcg": 3, "interpret": 1, "translate": 1}
+    verdicts = {"tcg": 3, "interpret": 1, "translate": 1, "direct": 1}
 
     def run(test: Case, _: Path, where: str) -> Result:
         return read(
@@ -114,6 +114,10 @@ def test_one_failure_on_an_engine_fails_the_command_but_not_one_under_tcg(
     assert "plain on translate: fail" in said
     assert (tmp_path / "out/results.json").exists()
     assert (tmp_path / "out/plain.tcg.txt").read_text().startswith("enabling apic")
+
+
+def test_every_column_has_its_patience() -> None:
+    assert set(PATIENCE) == set(command.COLUMNS)
 
 
 def test_what_is_no_checkout_is_refused(tmp_path: Path, suite: Path) -> None:
