@@ -1,7 +1,8 @@
 /* xsave: FXSAVE and the XSAVE family (Intel SDM (2024-12) Vol. 1 chapter 13 Managing State Using the XSAVE Feature Set).
  *
- * Sizes in CPUID leaf 0DH, what each form saves and leaves alone, the init state, compaction, and the faults. Output: the
- * same on every run and engine, but for components that CPUID does not offer (skipped).
+ * Sizes in CPUID leaf 0DH, what each form saves and leaves alone, the init state, compaction, and the faults; user code whose
+ * state outlives system calls, of which `hot` on the command line makes many. Output: the same on every run and engine, but for
+ * components that CPUID does not offer (skipped).
  */
 #include "lib.h"
 
@@ -219,6 +220,35 @@ static void test_extensions(bool avx)
     }
 }
 
+/* rdi: how often. Sums of the count in XMM0 and of ones in ST(0), and of the carry that outlives the system call and what
+ * comes behind it. The kernel's part does nothing. */
+CODE(user_sums, "pxor %xmm0, %xmm0\nfninit\nfldz\nxorl %edx, %edx\n"
+                "1: movq %rdi, %xmm1\npaddq %xmm1, %xmm0\nfld1\nfaddp\nstc\nsyscall\n"
+                "movq %xmm0, %rax\nadcq $0, %rdx\nsyscall\nfst %st(1)\ndecq %rdi\njnz 1b\n"
+                "subq $8, %rsp\nfistpq (%rsp)\npopq %rsi\nint $0x80");
+CODE(user_first, "user_first_at: pxor %xmm0, %xmm0\nint $0x80");
+LABEL(user_first_at);
+CODE(at_syscall, "sysretq");
+
+static void test_user(u64 times)
+{
+    allow_user();
+    wrmsr(MSR_EFER, rdmsr(MSR_EFER) | 1);
+    wrmsr(MSR_STAR, (u64)KERNEL_CS << 32 | (u64)(USER_CS - 16) << 48);
+    wrmsr(MSR_LSTAR, (u64)at_syscall);
+    wrmsr(MSR_SFMASK, FLAG_IF | FLAG_DF | FLAG_TF | FLAG_AC);
+    u64 top = (u64)user_stack + sizeof user_stack;
+    struct user_state registers = { .rdi = times };
+    check("user-vector", run_user((u64)user_sums, top, USER_CS, 0, &registers), 0x80);
+    check("user-xmm", last_trap.frame.rax, times * (times + 1) / 2);
+    check("user-carry", last_trap.frame.rdx, times);
+    check("user-x87", last_trap.frame.rsi, times);
+    check("user-again", run_user((u64)user_first, top, USER_CS, 0, NULL), 0x80);
+    write_cr0(read_cr0() | 8); /* TS */
+    check_trap("user-not-available", run_user((u64)user_first, top, USER_CS, 0, NULL), NM, 0, (u64)user_first_at);
+    write_cr0(read_cr0() & ~8ull);
+}
+
 void guest_main(const struct start_info *info)
 {
     (void)info, (void)zeros;
@@ -228,7 +258,14 @@ void guest_main(const struct start_info *info)
         return;
     }
     bool avx = has1c(28);
+    if (starts_with(command_line, "hot")) {
+        write_cr0((read_cr0() | 2) & ~0xcull); /* MP; no EM, no TS */
+        write_cr4(read_cr4() | 0x600);         /* OSFXSR, OSXMMEXCPT */
+        test_user(5000);
+        finish();
+    }
     test_control(avx);
     test_save(avx);
     test_extensions(avx);
+    test_user(10);
 }

@@ -42,6 +42,7 @@ pub struct Stubs {
     /// What the fault stub's calls leave as their return address.
     fault_sites: [u64; 2],
     save_simd: u64,
+    load_simd: u64,
     /// By mode.
     lookup: [u64; 8],
     /// What the lookups' calls leave as their return address.
@@ -69,6 +70,12 @@ impl Stubs {
     #[must_use]
     pub fn save_simd(&self) -> u64 {
         self.save_simd
+    }
+
+    /// A subroutine that puts the guest's SIMD state into registers. Clobbers T0, T1 and flags.
+    #[must_use]
+    pub fn load_simd(&self) -> u64 {
+        self.load_simd
     }
 
     /// What goes to the RIP in T0, whose code is of the given mode, by the jump cache; flags are in their slot.
@@ -157,6 +164,10 @@ impl Stubs {
         save_simd(&mut asm);
         asm.finish();
         stubs.save_simd = cache.add(&asm.code)?;
+        asm.restart(cache.next_address());
+        load_simd(&mut asm);
+        asm.finish();
+        stubs.load_simd = cache.add(&asm.code)?;
         for mode in 0..stubs.lookup.len() {
             asm.restart(cache.next_address());
             let sites = lookup(&mut asm, Mode(mode as u8), stubs.leave(false, Mode(mode as u8).is_simd()));
@@ -290,6 +301,17 @@ fn save_simd(asm: &mut Asm) {
     asm.mov(T1, RDX);
     select_components(asm);
     store_components(asm, 8);
+    asm.mov(RAX, T0);
+    asm.mov(RDX, T1);
+    asm.byte(0xc3);
+}
+
+fn load_simd(asm: &mut Asm) {
+    asm.mov(T0, RAX);
+    asm.mov(T1, RDX);
+    select_components(asm);
+    // xrstor64; RSP is 8 below the base
+    asm.op_mem_raw(true, &[0x0f, 0xae], 5, Mem::vcpu(frame::FPU + 8));
     asm.mov(RAX, T0);
     asm.mov(RDX, T1);
     asm.byte(0xc3);

@@ -6,8 +6,9 @@
 
 use iced_x86::RflagsBits;
 use memory::tlb::Bank;
+use x86::cr0;
 
-use super::asm::{Asm, Label, Mem, RAX, T0};
+use super::asm::{Asm, Label, Mem, RAX, T0, cc};
 use super::block::{Insn, Kind, Source};
 use super::enter::{Stubs, home};
 use super::exits::Cold;
@@ -272,8 +273,7 @@ pub fn lower<'a>(context: Context<'a>, source: &'a Source, groups: &'a Groups, s
             break;
         }
         if insn.is_simd && !l.c.mode.is_simd() {
-            let (block, guest) = (l.c.block, l.guest(insn.iced.ip()));
-            l.leave(Site::Simd { block, guest });
+            l.take_simd(insn);
             ended = true;
             break;
         }
@@ -378,6 +378,23 @@ impl Lowering<'_> {
         if self.flags == Flags::Host && live != 0 {
             self.save_flags();
         }
+    }
+
+    /// Goes on at an instruction that needs SIMD state in registers, with code that has it there. User code does so by itself:
+    /// SYSCALL put the state away, and many programs use it between any two system calls.
+    fn take_simd(&mut self, insn: &Insn) {
+        let (block, guest) = (self.c.block, self.guest(insn.iced.ip()));
+        let site = Site::Simd { block, guest };
+        if !self.c.mode.is_user() {
+            return self.leave(site);
+        }
+        self.slot_flags();
+        self.c.asm.test_byte_mem(Mem::vcpu(frame::control(0)), (cr0::TS | cr0::EM) as u8);
+        self.leave_if(cc::NZ, site, Flags::Slot);
+        self.c.asm.call_address(self.c.stubs.load_simd());
+        let mode = Mode(self.c.mode.0 | Mode::SIMD);
+        self.c.asm.store_imm32(Mem::vcpu(frame::MODE), mode.0.into());
+        self.lookup_in_mode(insn.iced.ip(), mode);
     }
 
     /// Where instructions are counted, adds those up to the next conditional jump to the counters, without flags.
