@@ -10,6 +10,7 @@ pub mod guest;
 pub mod pmap;
 pub mod pool;
 pub mod reach;
+mod regions;
 pub mod shadow;
 pub mod tlb;
 pub mod trace;

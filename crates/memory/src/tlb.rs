@@ -11,6 +11,7 @@ use x86::{Gva, PAGE_MASK, PAGE_SHIFT, PAGE_SIZE};
 
 use crate::bytes::{self, PageRef};
 use crate::devices::DevicePages;
+use crate::regions::Regions;
 use crate::shadow::Shadow;
 
 /// Entries of a bank; a power of two. 1024 entries reach 4 MiB, and are 32 KiB to probe and empty.
@@ -76,9 +77,12 @@ pub struct SoftTlb {
     pub shadow: Shadow,
     /// What is no RAM.
     pub devices: DevicePages,
-    /// Regions of 2 MiB and of 1 GiB, by a hash of their numbers, of which pieces of large pages are held.
-    large: u64,
-    huge: u64,
+    /// For each bank, of which halves of the address space it was filled since the last [`SoftTlb::flush_all`]: what is kept
+    /// of the kernel's pages need not be looked at for a user's page, nor the other way round.
+    halves: [u8; 3],
+    /// Regions of 2 MiB and of 1 GiB of which pieces of large pages are held.
+    large: Regions,
+    huge: Regions,
     pub fills: u64,
     pub flushes: u64,
     pub dropped: Dropped,
@@ -118,10 +122,9 @@ const LARGE_SIZE: u64 = 1 << LARGE_SHIFT;
 const LARGE_PAGES: usize = 1 << (LARGE_SHIFT - PAGE_SHIFT);
 const HUGE_SHIFT: u32 = 30;
 
-/// The bit that stands for the region of `1 << shift` bytes around `address`, and for one in 64 others. Those that systems use
-/// together differ by powers of two, hence the multiplication.
-fn region_bit(address: Gva, shift: u32) -> u64 {
-    1 << ((address.0 >> shift).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 58)
+/// The bit of the half of the address space.
+fn half(address: Gva) -> u8 {
+    1 << (address.0 >> 63)
 }
 
 #[inline]
@@ -143,8 +146,9 @@ impl SoftTlb {
             has_local: false,
             shadow,
             devices: DevicePages::default(),
-            large: 0,
-            huge: 0,
+            halves: [0; 3],
+            large: Regions::new(LARGE_SHIFT),
+            huge: Regions::new(HUGE_SHIFT),
             fills: 0,
             flushes: 0,
             dropped: Dropped::default(),
@@ -161,6 +165,7 @@ impl SoftTlb {
             page: page.host_address(),
             flags: if global { GLOBAL } else { 0 },
         };
+        self.halves[bank as usize] |= half(address);
         let place = index(address);
         self.dirty[bank as usize] |= 1 << (place / GROUP);
         self.banks[bank as usize].entries[place] = entry;
@@ -175,9 +180,9 @@ impl SoftTlb {
     /// Remembers that the guest maps `address` by a page of 2 MiB or 1 GiB, of which we hold pieces of 4 KiB.
     pub fn note_large(&mut self, address: Gva, page_size: u64) {
         if page_size > LARGE_SIZE {
-            self.huge |= region_bit(address, HUGE_SHIFT);
+            self.huge.insert(address);
         } else {
-            self.large |= region_bit(address, LARGE_SHIFT);
+            self.large.insert(address);
         }
     }
 
@@ -334,7 +339,9 @@ impl SoftTlb {
         }
         self.devices.forget_all();
         self.forget_shadow();
-        (self.large, self.huge) = (0, 0);
+        self.large.clear();
+        self.huge.clear();
+        self.halves = [0; 3];
     }
 
     fn forget_shadow(&mut self) {
@@ -347,10 +354,10 @@ impl SoftTlb {
     /// Drops what is known of one page: what INVLPG does. All pieces of a large page go together, since the guest names it by
     /// one of its addresses (Intel SDM Vol. 3A 5.10.4.1).
     pub fn flush_page(&mut self, address: Gva) {
-        if self.huge & region_bit(address, HUGE_SHIFT) != 0 {
+        if self.huge.may_contain(address) {
             self.forget_shadow();
             self.drop_region(address, HUGE_SHIFT, 0..ENTRIES);
-        } else if self.large & region_bit(address, LARGE_SHIFT) != 0 {
+        } else if self.large.may_contain(address) {
             self.forget_shadow();
             // The pages of 2 MiB are neighbours in a bank.
             let first = index(address) & !(LARGE_PAGES - 1);
@@ -362,6 +369,9 @@ impl SoftTlb {
             self.dropped.note(self.generations[Bank::User as usize], address.page());
         }
         for bank in BANKS {
+            if self.halves[bank as usize] & half(address) == 0 {
+                continue;
+            }
             let entry = &mut self.banks[bank as usize].entries[index(address)];
             if entry.read == page {
                 *entry = TlbEntry::empty(index(address));
@@ -398,5 +408,24 @@ impl SoftTlb {
 impl Default for SoftTlb {
     fn default() -> Self {
         Self::new()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_page_among_small_ones_is_dropped_alone_however_many_large_ones_there_are() {
+        let mut tlb = SoftTlb::new();
+        let direct = |number: u64| Gva(0xffff_8880_0000_0000 + (number << LARGE_SHIFT));
+        (0..512).for_each(|number| tlb.note_large(direct(number), LARGE_SIZE));
+        let before = tlb.generations;
+        for page in 0..64 {
+            tlb.flush_page(Gva(0x7f12_3456_7000 + (page << PAGE_SHIFT)));
+        }
+        assert_eq!(tlb.generations, before);
+        tlb.flush_page(direct(7).add(0x5000));
+        assert_ne!(tlb.generations, before);
     }
 }
