@@ -171,6 +171,11 @@ impl Generator {
         let kinds = self.kinds;
         let simd = !kinds.integer || (kinds != Kinds::INTEGER && self.random.chance(50));
         let mut bytes = Vec::with_capacity(24);
+        let is_padded = form.is_none() && self.random.chance(6);
+        if is_padded {
+            // Without an address, its size means nothing.
+            bytes.push(0x67);
+        }
         if self.random.chance(if kinds.avx && simd { 50 } else { 5 }) {
             let map = self.random.pick(&[1, 2, 2, 3]);
             self.vex(&mut bytes, map, b, x);
@@ -191,6 +196,9 @@ impl Generator {
         let mut decoder = Decoder::with_ip(64, &bytes, 0, DecoderOptions::NONE);
         let instruction = decoder.decode();
         if instruction.is_invalid() || !self.allows(&instruction, form.as_ref()) {
+            return None;
+        }
+        if is_padded && (0..instruction.op_count()).any(|operand| is_memory(instruction.op_kind(operand))) {
             return None;
         }
         let offsets = decoder.get_constant_offsets(&instruction);

@@ -36,8 +36,15 @@ impl Generator {
             }
             item.append(&body);
         }
-        let tail: &[u8] =
-            self.random.pick(&[&[0xe2_u8][..], &[0xff, 0xc9, 0x75][..], &[0x48, 0x83, 0xe9, 1, 0x75][..]]);
+        // LOOP, with ECX alone; LOOPE, LOOPNE; DEC or SUB with JNZ
+        let tail: &[u8] = self.random.pick(&[
+            &[0xe2_u8][..],
+            &[0x67, 0xe2][..],
+            &[0xe1][..],
+            &[0xe0][..],
+            &[0xff, 0xc9, 0x75][..],
+            &[0x48, 0x83, 0xe9, 1, 0x75][..],
+        ]);
         item.bytes.extend_from_slice(tail);
         let back = i64::try_from(start).ok()? - item.bytes.len() as i64 - 1;
         item.bytes.push(i8::try_from(back).ok()? as u8);
