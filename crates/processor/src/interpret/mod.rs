@@ -152,9 +152,6 @@ fn loads_stack_segment(op: &Op) -> bool {
     matches!(op.mnemonic(), Mnemonic::Mov | Mnemonic::Pop)
 }
 
-/// Instructions between two looks at what other threads want: some microseconds.
-const BURST: u64 = 128;
-
 /// The engine that interprets everything.
 #[derive(Debug, Default)]
 pub struct Interpreter {
@@ -178,7 +175,8 @@ impl Interpreter {
         }
     }
 
-    /// Runs instructions as long as nothing but plain execution can happen between them.
+    /// Runs instructions as long as nothing but plain execution can happen between them. What an instruction makes a device
+    /// want of this processor is seen before the next one, as on hardware that waits for the device.
     fn burst(&mut self, core: &mut Core<'_>) -> Option<Exit> {
         let mut count = 0;
         let exit = 'look: loop {
@@ -191,7 +189,7 @@ impl Interpreter {
                 if op.start != rip {
                     continue 'look;
                 }
-                if count >= BURST || core.memory.code.is_pending(core.vcpu.number) {
+                if core.vcpu.attention.is_raised() || core.memory.code.is_pending(core.vcpu.number) {
                     break 'look None;
                 }
                 count += 1;

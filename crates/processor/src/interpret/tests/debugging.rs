@@ -1,5 +1,7 @@
 //! Single-step, breakpoints, alignment checks, interrupt shadows.
 
+use std::sync::Arc;
+
 use x86::fault::page_fault::WRITE;
 use x86::rflags::{AC, FIXED, IF, RF, TF};
 use x86::state::gpr::{RAX, RBX, RCX, RDI, RSI, RSP};
@@ -29,6 +31,18 @@ fn single_step_traps_behind_the_instruction() {
     machine.step();
     assert_eq!(trapped(&machine), (CODE + 1, dr6::BS));
     assert_eq!(machine.vcpu.cpu.rflags & TF, 0, "the handler is not stepped");
+}
+
+#[test]
+fn an_interrupt_that_an_access_causes_comes_behind_it() {
+    // nop; out 0x80, al; nop; nop; hlt, and: nop; mov [rdi], al; nop; nop; hlt
+    for code in [&[0x90, 0xe6, 0x80, 0x90, 0x90, 0xf4][..], &[0x90, 0x88, 0x07, 0x90, 0x90, 0xf4]] {
+        let mut machine = Machine::new(code);
+        machine.set(RDI, 0xfec0_0000);
+        machine.ports.interrupts = Some(Arc::clone(&machine.vcpu.attention));
+        assert_eq!(Interpreter::new().run(&mut machine.core()), Exit::Attention);
+        assert_eq!(machine.rip(), CODE + 3);
+    }
 }
 
 #[test]

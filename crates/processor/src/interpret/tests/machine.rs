@@ -1,5 +1,7 @@
 //! A machine of one flat address space for tests: code at [`CODE`], an IDT whose handler for vector V is at [`handler`].
 
+use std::sync::Arc;
+
 use iced_x86::{Decoder, DecoderOptions};
 use memory::GuestMemory;
 use x86::state::gpr::RSP;
@@ -7,6 +9,7 @@ use x86::{CpuState, DescriptorTable, Gpa, GuestFault, Gva, Segment, cr0, efer, r
 
 use crate::engine::{Engine, Exit, Outside};
 use crate::interpret::{DecodeCache, Flow, Interpreter, execute, step};
+use crate::vcpu::Attention;
 use crate::{Core, Vcpu};
 
 pub const CODE: u64 = 0x1_0000;
@@ -27,6 +30,16 @@ pub const fn handler(vector: u8) -> u64 {
 pub struct Ports {
     pub written: Vec<(u16, u8, u32)>,
     pub reads: u32,
+    /// Whom writes interrupt, if anybody.
+    pub interrupts: Option<Arc<Attention>>,
+}
+
+impl Ports {
+    fn interrupt(&self) {
+        if let Some(attention) = &self.interrupts {
+            attention.raise();
+        }
+    }
 }
 
 impl Outside for Ports {
@@ -36,11 +49,14 @@ impl Outside for Ports {
     }
     fn port_write(&mut self, port: u16, size: u8, value: u32) {
         self.written.push((port, size, value));
+        self.interrupt();
     }
     fn mmio_read(&mut self, _: Gpa, _: u8) -> u64 {
         u64::MAX
     }
-    fn mmio_write(&mut self, _: Gpa, _: u8, _: u64) {}
+    fn mmio_write(&mut self, _: Gpa, _: u8, _: u64) {
+        self.interrupt();
+    }
     fn apic_read(&mut self, _: u32) -> Option<u64> {
         None
     }
