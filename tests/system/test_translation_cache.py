@@ -1,6 +1,10 @@
 """Translations outlive a machine: the next one of the same user takes them, and no damage to them hurts it."""
 
+import os
 import stat
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -42,6 +46,53 @@ def test_a_second_boot_translates_next_to_nothing(tmp_path: Path) -> None:
     assert third == first
     assert damaged["kept.groups_refused"] > 10
     assert warm["kept.blocks"] > damaged["kept.blocks"] > 0
+
+
+def _kill_while_writing(folder: Path, *options: str) -> None:
+    """Boot Debian in a process of its own, and end that by SIGKILL in the middle of what it writes."""
+    words = [
+        sys.executable,
+        "-m",
+        "ringzero",
+        "run",
+        *options,
+        "--engine",
+        "translate",
+        "debian",
+        "--",
+        "true",
+    ]
+    environment = os.environ | {"RINGZERO_TRANSLATION_CACHE": str(folder)}
+    unfinished = folder / "new"
+    with subprocess.Popen(
+        words, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL
+    ) as process:
+        deadline = time.monotonic() + 60
+        while not (unfinished.exists() and unfinished.stat().st_size > 1 << 20):
+            assert process.poll() is None, "it ended before it could be killed"
+            assert time.monotonic() < deadline
+        process.kill()
+    assert process.returncode == -9
+    assert unfinished.exists()
+
+
+@pytest.mark.needs_debian
+def test_a_process_that_is_killed_while_it_writes_hurts_no_other(tmp_path: Path) -> None:
+    folder = tmp_path / "translations"
+    _kill_while_writing(folder)
+    assert list(folder.glob("*.code")) == []
+    first, cold = _boot(folder)
+    assert (cold["kept.blocks"], cold["kept.noted"] > 50_000) == (0, True)
+    (file,) = folder.glob("*.code")
+    assert not (folder / "new").exists()
+    whole = file.read_bytes()
+    # Counting instructions is other code: all of it is new.
+    _kill_while_writing(folder, "--stats")
+    assert file.read_bytes() == whole
+    second, warm = _boot(folder)
+    assert second == first
+    assert warm["kept.blocks"] > 50_000
+    assert warm["kept.groups_refused"] == 0
 
 
 @pytest.mark.needs_debian
