@@ -145,6 +145,8 @@ pub struct Tracee {
     orders: Map,
     /// The whole XSAVE area of the host, of which ours is the first part.
     vectors: Vec<u8>,
+    /// That part is what the tracee has.
+    has_vectors: bool,
     /// The processor that it was last told to stay on.
     on: Option<usize>,
     is_gone: bool,
@@ -222,7 +224,10 @@ impl Tracee {
         area[XSTATE_BV..XSTATE_BV + 8].copy_from_slice(&COMPONENTS.to_le_bytes());
         // Bytes for software, of no meaning to the processor.
         area[464..XSTATE_BV].fill(0);
-        Ok(u64::from_le_bytes(present) & !(COMPONENTS | start::INITIAL_COMPONENTS) == 0)
+        let is_plain = u64::from_le_bytes(present) & !(COMPONENTS | start::INITIAL_COMPONENTS) == 0;
+        self.vectors[..VECTORS].copy_from_slice(area);
+        self.has_vectors = is_plain;
+        Ok(is_plain)
     }
 
     /// Sets the x87, SSE and AVX state; the other components begin anew.
@@ -230,12 +235,16 @@ impl Tracee {
     /// # Errors
     /// When the process is gone, or MXCSR has a bit that the host's has not.
     pub fn set_vectors(&mut self, area: &[u8; VECTORS]) -> io::Result<()> {
+        if self.has_vectors && self.vectors[..VECTORS] == area[..] {
+            return Ok(());
+        }
         self.vectors[..VECTORS].copy_from_slice(area);
         spawn::register_set(self.process, libc::PTRACE_SETREGSET, &mut self.vectors).map(drop)
     }
 
     /// Lets it run until it stops.
     pub fn run(&mut self) -> Stop {
+        self.has_vectors = false;
         if self.is_gone || self.request(spawn::SYSEMU, std::ptr::null_mut()).is_err() {
             return self.lost();
         }

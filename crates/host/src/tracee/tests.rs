@@ -1,3 +1,5 @@
+//! A tracee with a few bytes of code. Contract of the unsafe code: signals to children of ours, and a handler that counts.
+
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 

@@ -195,6 +195,9 @@ impl Direct {
             return Ended::Refused;
         }
         let start = host_tsc();
+        if self.choice == Choice::Worthwhile && self.paces.breathes(root, start) {
+            return Ended::Refused;
+        }
         let index = match self.space_of(core, root) {
             Ok(index) => index,
             Err(error) => {
@@ -284,8 +287,8 @@ impl Direct {
         if let Some((rip, address)) = self.missing.take()
             && rip.0 == core.vcpu.cpu.rip
         {
-            // The guest's kernel has mapped it by now.
-            match self.timed_fill(core, index, rip, address, spent) {
+            // The guest's kernel has mapped it by now. That page alone: no investment.
+            match self.fill(core, index, rip, address) {
                 Ok(true) => {}
                 Ok(false) => return Ended::Refused,
                 Err(_) => return self.give_up(core, index),

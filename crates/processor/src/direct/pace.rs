@@ -1,6 +1,7 @@
 //! Is it worth it? Each way into the process and out again costs some microseconds, in which translated code would have done
 //! part of the work already. So direct execution begins where user code was found at work twice, goes on while more time is
-//! spent in the guest's code than around it, and otherwise pauses, longer every time.
+//! spent in the guest's code than around it, and otherwise pauses, longer every time. An excursion that was too short for
+//! itself is followed by a breath, also longer every time: calls and faults come in bursts.
 
 use std::collections::HashMap;
 
@@ -14,6 +15,9 @@ const MOST: usize = 256;
 const WINDOW: u64 = 2_000;
 const SHORTEST: u64 = 250;
 const LONGEST: u64 = 4;
+/// The same of a breath.
+const SHORTEST_BREATH: u64 = 40_000;
+const LONGEST_BREATH: u64 = 1_000;
 
 #[derive(Clone, Copy, Debug, Default)]
 struct Pace {
@@ -25,6 +29,9 @@ struct Pace {
     lost: u64,
     pause: u64,
     until: u64,
+    /// As `pause` and `until`, for a burst of system calls or faults in what else computes.
+    breath: u64,
+    breathes_until: u64,
 }
 
 /// The paces of address spaces, by the address of their top-level table.
@@ -60,6 +67,11 @@ impl Paces {
         pace.is_wanted
     }
 
+    /// Whether a space's code is in a burst of calls or faults just now.
+    pub fn breathes(&self, root: u64, now: u64) -> bool {
+        self.paces.get(&root).is_some_and(|pace| pace.breathes_until.wrapping_sub(now) < u64::MAX / 2)
+    }
+
     pub fn is_wanted(&self, root: u64) -> bool {
         self.paces.get(&root).is_some_and(|pace| pace.is_wanted)
     }
@@ -80,6 +92,12 @@ impl Paces {
         let pace = self.get(root);
         pace.useful += useful;
         pace.lost += lost;
+        if useful < lost {
+            pace.breath = (pace.breath * 2).clamp(second / SHORTEST_BREATH, second / LONGEST_BREATH);
+            pace.breathes_until = now.wrapping_add(pace.breath);
+        } else {
+            pace.breath = 0;
+        }
         if pace.useful + pace.lost >= second / WINDOW {
             let is_good = pace.useful > pace.lost;
             (pace.useful, pace.lost) = (0, 0);
@@ -147,6 +165,22 @@ mod tests {
         assert!(paces.judge(ROOT, second, 0, now));
         assert!(!paces.judge(ROOT, 0, second, now));
         assert!(paces.sampled(ROOT, now + second / 200));
+    }
+
+    #[test]
+    fn a_burst_is_left_to_the_translator() {
+        let (mut paces, second) = sampled();
+        let (short, long) = (second / 200_000, second / 2_000);
+        let mut now = 10_000;
+        for breath in [25, 50, 100, 200] {
+            assert!(!paces.breathes(ROOT, now));
+            assert!(paces.judge(ROOT, 0, short, now));
+            assert!(paces.breathes(ROOT, now + second / 1_000_000 * (breath - 1)), "{breath}");
+            now += second / 1_000_000 * (breath + 1);
+        }
+        assert!(paces.judge(ROOT, long, short, now) && !paces.breathes(ROOT, now));
+        paces.judge(ROOT, 0, short, now);
+        assert!(!paces.breathes(ROOT, now + second / 30_000), "the next burst begins with a short one");
     }
 
     #[test]
