@@ -35,6 +35,8 @@ const SPACES: usize = 4;
 const MOST_WRITES: u8 = 8;
 /// How many pages with written code are remembered.
 const MOST_REMEMBERED: usize = 4096;
+/// As many pages of an address space are mapped without counting what that takes.
+const INVESTMENT: u64 = 8192;
 /// So often in a second process and VCPU may go to another processor of the host; otherwise they share one, since to wake
 /// somebody on a sleeping processor takes ten times as long as an excursion.
 const MOVES: u64 = 20;
@@ -212,8 +214,11 @@ impl Direct {
         let ended = self.excursion(core, index, interpret, &mut spent);
         let end = host_tsc();
         let useful = self.counters.ticks - before;
-        let lost = end.wrapping_sub(start).saturating_sub(useful + created.wrapping_sub(start) + spent.filling);
-        if self.choice == Choice::Worthwhile && !self.paces.judge(root, useful, lost + spent.filling / 4, end) {
+        // What is there for long does not count, unless it goes again all the time.
+        let is_new = self.spaces.get(index).is_some_and(|space| space.filled < INVESTMENT);
+        let invested = if is_new { spent.filling } else { 0 };
+        let lost = end.wrapping_sub(created).saturating_sub(useful + invested);
+        if self.choice == Choice::Worthwhile && !self.paces.judge(root, useful, lost, end) {
             core.vcpu.wants_direct(self.paces.any_wanted());
             core.vcpu.hot.direct = 0;
         }
@@ -467,7 +472,7 @@ impl Direct {
     }
 }
 
-/// Time of an excursion that is an investment: pages mapped once are there for long.
+/// Time of an excursion that may be an investment: pages mapped once are there for long.
 #[derive(Debug, Default)]
 struct Spent {
     filling: u64,

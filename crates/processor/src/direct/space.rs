@@ -22,7 +22,7 @@ use crate::core::Core;
 const MOST_PAGES: usize = 48_000;
 /// Pages around a missing one that are mapped with it.
 const DATA_AROUND: usize = 32;
-const CODE_AROUND: usize = 16;
+const CODE_AROUND: usize = 8;
 
 /// What a page is wanted for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -49,6 +49,8 @@ pub struct Space {
     pub tracee: Tracee,
     regions: HashMap<u64, Box<Held>>,
     pages: usize,
+    /// Pages that were ever mapped for this address space.
+    pub filled: u64,
     /// Of the soft TLB: rounds and generation.
     generation: (u64, u64),
     epoch: u64,
@@ -68,7 +70,17 @@ impl Space {
     pub fn new(root: u64, memory: &GuestMemory) -> io::Result<Space> {
         let tracee = Tracee::new(memory.pool().file())?;
         let (regions, orders) = Default::default();
-        Ok(Space { root, used: 0, tracee, regions, pages: 0, generation: (0, 0), epoch: memory.epoch(), orders })
+        Ok(Space {
+            root,
+            used: 0,
+            tracee,
+            regions,
+            pages: 0,
+            filled: 0,
+            generation: (0, 0),
+            epoch: memory.epoch(),
+            orders,
+        })
     }
 
     pub fn is_gone(&mut self) -> bool {
@@ -78,6 +90,7 @@ impl Space {
     /// Empties it, for the same or for another address space.
     pub fn begin_anew(&mut self, root: u64) -> io::Result<()> {
         self.root = root;
+        self.filled = 0;
         self.doubt();
         self.unmap_all();
         self.flush()
@@ -281,6 +294,7 @@ impl Space {
         }
         self.orders.extend(runs.into_iter().map(|(at, size, rights, from)| Order::map(at, size, rights, from)));
         self.flush()?;
+        self.filled += count;
         Ok(count)
     }
 }
