@@ -37,6 +37,13 @@ const MOST_WRITES: u8 = 8;
 const MOST_REMEMBERED: usize = 4096;
 /// As many pages of an address space are mapped without counting what that takes.
 const INVESTMENT: u64 = 8192;
+/// The part of a second that is lost at a stop at most.
+const MOST_LOST: u64 = 5_000;
+/// Instructions on a page that may not run directly that are interpreted, in the hope that it is left again: as many as
+/// the vDSO needs to read the clock, and the dynamic linker to find a function.
+const STEPS: u32 = 200;
+/// Not after so many stops, though: then it is in a loop.
+const MOST_STOPS: u64 = 64;
 /// So often in a second process and VCPU may go to another processor of the host; otherwise they share one, since to wake
 /// somebody on a sleeping processor takes ten times as long as an excursion.
 const MOVES: u64 = 20;
@@ -59,6 +66,7 @@ struct Counters {
     calls: u64,
     faults: u64,
     fills: u64,
+    steps: u64,
     pages: u64,
     checks: u64,
     resets: u64,
@@ -81,6 +89,8 @@ pub struct Direct {
     refusal: Option<std::io::Error>,
     place: Place,
     turn: u64,
+    /// The guest's, for which code was looked through.
+    tsc_offset: u64,
     /// The instruction that last left with a fault for the guest's kernel, and the address that it wanted.
     missing: Option<(Gva, Gva)>,
 }
@@ -131,6 +141,7 @@ impl Direct {
                 refusal: None,
                 place: Place::default(),
                 turn: 0,
+                tsc_offset: 0,
                 missing: None,
             })
         })
@@ -196,6 +207,10 @@ impl Direct {
             core.vcpu.hot.direct = 0;
             return Ended::Refused;
         }
+        if core.vcpu.cpu.tsc_offset != self.tsc_offset {
+            self.tsc_offset = core.vcpu.cpu.tsc_offset;
+            self.forget_all_code();
+        }
         let start = host_tsc();
         if self.choice == Choice::Worthwhile && self.paces.breathes(root, start) {
             return Ended::Refused;
@@ -218,6 +233,8 @@ impl Direct {
         let is_new = self.spaces.get(index).is_some_and(|space| space.filled < INVESTMENT);
         let invested = if is_new { spent.filling } else { 0 };
         let lost = end.wrapping_sub(created).saturating_sub(useful + invested);
+        // Who takes longer was interrupted by others of the host, which says nothing about this guest.
+        let lost = lost.min(host_tsc_hz() / MOST_LOST * spent.stops);
         if self.choice == Choice::Worthwhile && !self.paces.judge(root, useful, lost, end) {
             core.vcpu.wants_direct(self.paces.any_wanted());
             core.vcpu.hot.direct = 0;
@@ -309,6 +326,7 @@ impl Direct {
                 Ok(None) => return Ended::Somewhere,
                 Err(_) => return self.give_up(core, index),
             };
+            spent.stops += 1;
             let mut wanted = None;
             match stop {
                 Stop::Kick => return Ended::Somewhere,
@@ -343,11 +361,40 @@ impl Direct {
             if let Some(address) = wanted {
                 match self.timed_fill(core, index, rip, address, spent) {
                     Ok(true) => {}
-                    Ok(false) => return Ended::Somewhere,
+                    Ok(false) if spent.stops > MOST_STOPS => return Ended::Somewhere,
+                    Ok(false) => match self.step_off(core, rip, interpret) {
+                        None => {}
+                        Some(ended) => return ended,
+                    },
                     Err(_) => return self.give_up(core, index),
                 }
             }
         }
+    }
+
+    /// Interprets what may not run directly, as long as it is little; `None` when RIP has left the page of `rip`.
+    fn step_off(
+        &mut self,
+        core: &mut Core<'_>,
+        rip: Gva,
+        interpret: &mut dyn FnMut(&mut Core<'_>) -> Option<Exit>,
+    ) -> Option<Ended> {
+        for _ in 0..STEPS {
+            if let Some(exit) = interpret(core) {
+                return Some(Ended::Exit(exit));
+            }
+            if core.vcpu.attention.is_raised()
+                || core.memory.code.is_pending(core.vcpu.number)
+                || !is_ordinary(core.vcpu)
+            {
+                break;
+            }
+            self.counters.steps += 1;
+            if Gva(core.vcpu.cpu.rip).page() != rip.page() {
+                return None;
+            }
+        }
+        Some(Ended::Somewhere)
     }
 
     fn timed_fill(
@@ -461,6 +508,7 @@ impl Direct {
             ("direct.faults", c.faults),
             ("direct.fills", c.fills),
             ("direct.pages", c.pages),
+            ("direct.steps", c.steps),
             ("direct.checks", c.checks),
             ("direct.resets", c.resets),
             ("direct.processes", c.processes),
@@ -476,6 +524,7 @@ impl Direct {
 #[derive(Debug, Default)]
 struct Spent {
     filling: u64,
+    stops: u64,
 }
 
 /// Whether the VCPU is in a state that a process of the host can have: 64-bit user code under Linux's selectors, with no
@@ -495,7 +544,7 @@ fn is_ordinary(vcpu: &Vcpu) -> bool {
         && cpu.cr0 & NEEDED0 == NEEDED0
         && cpu.cr0 & (cr0::TS | cr0::EM) == 0
         && cpu.cr4 & NEEDED4 == NEEDED4
-        && cpu.cr4 & cr4::PKE == 0
+        && cpu.cr4 & (cr4::PKE | cr4::TSD) == 0
         && cpu.efer & efer::NXE != 0
         && cpu.xcr0 == xcr0::X87 | xcr0::SSE | xcr0::AVX
         && cpu.dr[7] & x86::dr7::ANY_ENABLED == 0

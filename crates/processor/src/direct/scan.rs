@@ -11,7 +11,7 @@ const LONGEST: usize = 15;
 const SIZE: usize = PAGE_SIZE as usize;
 
 /// Whether two bytes and what follows them may be the opcode of such an instruction.
-fn is_suspicious(code: &[u8], has_f3: bool) -> bool {
+fn is_suspicious(code: &[u8], has_f3: bool, same_tsc: bool) -> bool {
     let modrm = code.get(2).copied();
     let field = modrm.map(|byte| byte >> 3 & 7);
     let is_register = modrm.is_some_and(|byte| byte >= 0xc0);
@@ -19,7 +19,8 @@ fn is_suspicious(code: &[u8], has_f3: bool) -> bool {
         // INT 0x80 and SYSENTER enter the host's kernel by its back doors, which keep less of the registers.
         (0xcd, 0x80) | (0x0f, 0x34) => true,
         // RDTSC, RDPMC, CPUID.
-        (0x0f, 0x31 | 0x33 | 0xa2) => true,
+        (0x0f, 0x31) => !same_tsc,
+        (0x0f, 0x33 | 0xa2) => true,
         // SLDT, STR, VERR, VERW; LAR and LSL.
         (0x0f, 0x00) => field.is_none_or(|field| matches!(field, 0 | 1 | 4 | 5)),
         (0x0f, 0x02 | 0x03) => true,
@@ -78,9 +79,14 @@ fn is_prefix(byte: u8) -> bool {
     matches!(byte, 0x40..=0x4f | 0x66 | 0x67 | 0xf0 | 0xf2 | 0xf3 | 0x2e | 0x36 | 0x3e | 0x26 | 0x64 | 0x65)
 }
 
-/// Whether the code of a page can be run as it stands.
+/// Whether the code of a page can be run as it stands, by a guest whose time stamp counter is the host's, or is not.
 #[must_use]
-pub fn is_plain(code: &[u8; SIZE]) -> bool {
+pub fn is_plain(code: &[u8; SIZE], same_tsc: bool) -> bool {
+    first_bad(code, same_tsc).is_none()
+}
+
+/// Where the first instruction is that cannot be run as it stands.
+fn first_bad(code: &[u8; SIZE], same_tsc: bool) -> Option<usize> {
     let mut from = LONGEST;
     let mut ways = None;
     while let Some(step) = code[from..].iter().position(|byte| matches!(byte, 0x0f | 0xcd)) {
@@ -88,15 +94,15 @@ pub fn is_plain(code: &[u8; SIZE]) -> bool {
         let rest = &code[place..];
         // Of one that goes on in the next page the first byte says too little; of two the worst is taken.
         let has_f3 = code[place - 2..place].contains(&0xf3);
-        if rest.len() >= 2 && is_suspicious(rest, has_f3) {
+        if rest.len() >= 2 && is_suspicious(rest, has_f3, same_tsc) {
             let ways = ways.get_or_insert_with(|| Ways::of(code));
             if ways.meet(code, place) {
-                return false;
+                return Some(place);
             }
         }
         from = place + 1;
     }
-    true
+    None
 }
 
 #[cfg(test)]
@@ -114,7 +120,9 @@ mod tests {
 
     #[test]
     fn ordinary_code_is_plain() {
-        assert!(is_plain(&page(0, &[])));
+        assert!(is_plain(&page(0, &[]), false));
+        let rdtsc = page(0x100, &[0x0f, 0x31]);
+        assert!(is_plain(&rdtsc, true) && !is_plain(&rdtsc, false));
         // syscall; cmpxchg16b [rdi]; lfence; fxsave [rax]; swapgs; ud2: these stop it, or are harmless.
         for code in [
             &[0x0f, 0x05][..],
@@ -125,7 +133,7 @@ mod tests {
             &[0x0f, 0x0b],
             &[0x0f, 0xc7, 0xf8],
         ] {
-            assert!(is_plain(&page(0x100, code)), "{code:x?}");
+            assert!(is_plain(&page(0x100, code), false), "{code:x?}");
         }
     }
 
@@ -156,7 +164,7 @@ mod tests {
                     // In the middle of an instruction of the text: give it a beginning of its own.
                     page[at - 8..at].fill(0x90);
                 }
-                assert!(!is_plain(&page), "{code:x?} at {at:#x}");
+                assert!(!is_plain(&page, false), "{code:x?} at {at:#x}");
             }
         }
     }
@@ -165,7 +173,7 @@ mod tests {
     fn constants_that_look_like_one_are_none() {
         // mov ecx, 0x0f; mov eax, 0x80cd; jz +0x10f
         for code in [&[0xb9, 0x0f, 0, 0, 0][..], &[0xb8, 0xcd, 0x80, 0, 0], &[0x0f, 0x84, 0x0f, 0x01, 0, 0]] {
-            assert!(is_plain(&page(0x108, code)), "{code:x?}");
+            assert!(is_plain(&page(0x108, code), false), "{code:x?}");
         }
     }
 
@@ -175,14 +183,14 @@ mod tests {
         let text = [0x8b, 0x83, 0x90, 0, 0, 0, 0x83, 0xe8, 1, 0x45, 0x31, 0xf6, 0xe9, 0x2d, 0x0c, 0x0f, 0];
         let mut page = page(0, &[]);
         page[0x600..].iter_mut().zip(text.iter().cycle()).for_each(|(byte, text)| *byte = *text);
-        assert!(is_plain(&page));
+        assert!(is_plain(&page, false));
     }
 
     #[test]
     fn what_goes_on_in_the_next_page_is_judged_by_two_bytes() {
         let end = PAGE_SIZE as usize;
-        assert!(is_plain(&page(end - 1, &[0x0f])));
-        assert!(!is_plain(&page(end - 8, &[0x90, 0x90, 0x90, 0x90, 0x90, 0x90, 0x0f, 0x01])));
-        assert!(is_plain(&page(end - 8, &[0x90, 0x90, 0x90, 0x90, 0x90, 0x90, 0x0f, 0x05])));
+        assert!(is_plain(&page(end - 1, &[0x0f]), false));
+        assert!(!is_plain(&page(end - 8, &[0x90, 0x90, 0x90, 0x90, 0x90, 0x90, 0x0f, 0x01]), false));
+        assert!(is_plain(&page(end - 8, &[0x90, 0x90, 0x90, 0x90, 0x90, 0x90, 0x0f, 0x05]), false));
     }
 }

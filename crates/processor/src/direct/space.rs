@@ -319,7 +319,7 @@ fn is_plain(core: &mut Core<'_>, ppn: Ppn, codes: &mut Codes) -> bool {
     let is_stable = codes.writes.get(&ppn).is_none_or(|writes| *writes < MOST_WRITES);
     // A refused page is watched, too, so that it is looked at again when it has changed.
     let is_traced = core.trace_code(gpa, &code);
-    if is_traced && is_stable && scan::is_plain(&code) {
+    if is_traced && is_stable && scan::is_plain(&code, core.vcpu.cpu.tsc_offset == 0) {
         codes.plain.insert(ppn);
         return true;
     }
