@@ -163,6 +163,13 @@ impl Direct {
         }
     }
 
+    /// User code had to be translated, which takes longer than to map it.
+    pub fn translated(&mut self, vcpu: &mut Vcpu) {
+        if self.refusal.is_none() && self.paces.translated(vcpu.cpu.cr3 & ADDRESS, host_tsc()) {
+            vcpu.wants_direct(true);
+        }
+    }
+
     /// Stores have hit code of this page, or it is not traced any more.
     pub fn forget_code(&mut self, ppn: Ppn) {
         if self.codes.plain.remove(&ppn) {
@@ -317,6 +324,7 @@ impl Direct {
             }
         }
         loop {
+            let (begun, before) = (host_tsc(), self.counters.ticks);
             if self.bring_up_to_date(core, index).is_err() {
                 return self.give_up(core, index);
             }
@@ -359,8 +367,12 @@ impl Direct {
                 return Ended::Somewhere;
             }
             if let Some(address) = wanted {
-                match self.timed_fill(core, index, rip, address, spent) {
-                    Ok(true) => {}
+                match self.fill(core, index, rip, address) {
+                    Ok(true) => {
+                        // With the way there and back.
+                        let useful = self.counters.ticks - before;
+                        spent.filling += host_tsc().wrapping_sub(begun).saturating_sub(useful);
+                    }
                     Ok(false) if spent.stops > MOST_STOPS => return Ended::Somewhere,
                     Ok(false) => match self.step_off(core, rip, interpret) {
                         None => {}
@@ -395,20 +407,6 @@ impl Direct {
             }
         }
         Some(Ended::Somewhere)
-    }
-
-    fn timed_fill(
-        &mut self,
-        core: &mut Core<'_>,
-        index: usize,
-        rip: Gva,
-        address: Gva,
-        spent: &mut Spent,
-    ) -> std::io::Result<bool> {
-        let begun = host_tsc();
-        let filled = self.fill(core, index, rip, address);
-        spent.filling += host_tsc().wrapping_sub(begun);
-        filled
     }
 
     /// Maps what an instruction at `rip` wanted at `address`; false when the code there is not to be run so.

@@ -9,19 +9,23 @@ use host::clock::host_tsc_hz;
 
 /// Times that user code must be found at work first: a process that lives for a few milliseconds is not worth a start.
 const SAMPLES: u32 = 2;
+/// Blocks of user code that are translated before direct execution is tried: to map a page takes as long as to translate ten.
+const BLOCKS: u32 = 256;
 /// Address spaces that are remembered.
 const MOST: usize = 256;
 /// Parts of a second: how much is looked at to judge, and the shortest and longest pause.
 const WINDOW: u64 = 2_000;
 const SHORTEST: u64 = 250;
 const LONGEST: u64 = 4;
-/// The same of a breath.
+/// The same of a breath. Every look whether it is over takes as long as a system call, so what needs a longer one pauses.
 const SHORTEST_BREATH: u64 = 40_000;
-const LONGEST_BREATH: u64 = 1_000;
+const LONGEST_BREATH: u64 = 5_000;
 
 #[derive(Clone, Copy, Debug, Default)]
 struct Pace {
     samples: u32,
+    /// Blocks that were translated since they last made it wanted.
+    blocks: u32,
     is_wanted: bool,
     is_banned: bool,
     /// Ticks in the guest's code and around it, since the last judgement.
@@ -72,6 +76,18 @@ impl Paces {
         self.paces.get(&root).is_some_and(|pace| pace.breathes_until.wrapping_sub(now) < u64::MAX / 2)
     }
 
+    /// A block of user code of a space had to be translated; says whether that is to be run directly from now on.
+    pub fn translated(&mut self, root: u64, now: u64) -> bool {
+        let pace = self.get(root);
+        pace.blocks += 1;
+        if pace.blocks < BLOCKS {
+            return pace.is_wanted;
+        }
+        pace.blocks = 0;
+        pace.samples = SAMPLES;
+        self.sampled(root, now)
+    }
+
     pub fn is_wanted(&self, root: u64) -> bool {
         self.paces.get(&root).is_some_and(|pace| pace.is_wanted)
     }
@@ -92,14 +108,17 @@ impl Paces {
         let pace = self.get(root);
         pace.useful += useful;
         pace.lost += lost;
-        if useful < lost {
-            pace.breath = (pace.breath * 2).clamp(second / SHORTEST_BREATH, second / LONGEST_BREATH);
-            pace.breathes_until = now.wrapping_add(pace.breath);
-        } else {
+        let mut is_over = false;
+        if useful >= lost {
             pace.breath = 0;
+        } else if pace.breath >= second / LONGEST_BREATH {
+            is_over = true;
+        } else {
+            pace.breath = (pace.breath * 2).max(second / SHORTEST_BREATH);
+            pace.breathes_until = now.wrapping_add(pace.breath);
         }
-        if pace.useful + pace.lost >= second / WINDOW {
-            let is_good = pace.useful > pace.lost;
+        if is_over || pace.useful + pace.lost >= second / WINDOW {
+            let is_good = pace.useful > pace.lost && !is_over;
             (pace.useful, pace.lost) = (0, 0);
             if is_good {
                 pace.pause = 0;
@@ -181,6 +200,19 @@ mod tests {
         assert!(paces.judge(ROOT, long, short, now) && !paces.breathes(ROOT, now));
         paces.judge(ROOT, 0, short, now);
         assert!(!paces.breathes(ROOT, now + second / 30_000), "the next burst begins with a short one");
+    }
+
+    #[test]
+    fn a_burst_that_does_not_end_is_paused() {
+        let (mut paces, second) = sampled();
+        let mut now = 10_000;
+        while paces.judge(ROOT, 0, second / 200_000, now) {
+            assert!(now < second / 1000, "it breathes for ever");
+            now += second / 4_000;
+        }
+        assert!(!paces.sampled(ROOT, now + second / 300) && paces.sampled(ROOT, now + second / 200));
+        // It is no better afterwards.
+        assert!(!paces.judge(ROOT, 0, second / 200_000, now) && !paces.sampled(ROOT, now + second / 150));
     }
 
     #[test]

@@ -430,6 +430,11 @@ impl Translator {
         let end = address + self.asm.code.len() as u64;
         let entries = (address + u64::from(lowered.entry_host), address + u64::from(lowered.entry_slot));
         self.counters.translated_blocks += 1;
+        if key.mode.is_user()
+            && let Some(direct) = &mut self.direct
+        {
+            direct.translated(core.vcpu);
+        }
         self.counters.translated_instructions += insns as u64;
         if second.is_none() {
             self.note(core, &key, first_site, insns, (lowered.entry_host, lowered.entry_slot));
