@@ -392,12 +392,11 @@ impl SoftTlb {
 
     /// Takes the right to store to pages away from every entry that leads to one of them.
     pub fn protect<'a>(&mut self, pages: impl Iterator<Item = PageRef<'a>>) {
-        for page in pages {
-            for bank in &mut self.banks {
-                for entry in &mut bank.entries {
-                    if entry.page == page.host_address() {
-                        entry.write = never(entry.read);
-                    }
+        let pages: Vec<u64> = pages.map(PageRef::host_address).collect();
+        for bank in &mut self.banks {
+            for entry in &mut bank.entries {
+                if entry.write == entry.read && pages.contains(&entry.page) {
+                    entry.write = never(entry.read);
                 }
             }
         }

@@ -207,6 +207,31 @@ impl Core<'_> {
         self.memory.page(ppn).is_some_and(|page| page.holds(gpa.offset(), code))
     }
 
+    /// Watches for stores to whole pages, of whose code something is to be made: what is read of them from now on is either
+    /// still there, or its page is reported. As [`Core::trace_code`], only between two blocks.
+    pub(crate) fn trace_pages(&mut self, pages: impl IntoIterator<Item = Ppn>) {
+        let me = self.vcpu.number;
+        let mut mine = Vec::new();
+        let mut has_asked = false;
+        for ppn in pages {
+            let writers = self.memory.trace_code(me, ppn, 0, PAGE_SIZE);
+            if writers.has(me) {
+                mine.push(ppn);
+            }
+            let others = writers.without(me);
+            if !others.is_empty() {
+                self.memory.seats.ask(me, others, ppn);
+                has_asked = true;
+            }
+        }
+        if !mine.is_empty() {
+            self.forget_stores(mine);
+        }
+        if has_asked {
+            self.obey();
+        }
+    }
+
     /// Gives up the right to store to pages of which other processors make code. Called before guest code runs, and
     /// whenever others were let pass meanwhile.
     pub fn obey(&mut self) {

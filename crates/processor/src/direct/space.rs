@@ -10,10 +10,10 @@ use std::collections::HashMap;
 use std::io;
 
 use host::tracee::{Order, Rights, Tracee, USER};
-use memory::reach::{self, PAGES, REGION, Region};
+use memory::reach::{self, PAGES, REGION, Reached, Region};
 use memory::tlb::Bank;
 use memory::{GuestMemory, Paging};
-use x86::{Gpa, Gva, PAGE_SIZE, Ppn};
+use x86::{Gva, PAGE_SIZE, Ppn};
 
 use super::{Codes, MOST_WRITES, scan};
 use crate::core::Core;
@@ -224,6 +224,9 @@ impl Space {
             self.pages -= gone.map_or(0, |held| held.rights.iter().flatten().count());
         }
         let entries: Vec<u64> = region.entries(core.memory, window, around).collect();
+        if want == Want::Code {
+            look_through(core, entries.iter().filter(|entry| **entry != 0).map(|entry| region.reached(*entry)), codes);
+        }
         let mut chosen = Vec::with_capacity(around);
         for (index, entry) in (window..).zip(entries) {
             let page = first + index as u64 * PAGE_SIZE;
@@ -254,13 +257,13 @@ impl Space {
         region: Region,
         entry: u64,
         want: Want,
-        codes: &mut Codes,
+        codes: &Codes,
     ) -> Option<Rights> {
         let reached = region.reached(entry);
         // Not RAM: whoever is there must be asked.
         core.memory.machine_page(reached.ppn)?;
         if want == Want::Code {
-            let is_code = reached.executable && is_plain(core, reached.ppn, codes);
+            let is_code = reached.executable && codes.plain.contains(&reached.ppn);
             return is_code.then_some(Rights::Execute);
         }
         let may_store = reached.writable && core.memory.pmap().grant_store(reached.ppn, core.vcpu.number);
@@ -304,25 +307,19 @@ fn same_but_for_dirty(one: u64, other: u64) -> bool {
     (one ^ other) & !x86::paging::entry::DIRTY == 0
 }
 
-/// Looks through the code of a page and has stores to it watched, once.
-fn is_plain(core: &mut Core<'_>, ppn: Ppn, codes: &mut Codes) -> bool {
-    if codes.plain.contains(&ppn) {
-        return true;
-    }
-    if codes.refused.contains(&ppn) {
-        return false;
-    }
+/// Has stores to pages of code watched and looks through them, once.
+fn look_through(core: &mut Core<'_>, pages: impl Iterator<Item = Reached>, codes: &mut Codes) {
+    let is_known = |ppn: &Ppn| codes.plain.contains(ppn) || codes.refused.contains(ppn);
+    let fresh = pages.filter(|it| it.executable && core.memory.is_ram(it.ppn)).map(|it| it.ppn);
+    let fresh: Vec<Ppn> = fresh.filter(|ppn| !is_known(ppn)).collect();
+    // Those that are refused are watched, too, so that they are looked at again when they have changed.
+    core.trace_pages(fresh.iter().copied());
     let mut code = [0; PAGE_SIZE as usize];
-    let gpa = Gpa(ppn.0 * PAGE_SIZE);
-    let Some(page) = core.memory.page(ppn) else { return false };
-    page.read(0, &mut code);
-    let is_stable = codes.writes.get(&ppn).is_none_or(|writes| *writes < MOST_WRITES);
-    // A refused page is watched, too, so that it is looked at again when it has changed.
-    let is_traced = core.trace_code(gpa, &code);
-    if is_traced && is_stable && scan::is_plain(&code, core.vcpu.cpu.tsc_offset == 0) {
-        codes.plain.insert(ppn);
-        return true;
+    for ppn in fresh {
+        let Some(page) = core.memory.page(ppn) else { continue };
+        page.read(0, &mut code);
+        let is_stable = codes.writes.get(&ppn).is_none_or(|writes| *writes < MOST_WRITES);
+        let is_plain = is_stable && scan::is_plain(&code, core.vcpu.cpu.tsc_offset == 0);
+        if is_plain { codes.plain.insert(ppn) } else { codes.refused.insert(ppn) };
     }
-    codes.refused.insert(ppn);
-    false
 }
