@@ -251,14 +251,7 @@ impl Space {
     }
 
     /// What a page may be mapped for.
-    fn rights_of(
-        &self,
-        core: &mut Core<'_>,
-        region: Region,
-        entry: u64,
-        want: Want,
-        codes: &Codes,
-    ) -> Option<Rights> {
+    fn rights_of(&self, core: &mut Core<'_>, region: Region, entry: u64, want: Want, codes: &Codes) -> Option<Rights> {
         let reached = region.reached(entry);
         // Not RAM: whoever is there must be asked.
         core.memory.machine_page(reached.ppn)?;
@@ -320,6 +313,10 @@ fn look_through(core: &mut Core<'_>, pages: impl Iterator<Item = Reached>, codes
         page.read(0, &mut code);
         let is_stable = codes.writes.get(&ppn).is_none_or(|writes| *writes < MOST_WRITES);
         let is_plain = is_stable && scan::is_plain(&code, core.vcpu.cpu.tsc_offset == 0);
-        if is_plain { codes.plain.insert(ppn) } else { codes.refused.insert(ppn) };
+        if is_plain {
+            codes.plain.insert(ppn)
+        } else {
+            codes.refused.insert(ppn)
+        };
     }
 }
