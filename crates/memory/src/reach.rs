@@ -17,8 +17,8 @@ pub const PAGES: usize = 512;
 enum Below {
     /// A table of entries for 4 KiB pages.
     Table(Ppn),
-    /// A page of 2 MiB or 1 GiB: its entry, with the address of this region's first byte.
-    Large(u64),
+    /// A page of 2 MiB or 1 GiB: its entry, with the address of this region's first byte, and its size.
+    Large(u64, u64),
 }
 
 /// The upper levels of the tables for one region, all present, accessed and open to user code.
@@ -62,7 +62,7 @@ pub fn region(memory: &GuestMemory, paging: &Paging, address: Gva) -> Option<Reg
             }
             let flags = value & !ADDRESS;
             let first = (value & ADDRESS & !(size - 1)) | (address.0 & (size - 1) & !(REGION - 1));
-            return Some(Region { below: Below::Large(first | flags), writable, no_execute });
+            return Some(Region { below: Below::Large(first | flags, size), writable, no_execute });
         }
         writable &= value & entry::WRITABLE != 0;
         no_execute |= value & entry::NX != 0;
@@ -76,16 +76,26 @@ impl Region {
     pub fn entries(&self, memory: &GuestMemory, first: usize, count: usize) -> impl Iterator<Item = u64> {
         let table = match self.below {
             Below::Table(ppn) => memory.page(ppn),
-            Below::Large(_) => None,
+            Below::Large(..) => None,
         };
         (first..first + count).map(move |index| {
             let value = match self.below {
-                Below::Large(entry) => entry.wrapping_add((index as u64) << PAGE_SHIFT),
+                Below::Large(entry, _) => entry.wrapping_add((index as u64) << PAGE_SHIFT),
                 Below::Table(_) => table.map_or(0, |page| page.read_u64(index as u64 * 8)),
             };
             let is_reached = value & NEEDED == NEEDED && value & RESERVED_HIGH == 0;
             if is_reached { value } else { 0 }
         })
+    }
+
+    /// Bytes of the large page that the region is, or is part of; `None` where its pages have 4 KiB. An invalidation of one
+    /// address of a large page is one of all (Intel SDM Vol. 3A 5.10.4.1).
+    #[must_use]
+    pub fn large_size(&self) -> Option<u64> {
+        match self.below {
+            Below::Table(_) => None,
+            Below::Large(_, size) => Some(size),
+        }
     }
 
     /// What an entry of [`Region::entries`] allows.
@@ -153,6 +163,7 @@ mod tests {
     fn large_pages_are_reached_in_pieces() {
         let (memory, paging) = guest(&[]);
         let region = region(&memory, &paging, Gva(REGION + 0x3456)).unwrap();
+        assert_eq!(region.large_size(), Some(REGION));
         let piece = region.entries(&memory, 3, 1).next().unwrap();
         assert_eq!(region.reached(piece), Reached { ppn: Ppn(0x203), writable: true, executable: true });
     }

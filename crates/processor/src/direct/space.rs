@@ -112,9 +112,19 @@ impl Space {
 
     /// The guest has invalidated a page of the address space that had this generation.
     pub fn drop_page(&mut self, generation: u64, page: Gva) {
-        if self.generation.1 == generation {
-            self.unmap(page);
+        if self.generation.1 != generation {
+            return;
         }
+        self.unmap(page);
+        let (orders, pages) = (&mut self.orders, &mut self.pages);
+        self.regions.retain(|first, held| {
+            let is_part = held.region.large_size().is_some_and(|size| (first ^ page.0) & !(size - 1) == 0);
+            if is_part {
+                orders.push(Order::unmap(*first, REGION));
+                *pages -= held.rights.iter().flatten().count();
+            }
+            !is_part
+        });
     }
 
     fn unmap(&mut self, page: Gva) {
