@@ -1,6 +1,6 @@
 //! The filter of a tracee's system calls (seccomp): should the tracer ever let it make one, it can only map, unmap and protect
 //! memory of the files it holds. The calls of the legacy vsyscall page, which Linux carries out without a system call
-//! instruction, stop it.
+//! instruction, send it SIGSYS: were it stopped within one (SECCOMP_RET_TRACE), Linux would end it for going on elsewhere.
 
 use libc::{BPF_ABS, BPF_JEQ, BPF_JMP, BPF_K, BPF_LD, BPF_RET, BPF_W, sock_filter};
 
@@ -32,12 +32,12 @@ pub fn program() -> [sock_filter; LENGTH] {
     program[0] = load(ARCH);
     program[1] = jump_if(ARCHITECTURE, 1, 0);
     program[3] = load(NUMBER);
-    let (trace, allow) = (LENGTH - 2, LENGTH - 1);
-    let targets = ALLOWED.map(|call| (call, allow)).into_iter().chain(STOPPING.map(|call| (call, trace)));
+    let (trap, allow) = (LENGTH - 2, LENGTH - 1);
+    let targets = ALLOWED.map(|call| (call, allow)).into_iter().chain(STOPPING.map(|call| (call, trap)));
     for ((call, target), at) in targets.zip(4..) {
         program[at] = jump_if(call as u32, target - at - 1, 0);
     }
-    program[trace] = end(libc::SECCOMP_RET_TRACE);
+    program[trap] = end(libc::SECCOMP_RET_TRAP);
     program[allow] = end(libc::SECCOMP_RET_ALLOW);
     program
 }

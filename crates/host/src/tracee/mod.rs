@@ -31,6 +31,8 @@ const KICK: i32 = libc::SIGUSR1;
 /// Codes of SIGSEGV: nothing is mapped there (SEGV_MAPERR), or not so (SEGV_ACCERR).
 const MAPPING: i32 = 1;
 const RIGHTS: i32 = 2;
+/// The code of a SIGSYS that the filter has caused (SYS_SECCOMP); its address is where the call was made.
+const FILTERED: i32 = 1;
 /// The code of a SIGTRAP that TF has caused (TRAP_TRACE).
 const STEP: i32 = 2;
 
@@ -251,17 +253,27 @@ impl Tracee {
         match spawn::wait(self.process) {
             Some(spawn::Wait::Call) => Stop::Call,
             Some(spawn::Wait::Signal(KICK)) => Stop::Kick,
-            // A call of the legacy vsyscall page, which the host would serve.
-            Some(spawn::Wait::Filtered) => Stop::Fault,
             Some(spawn::Wait::Signal(signal)) => {
                 let (code, address) = spawn::signal_of(self.process).unwrap_or((0, 0));
                 match (signal, code) {
                     (libc::SIGSEGV, MAPPING | RIGHTS) => Stop::Access(address),
                     (libc::SIGTRAP, _) => Stop::Trap { is_step: code == STEP },
+                    (libc::SIGSYS, FILTERED) => self.back_to_vsyscall(address),
                     _ => Stop::Fault,
                 }
             }
             None => self.lost(),
+        }
+    }
+
+    /// A call of the legacy vsyscall page, which the host would serve, has returned without having done anything: takes the
+    /// return back. RAX is lost, which the call returns its result in.
+    fn back_to_vsyscall(&mut self, called: u64) -> Stop {
+        let Ok(mut registers) = self.registers() else { return self.lost() };
+        (registers.rip, registers.rsp) = (called, registers.rsp.wrapping_sub(8));
+        match self.request(libc::PTRACE_SETREGS, (&raw mut registers).cast()) {
+            Ok(()) => Stop::Fault,
+            Err(_) => self.lost(),
         }
     }
 

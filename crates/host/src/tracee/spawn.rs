@@ -22,7 +22,6 @@ const CALL: i32 = libc::SIGTRAP | 0x80;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Wait {
     Call,
-    Filtered,
     Signal(i32),
 }
 
@@ -72,7 +71,6 @@ pub fn wait(process: libc::pid_t) -> Option<Wait> {
     }
     Some(match status >> 8 {
         CALL => Wait::Call,
-        event if event >> 8 == libc::PTRACE_EVENT_SECCOMP => Wait::Filtered,
         other => Wait::Signal(other & 0xff),
     })
 }

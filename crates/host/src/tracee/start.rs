@@ -130,7 +130,7 @@ pub fn start(file: &File) -> io::Result<Tracee> {
     // From here on the process goes when the tracee is dropped.
     let (vectors, on) = (Vec::new(), None);
     let mut tracee = Tracee { process, base, orders, vectors, has_vectors: false, on, is_gone: false };
-    let options = libc::PTRACE_O_EXITKILL | libc::PTRACE_O_TRACESYSGOOD | libc::PTRACE_O_TRACESECCOMP;
+    let options = libc::PTRACE_O_EXITKILL | libc::PTRACE_O_TRACESYSGOOD;
     spawn::request(process, libc::PTRACE_SETOPTIONS, ptr::null_mut(), ptr::without_provenance_mut(options as usize))?;
 
     let mut registers = no_registers();

@@ -66,16 +66,19 @@ fn nothing_else_is_mapped_and_nothing_is_writable_that_was_not_meant_to_be() {
 }
 
 #[test]
-fn the_vsyscall_page_of_the_host_gives_nothing() {
-    // mov rax, 0xffffffffff600000; call rax
-    let Some((mut tracee, _file, mut registers)) = with_code(&[0x48, 0xc7, 0xc0, 0x00, 0x00, 0x60, 0xff, 0xff, 0xd0])
-    else {
-        return;
-    };
-    registers.rsp = DATA + 0x800;
-    let (stop, after) = run(&mut tracee, &registers);
-    assert_eq!(stop, Stop::Fault);
-    assert_eq!(after.rip, 0xffff_ffff_ff60_0000);
+fn the_vsyscall_page_of_the_host_gives_nothing_and_one_may_go_on_from_there() {
+    // call rax; syscall
+    let Some((mut tracee, _file, mut registers)) = with_code(&[0xff, 0xd0, 0x0f, 0x05]) else { return };
+    for page in [0xffff_ffff_ff60_0000, 0xffff_ffff_ff60_0400, 0xffff_ffff_ff60_0800] {
+        (registers.rip, registers.rax, registers.rsp) = (AT, page, DATA + 0x800);
+        let (stop, after) = run(&mut tracee, &registers);
+        assert!(matches!(stop, Stop::Fault | Stop::Access(_)), "{stop:?}");
+        assert_eq!((after.rip, after.rsp), (page, DATA + 0x7f8));
+        // As if the guest's kernel had served it.
+        (registers.rip, registers.rax, registers.rsp) = (AT + 2, 5, DATA + 0x800);
+        let (stop, after) = run(&mut tracee, &registers);
+        assert_eq!((stop, after.orig_rax, after.rip), (Stop::Call, 5, AT + 4));
+    }
 }
 
 #[test]
