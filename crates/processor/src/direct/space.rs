@@ -175,7 +175,7 @@ impl Space {
         self.regions.retain(|first, held| {
             let now = reach::region(core.memory, &paging, Gva(*first));
             if now != Some(held.region) {
-                orders.push(Order::unmap(*first, REGION));
+                orders.push(unmap_region(*first));
                 *pages -= held.rights.iter().flatten().count();
                 return false;
             }
@@ -229,7 +229,7 @@ impl Space {
         let target = (address.0 % REGION / PAGE_SIZE) as usize;
         let window = target & !(around - 1);
         if self.regions.get(&first).is_some_and(|held| held.region != region) {
-            self.orders.push(Order::unmap(first, REGION));
+            self.orders.push(unmap_region(first));
             let gone = self.regions.remove(&first);
             self.pages -= gone.map_or(0, |held| held.rights.iter().flatten().count());
         }
@@ -305,6 +305,11 @@ impl Space {
     }
 }
 
+/// Leaves nothing mapped in a region. The last one, where stacks begin, reaches beyond what a process may name.
+fn unmap_region(first: u64) -> Order {
+    Order::unmap(first, REGION.min(USER.end - first))
+}
+
 /// Whether two entries differ in the dirty bit alone.
 fn same_but_for_dirty(one: u64, other: u64) -> bool {
     (one ^ other) & !x86::paging::entry::DIRTY == 0
@@ -328,5 +333,21 @@ fn look_through(core: &mut Core<'_>, pages: impl Iterator<Item = Reached>, codes
         } else {
             codes.refused.insert(ppn)
         };
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn regions_are_unmapped_as_far_as_a_process_reaches() {
+        assert_eq!(unmap_region(0x40_0000), Order::unmap(0x40_0000, REGION));
+        assert_eq!(unmap_region(0x7fff_ffe0_0000), Order::unmap(0x7fff_ffe0_0000, REGION - PAGE_SIZE));
+        let file = host::map::memfd(c"test", PAGE_SIZE).unwrap();
+        match Tracee::new(&file) {
+            Ok(mut tracee) => tracee.order(&[unmap_region(0), unmap_region(0x7fff_ffe0_0000)]).unwrap(),
+            Err(error) => eprintln!("skipped: the host allows no tracee: {error}"),
+        }
     }
 }
