@@ -16,7 +16,7 @@ mod start;
 
 use std::io;
 use std::sync::atomic::{AtomicI32, Ordering, fence};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Mutex, PoisonError};
 
 pub use libc::user_regs_struct as Registers;
 
@@ -304,9 +304,6 @@ impl Drop for Tracee {
         }
     }
 }
-
-/// A kicker that several may hold.
-pub type SharedKicker = Arc<Kicker>;
 
 #[cfg(test)]
 mod tests;

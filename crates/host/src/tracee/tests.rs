@@ -2,6 +2,7 @@
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
+use std::sync::Arc;
 
 use super::*;
 use crate::map::memfd;
@@ -108,7 +109,7 @@ fn vectors_come_and_go_whole() {
 fn a_kick_stops_an_endless_loop_and_one_that_comes_early_counts() {
     // jmp $
     let Some((mut tracee, _file, registers)) = with_code(&[0xeb, 0xfe]) else { return };
-    let kicker = SharedKicker::default();
+    let kicker = Arc::<Kicker>::default();
     kicker.kick();
     kicker.announce(&tracee);
     kicker.kick();
