@@ -33,7 +33,7 @@ class Vm:
         memory: int,
         *,
         cpus: int = 1,
-        engine: str = "direct",
+        engine: str = "translate",
         cpu_features: Sequence[str] = (),
         count_instructions: bool = False,
         profile: bool = False,

@@ -6,12 +6,9 @@ import pytest
 
 from ringzero import Machine
 
-from .conftest import ENGINE
+ENGINE = "direct"
 
-pytestmark = [
-    pytest.mark.needs_debian,
-    pytest.mark.skipif(ENGINE != "direct", reason="RINGZERO_TEST_ENGINE is another engine"),
-]
+pytestmark = pytest.mark.needs_debian
 
 SUM = "BEGIN { for (i = 0; i < 300000; i++) s += i % 7; print s }"
 SORTED = (

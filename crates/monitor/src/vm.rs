@@ -30,7 +30,7 @@ use crate::slow::{Dispatcher, SlowDevice};
 use crate::trace::Tracer;
 
 /// The engines that this build has; the first is the default.
-pub const ENGINES: &[&str] = &["direct", "translate", "interpret"];
+pub const ENGINES: &[&str] = &["translate", "direct", "interpret"];
 
 /// An environment variable: where it is set, all user code that can be run directly is, worth it or not.
 const ALWAYS_DIRECT: &str = "RINGZERO_ALWAYS_DIRECT";

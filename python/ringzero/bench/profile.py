@@ -155,7 +155,7 @@ class ProfileBench:
     items: Sequence[str] = ()
     image: str = "debian"
     command: Sequence[str] = ()
-    engine: str = "direct"
+    engine: str = "translate"
     memory: int = 512
     cpus: int = 1
     cold: bool = False

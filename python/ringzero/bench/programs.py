@@ -83,7 +83,7 @@ class ProgramsBench:
     """What to measure. `coremark` is the folder of its source, `memory` in MiB, `timeout` (one boot) in seconds."""
 
     kernel: Path
-    engine: str = "direct"
+    engine: str = "translate"
     runs: int = 5
     only: Sequence[str] = ()
     coremark: Path | None = None

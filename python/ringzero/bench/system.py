@@ -65,7 +65,7 @@ class SystemBench:
     """What to measure. `memory` is in MiB, `timeout` (one boot of one engine) in seconds."""
 
     kernel: Path
-    engine: str = "direct"
+    engine: str = "translate"
     runs: int = 5
     only: str = ""
     memory: int = 512

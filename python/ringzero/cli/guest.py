@@ -50,7 +50,7 @@ class RunOptions:
     append: str | None = None
     memory: str = "256M"
     cpus: int = 1
-    engine: str = "direct"
+    engine: str = "translate"
     cpu: str = ""
     kaslr: bool = False
     timeout: float | None = None

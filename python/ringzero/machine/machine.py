@@ -58,7 +58,7 @@ class Machine:
         *,
         memory: str | int = "256M",
         cpus: int = 1,
-        engine: str = "direct",
+        engine: str = "translate",
         cpu: str = "",
         kaslr: bool = False,
         kernel: str | os.PathLike[str] | None = None,
