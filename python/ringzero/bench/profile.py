@@ -25,7 +25,7 @@ from ringzero.machine.machine import Machine
 __all__ = ["ROWS", "ProfileBench", "Report"]
 
 ROWS: dict[str, tuple[str, tuple[str, ...]]] = {
-    "direct": ("user code as it stands", ("direct.excursions",)),
+    "direct": ("user code as it stands", ()),
     "user": ("translated user code", ()),
     "kernel": ("translated kernel code", ()),
     "gone": ("translated code, dropped since", ()),
