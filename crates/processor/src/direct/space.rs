@@ -116,20 +116,26 @@ impl Space {
             return;
         }
         self.unmap(page);
-        let (orders, pages) = (&mut self.orders, &mut self.pages);
+        let is_part =
+            |first: u64, held: &Held| held.region.large_size().is_some_and(|size| (first ^ page.0) & !(size - 1) == 0);
+        self.unmap_regions(|first, held| is_part(first, held));
+    }
+
+    /// Unmaps the regions that `is_stale` names, whole.
+    fn unmap_regions(&mut self, is_stale: impl Fn(u64, &Held) -> bool) {
         self.regions.retain(|first, held| {
-            let is_part = held.region.large_size().is_some_and(|size| (first ^ page.0) & !(size - 1) == 0);
-            if is_part {
-                orders.push(Order::unmap(*first, REGION));
-                *pages -= held.rights.iter().flatten().count();
+            let is_stale = is_stale(*first, held);
+            if is_stale {
+                self.orders.push(unmap_region(*first));
+                self.pages -= held.rights.iter().flatten().count();
             }
-            !is_part
+            !is_stale
         });
     }
 
     fn unmap(&mut self, page: Gva) {
-        let Some(held) = self.regions.get_mut(&(page.0 & !(REGION - 1))) else { return };
-        let index = (page.0 % REGION / PAGE_SIZE) as usize;
+        let (first, index) = place(page);
+        let Some(held) = self.regions.get_mut(&first) else { return };
         if held.rights[index].take().is_some() {
             held.entries[index] = 0;
             self.pages -= 1;
@@ -171,14 +177,8 @@ impl Space {
     /// Unmaps whatever the guest's tables, or the traces, do not allow any more.
     fn compare(&mut self, core: &Core<'_>) {
         let paging = Paging::of(&core.vcpu.cpu);
-        let (orders, pages) = (&mut self.orders, &mut self.pages);
-        self.regions.retain(|first, held| {
-            let now = reach::region(core.memory, &paging, Gva(*first));
-            if now != Some(held.region) {
-                orders.push(unmap_region(*first));
-                *pages -= held.rights.iter().flatten().count();
-                return false;
-            }
+        self.unmap_regions(|first, held| reach::region(core.memory, &paging, Gva(first)) != Some(held.region));
+        for (first, held) in &mut self.regions {
             for (index, entry) in held.region.entries(core.memory, 0, PAGES).enumerate() {
                 let Some(rights) = held.rights[index] else { continue };
                 let is_right = entry == held.entries[index]
@@ -187,12 +187,11 @@ impl Space {
                 if !is_right {
                     held.rights[index] = None;
                     held.entries[index] = 0;
-                    *pages -= 1;
-                    orders.push(Order::unmap(first + index as u64 * PAGE_SIZE, PAGE_SIZE));
+                    self.pages -= 1;
+                    self.orders.push(Order::unmap(first + index as u64 * PAGE_SIZE, PAGE_SIZE));
                 }
             }
-            true
-        });
+        }
     }
 
     /// Gives the orders to the process.
@@ -209,14 +208,14 @@ impl Space {
 
     /// Whether code on a page runs without a fault.
     pub fn executes(&self, address: Gva) -> bool {
-        let held = self.regions.get(&(address.0 & !(REGION - 1)));
-        held.is_some_and(|held| held.rights[(address.0 % REGION / PAGE_SIZE) as usize] == Some(Rights::Execute))
+        let (first, index) = place(address);
+        self.regions.get(&first).is_some_and(|held| held.rights[index] == Some(Rights::Execute))
     }
 
     /// Maps the page of `address` and those around it that the guest's tables allow, as data or as code; gives their number.
     pub fn fill(&mut self, core: &mut Core<'_>, address: Gva, want: Want, codes: &mut Codes) -> io::Result<u64> {
         let own = self.tracee.reserved();
-        let first = address.0 & !(REGION - 1);
+        let (first, target) = place(address);
         if !USER.contains(&address.0) || (first..first + REGION).contains(&own.start) {
             return Ok(0);
         }
@@ -226,13 +225,8 @@ impl Space {
             self.unmap_all();
         }
         let around = if want == Want::Code { CODE_AROUND } else { DATA_AROUND };
-        let target = (address.0 % REGION / PAGE_SIZE) as usize;
         let window = target & !(around - 1);
-        if self.regions.get(&first).is_some_and(|held| held.region != region) {
-            self.orders.push(unmap_region(first));
-            let gone = self.regions.remove(&first);
-            self.pages -= gone.map_or(0, |held| held.rights.iter().flatten().count());
-        }
+        self.unmap_regions(|other, held| other == first && held.region != region);
         let entries: Vec<u64> = region.entries(core.memory, window, around).collect();
         if want == Want::Code {
             look_through(core, entries.iter().filter(|entry| **entry != 0).map(|entry| region.reached(*entry)), codes);
@@ -303,6 +297,11 @@ impl Space {
         self.filled += count;
         Ok(count)
     }
+}
+
+/// The first address of the region around an address, and which of its pages the address is in.
+fn place(address: Gva) -> (u64, usize) {
+    (address.0 & !(REGION - 1), (address.0 % REGION / PAGE_SIZE) as usize)
 }
 
 /// Leaves nothing mapped in a region. The last one, where stacks begin, reaches beyond what a process may name.
