@@ -23,12 +23,14 @@ pub type Entry = [u64; 4];
 #[derive(Debug)]
 pub struct Shadow {
     tables: [Box<[Entry]>; 3],
-    last_generation: u64,
+    /// The last generation of an address space, and the last of the kernel's.
+    last: u64,
+    last_of_kernel: u64,
     /// The generation of each PCID, 0 when nothing of it is remembered.
     by_pcid: Box<[u16]>,
     /// Whether any PCID is remembered.
     has_pcids: bool,
-    /// How often the generations went round, so that all entries of all spaces were dropped.
+    /// How often the generations of address spaces went round, so that all their entries were dropped.
     pub rounds: u64,
 }
 
@@ -42,25 +44,38 @@ impl Shadow {
         let table = || vec![[0; 4]; ENTRIES].into_boxed_slice();
         Shadow {
             tables: [table(), table(), table()],
-            last_generation: 0,
+            last: 0,
+            last_of_kernel: 0,
             by_pcid: vec![0; 4096].into_boxed_slice(),
             has_pcids: false,
             rounds: 0,
         }
     }
 
-    /// A generation that no entry has.
+    /// A generation that no entry of an address space has. What had one before must not be used with it any more: the numbers
+    /// go round, and another address space will get the same.
     pub fn new_generation(&mut self) -> u64 {
-        if self.last_generation == LAST_GENERATION {
-            for table in &mut self.tables {
-                table.fill([0; 4]);
+        if self.last == LAST_GENERATION {
+            for bank in [Bank::User, Bank::KernelAc] {
+                self.tables[bank as usize].fill([0; 4]);
             }
             self.by_pcid.fill(0);
-            self.last_generation = 0;
+            self.last = 0;
             self.rounds += 1;
         }
-        self.last_generation += 1;
-        self.last_generation
+        self.last += 1;
+        self.last
+    }
+
+    /// A generation that no entry of the kernel's bank has. They are counted apart: the kernel's outlives loads of CR3, and so
+    /// must not begin anew because those of address spaces do, nor make them.
+    pub fn new_kernel_generation(&mut self) -> u64 {
+        if self.last_of_kernel == LAST_GENERATION {
+            self.tables[Bank::Kernel as usize].fill([0; 4]);
+            self.last_of_kernel = 0;
+        }
+        self.last_of_kernel += 1;
+        self.last_of_kernel
     }
 
     /// The generation of a PCID: a new one unless `keep` and something of it is remembered.
@@ -96,6 +111,12 @@ impl Shadow {
         if place[0] == page | generation {
             *place = [0; 4];
         }
+    }
+
+    /// Whether a page of an address space is remembered.
+    #[cfg(test)]
+    pub fn holds(&self, bank: Bank, generation: u64, page: u64) -> bool {
+        self.tables[bank as usize][index(page, generation)][0] == page | generation
     }
 
     /// The host address of a bank's table, for translated code.

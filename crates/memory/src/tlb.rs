@@ -138,7 +138,7 @@ impl SoftTlb {
     pub fn new() -> SoftTlb {
         let bank = || TlbBank { entries: std::array::from_fn(TlbEntry::empty) };
         let mut shadow = Shadow::new();
-        let (kernel, space) = (shadow.new_generation(), shadow.new_generation());
+        let (kernel, space) = (shadow.new_kernel_generation(), shadow.new_generation());
         SoftTlb {
             banks: [bank(), bank(), bank()],
             dirty: [0; 3],
@@ -299,16 +299,8 @@ impl SoftTlb {
     }
 
     fn set_space(&mut self, generation: u64) {
-        if generation < self.generations[Bank::Kernel as usize] {
-            // Generations may have begun anew: then the kernel's must be among the new ones.
-            self.renew_kernel();
-        }
         self.generations[Bank::User as usize] = generation;
         self.generations[Bank::KernelAc as usize] = generation;
-    }
-
-    fn renew_kernel(&mut self) {
-        self.generations[Bank::Kernel as usize] = self.shadow.new_generation();
     }
 
     /// Drops all that is not global, of all address spaces: what a load of CR3 does without PCIDs.
@@ -346,7 +338,7 @@ impl SoftTlb {
 
     fn forget_shadow(&mut self) {
         self.shadow.forget_all_pcids();
-        self.renew_kernel();
+        self.generations[Bank::Kernel as usize] = self.shadow.new_kernel_generation();
         let fresh = self.shadow.new_generation();
         self.set_space(fresh);
     }
@@ -413,6 +405,33 @@ impl Default for SoftTlb {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_fresh_address_space_knows_nothing_however_often_the_generations_go_round() {
+        let mut tlb = SoftTlb::new();
+        let pages: Vec<u64> = (0..4).map(|page| 0x5e_2000 + (page << PAGE_SHIFT)).collect();
+        let knows = |tlb: &SoftTlb| pages.iter().any(|page| tlb.shadow.holds(Bank::User, tlb.generations[1], *page));
+        let fill = |tlb: &mut SoftTlb| {
+            for page in &pages {
+                let entry = TlbEntry { read: *page, write: *page, page: 0x7000, flags: 0 };
+                let generation = tlb.generations[Bank::User as usize];
+                tlb.shadow.fill(Bank::User, generation, &entry);
+            }
+        };
+        let mut lives = [(0, 0); 4];
+        tlb.forget_shadow();
+        for step in 0..300_000 {
+            // Three processes take turns; now and then one is replaced by a new one.
+            let pcid = 1 + step % 3;
+            tlb.switch_space(pcid as u16, step % 10 != 0);
+            let now = (tlb.shadow.rounds, tlb.generations[Bank::User as usize]);
+            if std::mem::replace(&mut lives[pcid], now) != now {
+                assert!(!knows(&tlb), "step {step}: {now:?} was somebody else's");
+            }
+            fill(&mut tlb);
+        }
+        assert!(tlb.shadow.rounds > 0);
+    }
 
     #[test]
     fn a_page_among_small_ones_is_dropped_alone_however_many_large_ones_there_are() {
