@@ -77,6 +77,14 @@ def parser() -> argparse.ArgumentParser:
     )
     conform.add_argument("only", nargs="*", metavar="TEST", help="run only these tests")
 
+    soak = commands.add_parser(
+        "soak",
+        help="run guests that check themselves, for long: what is wrong only rarely shows",
+        description="Build, then run guests; see `tools/dev soak --help`.",
+        add_help=False,
+    )
+    soak.add_argument("arguments", nargs=argparse.REMAINDER)
+
     bench = commands.add_parser(
         "bench",
         help="`ringzero bench ...` of this tree",
@@ -122,6 +130,9 @@ def main(arguments: Sequence[str]) -> int:
                 columns += [engine for engine in ENGINES if engine in (options.engine or ENGINES)]
                 trees = conformance.Trees(options.suite, options.linux, options.qemu)
                 return conformance.conformance(trees, options.only, columns, options.out)
+            case "soak":
+                setup.prepare()
+                return run.house_program("house.soak.command", options.arguments)
             case "bench":
                 setup.prepare()
                 return run.ringzero(["bench", *options.arguments])

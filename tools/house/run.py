@@ -1,4 +1,4 @@
-"""`make run`: the default guest, to its prompt, or through a short demonstration with no terminal."""
+"""Programs of this tree, and `make run`: the default guest, to its prompt, or a demonstration."""
 
 import os
 import sys
@@ -12,6 +12,13 @@ GUEST = "debian"
 def ringzero(arguments: Sequence[str]) -> int:
     """Run this tree's `ringzero` and return its exit status."""
     return status_of([VENV / "bin/ringzero", *arguments])
+
+
+def house_program(module: str, arguments: Sequence[str]) -> int:
+    """Run a part of tools/dev that needs the package, and return its exit status."""
+    return status_of(
+        [VENV / "bin/python", "-m", module, *arguments], extra={"PYTHONPATH": str(ROOT / "tools")}
+    )
 
 
 def default_guest() -> int:
