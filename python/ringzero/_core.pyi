@@ -33,7 +33,7 @@ class Vm:
         memory: int,
         *,
         cpus: int = 1,
-        engine: str = "translate",
+        engine: str = "direct",
         cpu_features: Sequence[str] = (),
         count_instructions: bool = False,
         profile: bool = False,

@@ -9,7 +9,7 @@ import pytest
 
 from ringzero import Machine
 
-ENGINE = os.environ.get("RINGZERO_TEST_ENGINE", "translate")
+ENGINE = os.environ.get("RINGZERO_TEST_ENGINE", "direct")
 """The engine of most tests. The interpreter takes some 15 s a boot, so each of its boots is chosen."""
 
 Run = Callable[..., subprocess.CompletedProcess[bytes]]

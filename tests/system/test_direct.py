@@ -6,9 +6,12 @@ import pytest
 
 from ringzero import Machine
 
-ENGINE = "direct"
+from .conftest import ENGINE
 
-pytestmark = pytest.mark.needs_debian
+pytestmark = [
+    pytest.mark.needs_debian,
+    pytest.mark.skipif(ENGINE != "direct", reason="RINGZERO_TEST_ENGINE is another engine"),
+]
 
 SUM = "BEGIN { for (i = 0; i < 300000; i++) s += i % 7; print s }"
 SORTED = (

@@ -92,7 +92,7 @@ def test_spec_checks_every_field() -> None:
         ({"cpus": 0}, "1 to"),
         ({"cpus": 1000}, "1 to"),
         ({"cpus": True}, "1 to"),
-        ({"engine": "warp"}, "choose one of translate, direct, interpret"),
+        ({"engine": "warp"}, "choose one of direct, translate, interpret"),
         ({"cpu": "+pku,+avx512"}, r"no '\+avx512' to add: choose from \+pku, \+pks"),
         ({"cpu": "pku"}, "no 'pku' to add"),
         ({"command_line": "a\0b"}, "null"),

@@ -56,7 +56,7 @@ def refused(done: subprocess.CompletedProcess[str], *words: str) -> None:
         (["run", "hello", "--memory", "-5M"], ["-5M"]),
         (["run", "hello", "--memory", "0"], ["too small"]),
         (["run", "hello", "--memory", "900T"], ["too much"]),
-        (["run", "hello", "--engine", "warp"], ["warp", "translate, direct, interpret"]),
+        (["run", "hello", "--engine", "warp"], ["warp", "direct, translate, interpret"]),
         (["run", "hello", "--cpus", "0"], ["0 processors"]),
         (["run", "hello", "--cpus", "many"], ["--cpus"]),
         (["run", "hello", "--timeout", "soon"], ["--timeout"]),

@@ -52,10 +52,10 @@ impl Vm {
     #[new]
     #[pyo3(
         signature = (
-            memory, *, cpus = None, engine = "translate", cpu_features = Vec::new(), count_instructions = false,
+            memory, *, cpus = None, engine = "direct", cpu_features = Vec::new(), count_instructions = false,
             profile = false, trace_path = None, translations = None, translation_bytes = None
         ),
-        text_signature = "(memory, *, cpus=1, engine='translate', cpu_features=(), count_instructions=False, \
+        text_signature = "(memory, *, cpus=1, engine='direct', cpu_features=(), count_instructions=False, \
             profile=False, trace_path=None, translations=None, translation_bytes=None)"
     )]
     #[expect(clippy::too_many_arguments, reason = "they are Python's keyword arguments")]

@@ -30,7 +30,7 @@ use crate::slow::{Dispatcher, SlowDevice};
 use crate::trace::Tracer;
 
 /// The engines that this build has; the first is the default.
-pub const ENGINES: &[&str] = &["translate", "direct", "interpret"];
+pub const ENGINES: &[&str] = &["direct", "translate", "interpret"];
 
 /// An environment variable: where it is set, all user code that can be run directly is, worth it or not.
 const ALWAYS_DIRECT: &str = "RINGZERO_ALWAYS_DIRECT";
@@ -102,8 +102,7 @@ fn engine(options: &Options, kept: Option<&Arc<Kept>>) -> Result<Box<dyn Engine>
         "translate" | "direct" => {
             let direct = match options.engine.as_str() {
                 "direct" if std::env::var_os(ALWAYS_DIRECT).is_some() => Choice::Always,
-                // A soak on two processors had a wrong result in 441 rounds, and nobody knows yet why: several translate.
-                "direct" if options.processors == 1 => Choice::Worthwhile,
+                "direct" => Choice::Worthwhile,
                 _ => Choice::Never,
             };
             let options = translate::Options {

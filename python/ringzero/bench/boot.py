@@ -57,7 +57,7 @@ class BootBench:
     """What to measure. `kernels` are (name, file) pairs; `timeout` is in seconds, `memory` in MiB."""
 
     kernels: Sequence[tuple[str, Path]]
-    engine: str = "translate"
+    engine: str = "direct"
     runs: int = 5
     memory: int = 256
     timeout: float = 120.0

@@ -57,7 +57,7 @@ def boot(
     runs: Runs = 5,
     linux: Annotated[list[str] | None, typer.Option(help="Debian kernel series; may be repeated.")] = None,
     kernel: Annotated[list[Path] | None, typer.Option(help="A kernel file instead; may be repeated.")] = None,
-    engine: Engine = "translate",
+    engine: Engine = "direct",
     memory: Annotated[int, typer.Option(min=64, help="Guest memory in MiB.")] = 256,
     timeout: Annotated[float, typer.Option(help="Seconds after which a run counts as failed.")] = 120.0,
     without_qemu: WithoutQemu = False,
@@ -88,7 +88,7 @@ def compute(
     runs: Runs = 5,
     linux: Annotated[str, typer.Option(help="Debian kernel series.")] = "6.1",
     kernel: Annotated[Path | None, typer.Option(help="A kernel file instead.")] = None,
-    engine: Engine = "translate",
+    engine: Engine = "direct",
     memory: Annotated[int, typer.Option(min=384, help="Guest memory in MiB.")] = 512,
     timeout: Annotated[
         float, typer.Option(help="Seconds that one boot with the whole set may take.")
@@ -115,7 +115,7 @@ def compute(
 @app.command()
 def idle(
     image: Annotated[str, typer.Option(help="The image to boot.")] = "debian",
-    engine: Engine = "translate",
+    engine: Engine = "direct",
     memory: Annotated[int, typer.Option(min=64, help="Guest memory in MiB.")] = 256,
     seconds: Annotated[float, typer.Option(min=1.0, help="How long to watch.")] = 20.0,
     json: Json = None,
@@ -168,7 +168,7 @@ def system(
     only: Annotated[str, typer.Option(help="Only this item.")] = "",
     linux: Annotated[str, typer.Option(help="Debian kernel series.")] = "6.1",
     kernel: Annotated[Path | None, typer.Option(help="A kernel file instead.")] = None,
-    engine: Engine = "translate",
+    engine: Engine = "direct",
     memory: Annotated[int, typer.Option(min=128, help="Guest memory in MiB.")] = 512,
     timeout: Annotated[float, typer.Option(help="Seconds that one boot with all items may take.")] = 300.0,
     without_qemu: WithoutQemu = False,
@@ -203,7 +203,7 @@ def programs(
     coremark: Annotated[Path | None, typer.Option(help="Folder with the source of EEMBC's CoreMark.")] = None,
     linux: Annotated[str, typer.Option(help="Debian kernel series.")] = "6.1",
     kernel: Annotated[Path | None, typer.Option(help="A kernel file instead.")] = None,
-    engine: Engine = "translate",
+    engine: Engine = "direct",
     memory: Annotated[int, typer.Option(min=512, help="Guest memory in MiB.")] = 1024,
     timeout: Annotated[float, typer.Option(help="Seconds that one boot with all items may take.")] = 600.0,
     without_qemu: WithoutQemu = False,
@@ -241,7 +241,7 @@ def profile(
     ] = None,
     linux: Annotated[str, typer.Option(help="Debian kernel series to boot.")] = "6.1",
     kernel: Annotated[Path | None, typer.Option(help="A kernel file instead.")] = None,
-    engine: Engine = "translate",
+    engine: Engine = "direct",
     memory: Annotated[int, typer.Option(min=64, help="Guest memory in MiB.")] = 512,
     cpus: Annotated[int, typer.Option(min=1, help="Processors.")] = 1,
     timeout: Annotated[float, typer.Option(help="Seconds that a guest may take.")] = 600.0,

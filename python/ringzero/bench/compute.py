@@ -139,7 +139,7 @@ class ComputeBench:
     """What to measure. `memory` is in MiB, `timeout` (one boot of one engine) in seconds."""
 
     kernel: Path
-    engine: str = "translate"
+    engine: str = "direct"
     runs: int = 5
     memory: int = 512
     timeout: float = 600.0

@@ -50,7 +50,7 @@ class Run:
         return " | ".join(line for _, line in self.lines[-count:]) or "(no output)"
 
 
-def ringzero_command(guest: Guest, *, engine: str = "translate", kaslr: bool = False) -> list[str]:
+def ringzero_command(guest: Guest, *, engine: str = "direct", kaslr: bool = False) -> list[str]:
     """Return the command that runs a guest under this ringzero."""
     return [
         *this_ringzero(),

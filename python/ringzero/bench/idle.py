@@ -55,7 +55,7 @@ class IdleBench:
     """What to measure. `memory` is in MiB, `seconds` how long to watch."""
 
     image: str = "debian"
-    engine: str = "translate"
+    engine: str = "direct"
     memory: int = 256
     seconds: float = 20.0
     timeout: float = 120.0

@@ -25,7 +25,7 @@ from ringzero.machine.machine import Machine
 __all__ = ["ROWS", "ProfileBench", "Report"]
 
 ROWS: dict[str, tuple[str, tuple[str, ...]]] = {
-    "direct": ("user code as it stands", ()),
+    "direct": ("user code as it stands", ("direct.excursions",)),
     "user": ("translated user code", ()),
     "kernel": ("translated kernel code", ()),
     "gone": ("translated code, dropped since", ()),
@@ -155,7 +155,7 @@ class ProfileBench:
     items: Sequence[str] = ()
     image: str = "debian"
     command: Sequence[str] = ()
-    engine: str = "translate"
+    engine: str = "direct"
     memory: int = 512
     cpus: int = 1
     cold: bool = False

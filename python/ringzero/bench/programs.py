@@ -83,7 +83,7 @@ class ProgramsBench:
     """What to measure. `coremark` is the folder of its source, `memory` in MiB, `timeout` (one boot) in seconds."""
 
     kernel: Path
-    engine: str = "translate"
+    engine: str = "direct"
     runs: int = 5
     only: Sequence[str] = ()
     coremark: Path | None = None

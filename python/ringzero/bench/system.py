@@ -65,7 +65,7 @@ class SystemBench:
     """What to measure. `memory` is in MiB, `timeout` (one boot of one engine) in seconds."""
 
     kernel: Path
-    engine: str = "translate"
+    engine: str = "direct"
     runs: int = 5
     only: str = ""
     memory: int = 512

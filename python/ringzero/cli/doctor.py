@@ -83,7 +83,11 @@ def _engine() -> list[Finding]:
         return [Finding("core", False, "missing", f"the Rust core cannot be loaded: {error}")]
     engines = _core.engines()
     chosen = engines[0] if engines else "none"
+    features = _core.host_features()
+    if chosen == "direct" and not features.get("tracing", True):
+        chosen = "translate"
     why = {
+        "direct": "user code runs as it stands, the kernel's is translated: the fastest here",
         "translate": "guest code is translated for this processor and runs natively: the fastest here",
         "interpret": "the translator is not in this build; the interpreter is slow, but complete",
     }.get(chosen, "no engine is in this build")
@@ -98,7 +102,7 @@ def _engine() -> list[Finding]:
             "" if isinstance(value, bool) else str(value),
             "core",
         )
-        for name, value in _core.host_features().items()
+        for name, value in features.items()
         if name.lower().replace(".", "_") not in FEATURES
     ]
     return found

@@ -50,7 +50,7 @@ class RunOptions:
     append: str | None = None
     memory: str = "256M"
     cpus: int = 1
-    engine: str = "translate"
+    engine: str = "direct"
     cpu: str = ""
     kaslr: bool = False
     timeout: float | None = None

@@ -65,9 +65,7 @@ def run(
     ] = None,
     memory: Annotated[str, typer.Option(metavar="SIZE", help="Guest memory: 512M, 2G.")] = "256M",
     cpus: Annotated[int, typer.Option(metavar="N", help="Processors.")] = 1,
-    engine: Annotated[
-        str, typer.Option(metavar="NAME", help="translate, direct (under test), or interpret.")
-    ] = "translate",
+    engine: Annotated[str, typer.Option(metavar="NAME", help="direct, translate, or interpret.")] = "direct",
     cpu: Annotated[
         str, typer.Option(metavar="WORDS", help="Features to add to the processors: +pku,+pks.")
     ] = "",

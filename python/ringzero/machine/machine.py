@@ -58,7 +58,7 @@ class Machine:
         *,
         memory: str | int = "256M",
         cpus: int = 1,
-        engine: str = "translate",
+        engine: str = "direct",
         cpu: str = "",
         kaslr: bool = False,
         kernel: str | os.PathLike[str] | None = None,

@@ -35,7 +35,7 @@ LEAST_MEMORY: Final = 1 * address_map.MIB
 MOST_MEMORY: Final = 256 * address_map.GIB
 """A sanity limit: the pmap alone would need half a GiB here, at 8 bytes a page."""
 MOST_CPUS: Final = 16
-ENGINES: Final = ("translate", "direct", "interpret")
+ENGINES: Final = ("direct", "translate", "interpret")
 CPU_FEATURES: Final = ("pku", "pks")
 """What processors have only where it is asked for, as /proc/cpuinfo calls it: protection keys."""
 
@@ -125,7 +125,7 @@ class MachineSpec:
 
     memory: int = DEFAULT_MEMORY
     cpus: int = 1
-    engine: str = "translate"
+    engine: str = "direct"
     cpu: str = ""
     kernel: Path | None = None
     initrd: Path | None = None
@@ -139,7 +139,7 @@ class MachineSpec:
         *,
         memory: str | int = DEFAULT_MEMORY,
         cpus: int = 1,
-        engine: str = "translate",
+        engine: str = "direct",
         cpu: str = "",
         kernel: Path | str | None = None,
         initrd: Path | str | None = None,
