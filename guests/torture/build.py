@@ -12,7 +12,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 DEFAULT_OUTPUT = HERE.parents[1] / "build" / "torture"
-SOURCES = ("main.c", "registers.c", "memory.c", "mappings.c", "code.c", "processes.c", "threads.c")
+SOURCES = ("runner.c", "registers.c", "memory.c", "mappings.c", "code.c", "processes.c", "threads.c")
 TWINS = (1, 2)
 
 WARNINGS = ("-std=gnu11", "-O2", "-Wall", "-Wextra", "-Werror")
