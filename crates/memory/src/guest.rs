@@ -72,7 +72,7 @@ impl GuestMemory {
         if let Some(mpn) = entry.mpn() {
             return Some(mpn);
         }
-        let fresh = self.pool.allocate().ok()?;
+        let fresh = self.pool.allocate(self.pmap.home(ppn)?).ok()?;
         let winner = self.pmap.set_if_unbacked(ppn, fresh)?;
         if winner != fresh {
             // Another processor touched the page first. A failed release only loses one spare page.
@@ -162,7 +162,8 @@ impl GuestMemory {
     /// their TLBs must be emptied before they go on, as [`GuestMemory::epoch`] tells them.
     pub fn remap(&self, ppn: Ppn) -> Result<(), Error> {
         let old = self.machine_page(ppn).ok_or(Error::NotRam { address: ppn.gpa(), size: PAGE_SIZE })?;
-        let new = self.pool.allocate()?;
+        // Not one that is another page's own.
+        let new = self.pool.allocate(Mpn(self.pmap.pages()))?;
         let mut content = [0; PAGE_SIZE as usize];
         self.pool.page(old).read(0, &mut content);
         self.pool.page(new).write(0, &content);

@@ -68,6 +68,12 @@ impl Pmap {
         }
     }
 
+    /// The machine page that a page of RAM has when nothing speaks against it: all have the same order as here.
+    #[must_use]
+    pub fn home(&self, ppn: Ppn) -> Option<Mpn> {
+        self.index(ppn).map(|index| Mpn(index as u64))
+    }
+
     /// `None` when there is no RAM at this page.
     #[must_use]
     pub fn get(&self, ppn: Ppn) -> Option<Entry> {

@@ -2,7 +2,6 @@
 //! be given out, and nothing again after it is released.
 
 use std::fs::File;
-use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use host::map::{Map, Protection, memfd, punch_hole};
@@ -11,21 +10,51 @@ use x86::{Mpn, PAGE_SHIFT, PAGE_SIZE};
 use crate::Error;
 use crate::bytes::PageRef;
 
-/// Pages that get their memory at once: pages are given out because they are about to be used, and one system call for many
-/// costs a third of their faults. More would only be memory that a small guest never uses.
-const AT_ONCE: u64 = 64;
+/// Pages that get their memory together, as a power of two: a page is given out because it is about to be used, most often
+/// with its neighbours, and one system call for many costs a third of their faults.
+const BLOCK: u64 = 16;
+/// Blocks that get it at once where the block before them has it: somebody is going through memory from end to end.
+const IN_A_ROW: u64 = 4;
+
+/// A bit for each of many things, set and cleared by any thread.
+#[derive(Debug)]
+struct Bits(Box<[AtomicU64]>);
+
+impl Bits {
+    fn new(count: u64) -> Bits {
+        Bits((0..count.div_ceil(64)).map(|_| AtomicU64::new(0)).collect())
+    }
+
+    fn place(&self, number: u64) -> (&AtomicU64, u64) {
+        (&self.0[(number / 64) as usize], 1 << (number % 64))
+    }
+
+    fn has(&self, number: u64) -> bool {
+        let (word, bit) = self.place(number);
+        word.load(Ordering::Relaxed) & bit != 0
+    }
+
+    /// Says whether the bit was clear.
+    fn set(&self, number: u64) -> bool {
+        let (word, bit) = self.place(number);
+        word.fetch_or(bit, Ordering::AcqRel) & bit == 0
+    }
+
+    fn clear(&self, number: u64) {
+        let (word, bit) = self.place(number);
+        word.fetch_and(!bit, Ordering::AcqRel);
+    }
+}
 
 #[derive(Debug)]
 pub struct Pool {
     file: File,
     map: Map,
     capacity: u64,
-    /// Pages below this were given out at least once.
-    next: AtomicU64,
-    /// Pages below this have memory behind them, or are about to.
-    ready: AtomicU64,
-    /// Pages that came back; they read as zeroes.
-    free: Mutex<Vec<Mpn>>,
+    /// Pages that are given out.
+    given: Bits,
+    /// Blocks that have memory behind them, or are about to.
+    ready: Bits,
     in_use: AtomicU64,
 }
 
@@ -34,50 +63,40 @@ impl Pool {
         let size = capacity << PAGE_SHIFT;
         let file = memfd(c"ringzero-pool", size)?;
         let map = Map::shared(&file, size as usize, Protection::ReadWrite)?;
-        Ok(Pool {
-            file,
-            map,
-            capacity,
-            next: AtomicU64::new(0),
-            ready: AtomicU64::new(0),
-            free: Mutex::default(),
-            in_use: AtomicU64::new(0),
-        })
+        let (given, ready) = (Bits::new(capacity), Bits::new(capacity.div_ceil(BLOCK)));
+        Ok(Pool { file, map, capacity, given, ready, in_use: AtomicU64::new(0) })
     }
 
-    /// Gives out a page of zeroes.
-    pub fn allocate(&self) -> Result<Mpn, Error> {
-        let recycled = self.free.lock().unwrap_or_else(std::sync::PoisonError::into_inner).pop();
-        let mpn = match recycled {
-            Some(mpn) => mpn,
-            None => {
-                let next = self.next.fetch_add(1, Ordering::Relaxed);
-                if next >= self.capacity {
-                    self.next.fetch_sub(1, Ordering::Relaxed);
-                    return Err(Error::PoolEmpty);
-                }
-                self.prepare(next);
-                Mpn(next)
-            }
-        };
+    /// Gives out a page of zeroes: this one if it is free, else the next that is. Pages that are neighbours for the guest are
+    /// best neighbours here, too: then one mapping of the host covers many of them.
+    pub fn allocate(&self, near: Mpn) -> Result<Mpn, Error> {
+        let mut after = (near.0..self.capacity).chain(0..near.0.min(self.capacity));
+        let page = after.find(|page| !self.given.has(*page) && self.given.set(*page));
+        let page = page.ok_or(Error::PoolEmpty)?;
+        self.prepare(page);
         self.in_use.fetch_add(1, Ordering::Relaxed);
-        Ok(mpn)
+        Ok(Mpn(page))
     }
 
-    /// Gets memory for a page that is given out for the first time and those that come next. Who overtakes this finds pages
-    /// that fault.
+    /// Gets memory for a page that is given out, and for those around it. Who overtakes this finds pages that fault.
     fn prepare(&self, page: u64) {
-        let ready = self.ready.load(Ordering::Relaxed);
-        let end = (page + AT_ONCE).min(self.capacity);
-        if page >= ready && self.ready.compare_exchange(ready, end, Ordering::Relaxed, Ordering::Relaxed).is_ok() {
-            self.map.populate((page << PAGE_SHIFT) as usize, ((end - page) << PAGE_SHIFT) as usize, true);
+        let block = page / BLOCK;
+        if self.ready.has(block) {
+            return;
         }
+        let count = if block > 0 && self.ready.has(block - 1) { IN_A_ROW } else { 1 };
+        let end = (block + count).min(self.capacity.div_ceil(BLOCK));
+        for block in block..end {
+            self.ready.set(block);
+        }
+        let (start, end) = (block * BLOCK, (end * BLOCK).min(self.capacity));
+        self.map.populate((start << PAGE_SHIFT) as usize, ((end - start) << PAGE_SHIFT) as usize, true);
     }
 
     /// Takes a page back and returns its memory to the system. Nothing may refer to it any more.
     pub fn release(&self, mpn: Mpn) -> Result<(), Error> {
         punch_hole(&self.file, mpn.0 << PAGE_SHIFT, PAGE_SIZE)?;
-        self.free.lock().unwrap_or_else(std::sync::PoisonError::into_inner).push(mpn);
+        self.given.clear(mpn.0);
         self.in_use.fetch_sub(1, Ordering::Relaxed);
         Ok(())
     }
@@ -97,5 +116,29 @@ impl Pool {
     #[must_use]
     pub fn in_use(&self) -> u64 {
         self.in_use.load(Ordering::Relaxed)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn neighbours_stay_neighbours_and_every_page_is_given_once() {
+        let pool = Pool::new(100).unwrap();
+        assert_eq!(pool.allocate(Mpn(40)).unwrap(), Mpn(40));
+        assert_eq!(pool.allocate(Mpn(39)).unwrap(), Mpn(39));
+        assert_eq!(pool.allocate(Mpn(39)).unwrap(), Mpn(41), "the next that is free");
+        let mut given: Vec<u64> = (0..97).map(|_| pool.allocate(Mpn(99)).unwrap().0).collect();
+        assert!(pool.allocate(Mpn(0)).is_err() && pool.in_use() == 100);
+        given.sort_unstable();
+        given.dedup();
+        assert_eq!(given.len(), 97);
+        pool.page(Mpn(7)).write(0, b"old");
+        pool.release(Mpn(7)).unwrap();
+        assert_eq!(pool.allocate(Mpn(50)).unwrap(), Mpn(7));
+        let mut bytes = [1; 3];
+        pool.page(Mpn(7)).read(0, &mut bytes);
+        assert_eq!(bytes, [0; 3], "a page that came back reads as zeroes");
     }
 }

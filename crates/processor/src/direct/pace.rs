@@ -20,6 +20,10 @@ const LONGEST: u64 = 16;
 /// The same of a breath. Every look whether it is over takes as long as a system call, so what needs a longer one pauses.
 const SHORTEST_BREATH: u64 = 40_000;
 const LONGEST_BREATH: u64 = 5_000;
+/// The same of what direct execution may lose where it has gained as much before: a program that computes touches new memory
+/// now and then, page after page, and computes again.
+const MOST_CREDIT: u64 = 50;
+const FIRST_CREDIT: u64 = 200;
 
 #[derive(Clone, Copy, Debug, Default)]
 struct Pace {
@@ -31,6 +35,8 @@ struct Pace {
     /// Ticks in the guest's code and around it, since the last judgement.
     useful: u64,
     lost: u64,
+    /// Ticks gained, less those lost.
+    credit: i64,
     pause: u64,
     until: u64,
     /// As `pause` and `until`, for a burst of system calls or faults in what else computes.
@@ -59,7 +65,8 @@ impl Paces {
         if self.paces.len() >= MOST && !self.paces.contains_key(&root) {
             self.paces.clear();
         }
-        self.paces.entry(root).or_default()
+        let credit = (host_tsc_hz() / FIRST_CREDIT).cast_signed();
+        self.paces.entry(root).or_insert(Pace { credit, ..Pace::default() })
     }
 
     /// User code of a space was found at work; says whether it is to be run directly.
@@ -108,21 +115,23 @@ impl Paces {
         let pace = self.get(root);
         pace.useful += useful;
         pace.lost += lost;
+        let gain = useful.cast_signed().saturating_sub(lost.cast_signed());
+        pace.credit = pace.credit.saturating_add(gain).min((second / MOST_CREDIT).cast_signed());
         let mut is_over = false;
         if useful >= lost {
             pace.breath = 0;
-        } else if pace.breath >= second / LONGEST_BREATH {
-            is_over = true;
         } else {
-            pace.breath = (pace.breath * 2).max(second / SHORTEST_BREATH);
+            is_over = pace.breath >= second / LONGEST_BREATH;
+            pace.breath = (pace.breath * 2).clamp(second / SHORTEST_BREATH, second / LONGEST_BREATH);
             pace.breathes_until = now.wrapping_add(pace.breath);
         }
         if is_over || pace.useful + pace.lost >= second / WINDOW {
             let is_good = pace.useful > pace.lost && !is_over;
             (pace.useful, pace.lost) = (0, 0);
-            if is_good {
+            if is_good || pace.credit > 0 {
                 pace.pause = 0;
             } else {
+                pace.credit = 0;
                 pace.pause = (pace.pause * 2).clamp(second / SHORTEST, second / LONGEST);
                 pace.until = now.wrapping_add(pace.pause);
                 pace.is_wanted = false;
@@ -150,6 +159,7 @@ mod tests {
         assert!(!paces.sampled(ROOT, 1000), "once is not enough");
         assert!(paces.sampled(ROOT, 2000) && paces.is_wanted(ROOT) && paces.any_wanted());
         assert!(!paces.is_wanted(ROOT + 0x1000));
+        paces.get(ROOT).credit = 0;
         (paces, host_tsc_hz())
     }
 
@@ -207,12 +217,26 @@ mod tests {
         let (mut paces, second) = sampled();
         let mut now = 10_000;
         while paces.judge(ROOT, 0, second / 200_000, now) {
-            assert!(now < second / 1000, "it breathes for ever");
+            assert!(now < second / 500, "it breathes for ever");
             now += second / 4_000;
         }
         assert!(!paces.sampled(ROOT, now + second / 300) && paces.sampled(ROOT, now + second / 200));
         // It is no better afterwards.
         assert!(!paces.judge(ROOT, 0, second / 200_000, now) && !paces.sampled(ROOT, now + second / 150));
+    }
+
+    #[test]
+    fn what_has_gained_much_may_lose_some() {
+        let (mut paces, second) = sampled();
+        let mut now = 10_000;
+        assert!(paces.judge(ROOT, second, 0, now));
+        let mut lost = 0;
+        while paces.judge(ROOT, 0, second / 100_000, now) {
+            (now, lost) = (now + second / 1000, lost + second / 100_000);
+        }
+        let credit = second / MOST_CREDIT;
+        assert!((credit / 10 * 9..=credit).contains(&lost), "{lost} of {second}");
+        assert!(!paces.sampled(ROOT, now));
     }
 
     #[test]

@@ -18,10 +18,14 @@ use x86::{Gva, PAGE_SIZE, Ppn};
 use super::{Codes, MOST_WRITES, scan};
 use crate::core::Core;
 
-/// Pages mapped at most: Linux gives a process 65,530 mappings, and scattered pages take one each.
-const MOST_PAGES: usize = 48_000;
+/// Mappings at most: Linux gives a process 65,530.
+const MOST_MAPPINGS: usize = 60_000;
+/// So many an order makes at most: one in the middle of a mapping leaves its two ends.
+const BY_ORDER: usize = 2;
 /// Pages around a missing one that are mapped with it.
 const DATA_AROUND: usize = 32;
+/// Of a large page all is mapped: its pieces are neighbours in the pool, too.
+const LARGE_AROUND: usize = PAGES;
 const CODE_AROUND: usize = 8;
 
 /// What a page is wanted for.
@@ -48,7 +52,8 @@ pub struct Space {
     pub used: u64,
     pub tracee: Tracee,
     regions: HashMap<u64, Box<Held>>,
-    pages: usize,
+    /// Mappings that there are at most.
+    mappings: usize,
     /// Pages that were ever mapped for this address space.
     pub filled: u64,
     /// Of the soft TLB: rounds and generation.
@@ -75,7 +80,7 @@ impl Space {
             used: 0,
             tracee,
             regions,
-            pages: 0,
+            mappings: 0,
             filled: 0,
             generation: (0, 0),
             epoch: memory.epoch(),
@@ -98,7 +103,7 @@ impl Space {
 
     fn unmap_all(&mut self) {
         self.regions.clear();
-        self.pages = 0;
+        self.mappings = 0;
         self.orders.clear();
         let own = self.tracee.reserved();
         self.orders.push(Order::unmap(USER.start, own.start - USER.start));
@@ -127,7 +132,6 @@ impl Space {
             let is_stale = is_stale(*first, held);
             if is_stale {
                 self.orders.push(unmap_region(*first));
-                self.pages -= held.rights.iter().flatten().count();
             }
             !is_stale
         });
@@ -138,7 +142,6 @@ impl Space {
         let Some(held) = self.regions.get_mut(&first) else { return };
         if held.rights[index].take().is_some() {
             held.entries[index] = 0;
-            self.pages -= 1;
             self.orders.push(Order::unmap(page.page().0, PAGE_SIZE));
         }
     }
@@ -187,7 +190,6 @@ impl Space {
                 if !is_right {
                     held.rights[index] = None;
                     held.entries[index] = 0;
-                    self.pages -= 1;
                     self.orders.push(Order::unmap(first + index as u64 * PAGE_SIZE, PAGE_SIZE));
                 }
             }
@@ -200,10 +202,27 @@ impl Space {
             return Ok(());
         }
         let orders = std::mem::take(&mut self.orders);
+        self.mappings += BY_ORDER * orders.len();
         let result = orders.chunks(Tracee::most_orders()).try_for_each(|part| self.tracee.order(part));
         self.orders = orders;
         self.orders.clear();
         result
+    }
+
+    /// The mappings that there are: of neighbours with the same rights whose machine pages are neighbours the host makes one.
+    fn count_mappings(&self, core: &Core<'_>) -> usize {
+        let of_region = |held: &Held| {
+            let mut last = None;
+            let mut count = 0;
+            for (rights, entry) in held.rights.iter().zip(held.entries) {
+                let mpn = core.memory.machine_page(held.region.reached(entry).ppn).map(|mpn| mpn.0);
+                let here = rights.and_then(|rights| Some((rights, mpn?)));
+                count += usize::from(here.is_some() && here != last);
+                last = here.map(|(rights, mpn)| (rights, mpn + 1));
+            }
+            count
+        };
+        self.regions.values().map(|held| of_region(held)).sum()
     }
 
     /// Whether code on a page runs without a fault.
@@ -221,10 +240,17 @@ impl Space {
         }
         let paging = Paging::of(&core.vcpu.cpu);
         let Some(region) = reach::region(core.memory, &paging, address) else { return Ok(0) };
-        if self.pages > MOST_PAGES {
-            self.unmap_all();
+        if self.mappings > MOST_MAPPINGS {
+            self.mappings = self.count_mappings(core);
+            if self.mappings > MOST_MAPPINGS / 4 * 3 {
+                self.unmap_all();
+            }
         }
-        let around = if want == Want::Code { CODE_AROUND } else { DATA_AROUND };
+        let around = match want {
+            Want::Code => CODE_AROUND,
+            Want::Data if region.large_size().is_some() => LARGE_AROUND,
+            Want::Data => DATA_AROUND,
+        };
         let window = target & !(around - 1);
         self.unmap_regions(|other, held| other == first && held.region != region);
         let entries: Vec<u64> = region.entries(core.memory, window, around).collect();
@@ -282,7 +308,6 @@ impl Space {
         for (index, entry, rights) in chosen {
             let Some(mpn) = core.memory.machine_page(region.reached(*entry).ppn) else { continue };
             let (page, offset) = (first + *index as u64 * PAGE_SIZE, mpn.0 * PAGE_SIZE);
-            self.pages += usize::from(held.rights[*index].is_none());
             (held.entries[*index], held.rights[*index]) = (*entry, Some(*rights));
             count += 1;
             match runs.last_mut() {
