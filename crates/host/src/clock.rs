@@ -147,13 +147,7 @@ impl Clock {
         self.0.tsc_hz
     }
 
-    /// What to add to the host's counter to have the guest's (wrapping), while the guest has not written its own.
-    #[must_use]
-    pub fn tsc_offset(&self) -> u64 {
-        0
-    }
-
-    /// The guest's time stamp counter, while the guest has not written its own.
+    /// The guest's time stamp counter, while the guest has not written its own: the host's.
     #[inline]
     #[must_use]
     pub fn tsc(&self) -> u64 {

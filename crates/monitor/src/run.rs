@@ -151,11 +151,10 @@ fn turn(hall: &Hall, number: usize, processor: &mut Processor) -> Outcome {
         vcpu.memory_epoch = epoch;
         vcpu.flush_all();
     }
-    let ahead = vcpu.cpu.tsc_offset.wrapping_sub(hall.platform.clock().tsc_offset());
-    if ahead != *tsc_ahead {
+    if vcpu.cpu.tsc_offset != *tsc_ahead {
         // The guest has written its time stamp counter: its deadlines mean other moments now.
-        *tsc_ahead = ahead;
-        hall.platform.set_tsc_ahead(number, ahead);
+        *tsc_ahead = vcpu.cpu.tsc_offset;
+        hall.platform.set_tsc_ahead(number, *tsc_ahead);
     }
     let mut view = View { platform: &hall.platform, processor: number, visits, sampler };
     let _running = hall.memory.seats.enter(number);

@@ -197,7 +197,6 @@ impl Vm {
             }),
         )?;
         for processor in &mut processors {
-            processor.vcpu.cpu.tsc_offset = clock.tsc_offset();
             // A kernel that is entered without firmware finds the MTRRs as firmware leaves them.
             processor::system::msr::set_firmware_memory_types(&mut processor.vcpu.cpu);
         }
