@@ -5,7 +5,7 @@ use std::fmt::Write as _;
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
-use iced_x86::{FastFormatter, Register};
+use iced_x86::{FastFormatter, Mnemonic, Register};
 use x86::fault::page_fault;
 use x86::{FpuArea, GuestFault, rflags, vector};
 
@@ -256,6 +256,29 @@ impl Campaign {
         (sequence, report)
     }
 
+    /// Whether the host ended in a #GP of an FXRSTOR or XRSTOR that found reserved bits of MXCSR set. Processors (Sapphire
+    /// Rapids for one) have loaded registers of the x87 and of SSE by then; our engines load none.
+    fn restored_reserved_mxcsr(&self, sequence: &Sequence, end: Ending, host: &State) -> bool {
+        use Mnemonic as M;
+        if end.trap.is_none_or(|trap| trap.vector != vector::GP) {
+            return false;
+        }
+        let ip = self.arena.code().0 + end.rip;
+        let Some(i) = sequence::decode(&sequence.code, self.arena.code()).into_iter().find(|i| i.ip() == ip) else {
+            return false;
+        };
+        if !matches!(i.mnemonic(), M::Fxrstor | M::Fxrstor64 | M::Xrstor | M::Xrstor64) {
+            return false;
+        }
+        let value = |register: Register| {
+            if register.is_gpr() { host.gpr[register.full_register().number()] } else { 0 }
+        };
+        let Some(area) = i.virtual_address(0, 0, |register, _, _| Some(value(register))) else { return false };
+        let offset = area.wrapping_sub(self.arena.data().0) as usize;
+        let mxcsr = offset.checked_add(FpuArea::MXCSR).and_then(|at| host.data.get(at..at + 4));
+        mxcsr.is_some_and(|bytes| bytes[2] | bytes[3] != 0)
+    }
+
     fn compare(&mut self, sequence: &Sequence, states: &[State]) -> Result<(), String> {
         for state in states {
             let mut wanted = state.clone();
@@ -273,10 +296,13 @@ impl Campaign {
             let result = catch_unwind(AssertUnwindSafe(|| guest.run(engine, &sequence.code, &mut got)));
             let result = result.unwrap_or_else(|_| Err("the engine panicked".to_owned()));
             let name = self.engine.name();
+            let scope = Scope {
+                pointers: self.kinds.pointers,
+                lenient: self.lenient,
+                fpu: !self.restored_reserved_mxcsr(sequence, end, &wanted),
+            };
             let differences = match result {
-                Ok(ending) => {
-                    differences(sequence, (end, &wanted), (ending, &got), name, self.kinds.pointers, self.lenient)
-                }
+                Ok(ending) => differences(sequence, (end, &wanted), (ending, &got), name, scope),
                 Err(why) => format!("  {name}: {why}\n"),
             };
             if !differences.is_empty() {
@@ -285,6 +311,17 @@ impl Campaign {
         }
         Ok(())
     }
+}
+
+/// What is compared.
+#[derive(Clone, Copy)]
+struct Scope {
+    /// The x87's instruction and operand pointers, too.
+    pointers: bool,
+    /// Not the arithmetic flags at a trap.
+    lenient: bool,
+    /// The registers of x87, SSE and AVX.
+    fpu: bool,
 }
 
 fn register(number: usize) -> Register {
@@ -321,8 +358,7 @@ fn differences(
     wanted: (Ending, &State),
     got: (Ending, &State),
     name: &str,
-    pointers: bool,
-    lenient: bool,
+    scope: Scope,
 ) -> String {
     let mut text = String::new();
     let mut differ = |what: &str, host: String, engine: String| {
@@ -340,7 +376,7 @@ fn differences(
         }
     }
     let mut defined = (rflags::ARITHMETIC | rflags::DF) & !sequence.undefined_at(host_end.rip);
-    if lenient && host_end.trap.is_some() {
+    if scope.lenient && host_end.trap.is_some() {
         defined &= !rflags::ARITHMETIC;
     }
     if (host.rflags ^ state.rflags) & defined != 0 {
@@ -362,8 +398,8 @@ fn differences(
     let st = (0..8).map(|n| (format!("st{n}"), 32 + 16 * n..42 + 16 * n));
     let xmm = (0..16).map(|n| (format!("xmm{n}"), FpuArea::XMM + 16 * n..FpuArea::XMM + 16 * n + 16));
     let ymm = (0..16).map(|n| (format!("ymm{n} high"), FpuArea::YMM_HIGH + 16 * n..FpuArea::YMM_HIGH + 16 * n + 16));
-    let pieces = pieces.into_iter().chain(pointers.then(|| ("fip, fdp".to_owned(), 6..24)));
-    for (what, range) in pieces.chain(st).chain(xmm).chain(ymm) {
+    let pieces = pieces.into_iter().chain(scope.pointers.then(|| ("fip, fdp".to_owned(), 6..24)));
+    for (what, range) in pieces.chain(st).chain(xmm).chain(ymm).filter(|_| scope.fpu) {
         if !same(range.clone()) {
             let show = |state: &State| {
                 state.fpu.bytes[range.clone()].iter().rev().fold(String::new(), |mut text, byte| {
