@@ -77,3 +77,15 @@ def run(build: Build) -> Run:
             return Outcome(reason, lines, machine.registers(), pages)
 
     return run
+
+
+@pytest.fixture(scope="session")
+def hot_counters(build: Build) -> Callable[[str], dict[str, int]]:
+    """Run a guest `hot` under the translator, over and over what it is about, and return the machine's counters."""
+
+    def run(name: str) -> dict[str, int]:
+        with Machine(kernel=build(name), engine="translate", memory=MEMORY, append="hot") as machine:
+            assert machine.wait(TIMEOUT) == "poweroff"
+            return machine.stats()
+
+    return run
