@@ -131,6 +131,11 @@ def show(console: Console, outcomes: Sequence[Outcome]) -> None:
                 )
 
 
+def failed(outcomes: Sequence[Outcome]) -> list[Outcome]:
+    """Return those of which not every run got to its end."""
+    return [one for one in outcomes if len(one.good) < len(one.runs)]
+
+
 def as_json(outcomes: Sequence[Outcome], described: dict[str, Any]) -> dict[str, Any]:
     """Return the report."""
     against = ratios(outcomes)

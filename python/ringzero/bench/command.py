@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import typer
 from rich.console import Console
@@ -40,6 +41,8 @@ class WithCommand(TyperCommand):
 
 Runs = Annotated[int, typer.Option(min=1, help="Runs of each engine; medians want at least 5.")]
 Engine = Annotated[str, typer.Option(help="Our engine: direct, translate or interpret.")]
+Linux = Annotated[str, typer.Option(help="Debian kernel series.")]
+Kernel = Annotated[Path | None, typer.Option(help="A kernel file instead.")]
 Json = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write all figures as JSON, too.")]
 WithoutQemu = Annotated[bool, typer.Option("--without-qemu", help="Measure ringzero alone.")]
 
@@ -50,6 +53,33 @@ def kernels(series: list[str], files: list[Path]) -> list[tuple[str, Path]]:
         if not file.is_file():
             raise InputError(f"there is no kernel {file}")
     return [(file.name, file) for file in files] or [(name, guests.kernel(name)) for name in series]
+
+
+def one_kernel(series: str, file: Path | None) -> Path:
+    """Return the one kernel to boot. Raises InputError for a file that is not there."""
+    [(_, found)] = kernels([series], [file] if file is not None else [])
+    return found
+
+
+Measured = TypeVar("Measured")
+
+
+def finish(
+    measure: Callable[[Console], Measured],
+    show: Callable[[Console, Measured], None],
+    as_json: Callable[[Measured, dict[str, Any]], dict[str, Any]],
+    complaints: Callable[[Measured], Sequence[object]],
+    json: Path | None,
+) -> None:
+    """Do what every command does: name the machine, measure, show, write; status 1 with complaints."""
+    console, described = Console(), report.machine()
+    report.say_machine(console, described)
+    measured = measure(console)
+    show(console, measured)
+    if json is not None:
+        report.write_json(json, as_json(measured, described))
+    if complaints(measured):
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -64,8 +94,6 @@ def boot(
     json: Json = None,
 ) -> None:
     """Start to power-off of Debian's kernels, against QEMU TCG; how many of the runs got there."""
-    console = Console()
-    described = report.machine()
     bench = boot_bench.BootBench(
         kernels=kernels(linux or ["6.1", "6.12"], kernel or []),
         engine=engine,
@@ -74,20 +102,14 @@ def boot(
         timeout=timeout,
         with_qemu=not without_qemu,
     )
-    report.say_machine(console, described)
-    outcomes = bench.measure(console)
-    boot_bench.show(console, outcomes)
-    if json is not None:
-        report.write_json(json, boot_bench.as_json(outcomes, described))
-    if any(len(one.good) < len(one.runs) for one in outcomes):
-        raise typer.Exit(1)
+    finish(bench.measure, boot_bench.show, boot_bench.as_json, boot_bench.failed, json)
 
 
 @app.command()
 def compute(
     runs: Runs = 5,
-    linux: Annotated[str, typer.Option(help="Debian kernel series.")] = "6.1",
-    kernel: Annotated[Path | None, typer.Option(help="A kernel file instead.")] = None,
+    linux: Linux = "6.1",
+    kernel: Kernel = None,
     engine: Engine = "direct",
     memory: Annotated[int, typer.Option(min=384, help="Guest memory in MiB.")] = 512,
     timeout: Annotated[
@@ -97,19 +119,17 @@ def compute(
     json: Json = None,
 ) -> None:
     """Fourteen programs under ringzero, QEMU TCG and on the bare machine, with geometric means."""
-    console = Console()
-    described = report.machine()
-    [(_, file)] = kernels([linux], [kernel] if kernel is not None else [])
+    file = one_kernel(linux, kernel)
     bench = compute_bench.ComputeBench(
         kernel=file, engine=engine, runs=runs, memory=memory, timeout=timeout, with_qemu=not without_qemu
     )
-    report.say_machine(console, described)
-    results = bench.measure(console)
-    compute_bench.show(console, results, engine)
-    if json is not None:
-        report.write_json(json, compute_bench.as_json(results, described, engine))
-    if results.complaints():
-        raise typer.Exit(1)
+    finish(
+        bench.measure,
+        lambda console, results: compute_bench.show(console, results, engine),
+        lambda results, machine: compute_bench.as_json(results, machine, engine),
+        lambda results: results.complaints(),
+        json,
+    )
 
 
 @app.command()
@@ -121,15 +141,8 @@ def idle(
     json: Json = None,
 ) -> None:
     """Processor time and memory of a guest that waits at its prompt."""
-    console = Console()
-    described = report.machine()
-    report.say_machine(console, described)
-    measured = idle_bench.IdleBench(image=image, engine=engine, memory=memory, seconds=seconds).measure(
-        console
-    )
-    idle_bench.show(console, measured)
-    if json is not None:
-        report.write_json(json, idle_bench.as_json(measured, described))
+    bench = idle_bench.IdleBench(image=image, engine=engine, memory=memory, seconds=seconds)
+    finish(bench.measure, idle_bench.show, idle_bench.as_json, lambda _: [], json)
 
 
 @app.command()
@@ -144,8 +157,6 @@ def nano(
     json: Json = None,
 ) -> None:
     """Cycles of single operations of a kernel, under each engine, QEMU TCG, and natively where that can be."""
-    console = Console()
-    described = report.machine()
     bench = nano_bench.NanoBench(
         engines=engine or ["translate", "interpret"],
         runs=runs,
@@ -153,21 +164,15 @@ def nano(
         timeout=timeout,
         with_qemu=not without_qemu,
     )
-    report.say_machine(console, described)
-    results = bench.measure(console)
-    nano_bench.show(console, results)
-    if json is not None:
-        report.write_json(json, nano_bench.as_json(results, described))
-    if results.complaints():
-        raise typer.Exit(1)
+    finish(bench.measure, nano_bench.show, nano_bench.as_json, lambda results: results.complaints(), json)
 
 
 @app.command()
 def system(
     runs: Runs = 5,
     only: Annotated[str, typer.Option(help="Only this item.")] = "",
-    linux: Annotated[str, typer.Option(help="Debian kernel series.")] = "6.1",
-    kernel: Annotated[Path | None, typer.Option(help="A kernel file instead.")] = None,
+    linux: Linux = "6.1",
+    kernel: Kernel = None,
     engine: Engine = "direct",
     memory: Annotated[int, typer.Option(min=128, help="Guest memory in MiB.")] = 512,
     timeout: Annotated[float, typer.Option(help="Seconds that one boot with all items may take.")] = 300.0,
@@ -175,9 +180,7 @@ def system(
     json: Json = None,
 ) -> None:
     """Latencies of the guest's kernel, as lmbench measures them, under ringzero, QEMU TCG and on the bare machine."""
-    console = Console()
-    described = report.machine()
-    [(_, file)] = kernels([linux], [kernel] if kernel is not None else [])
+    file = one_kernel(linux, kernel)
     bench = system_bench.SystemBench(
         kernel=file,
         engine=engine,
@@ -187,13 +190,13 @@ def system(
         timeout=timeout,
         with_qemu=not without_qemu,
     )
-    report.say_machine(console, described)
-    measured = bench.measure(console)
-    system_bench.show(console, measured)
-    if json is not None:
-        report.write_json(json, system_bench.as_json(measured, described, engine))
-    if measured.complaints():
-        raise typer.Exit(1)
+    finish(
+        bench.measure,
+        system_bench.show,
+        lambda measured, machine: system_bench.as_json(measured, machine, engine),
+        lambda measured: measured.complaints(),
+        json,
+    )
 
 
 @app.command()
@@ -201,8 +204,8 @@ def programs(
     runs: Runs = 5,
     only: Annotated[list[str] | None, typer.Option(help="Only this item; may be repeated.")] = None,
     coremark: Annotated[Path | None, typer.Option(help="Folder with the source of EEMBC's CoreMark.")] = None,
-    linux: Annotated[str, typer.Option(help="Debian kernel series.")] = "6.1",
-    kernel: Annotated[Path | None, typer.Option(help="A kernel file instead.")] = None,
+    linux: Linux = "6.1",
+    kernel: Kernel = None,
     engine: Engine = "direct",
     memory: Annotated[int, typer.Option(min=512, help="Guest memory in MiB.")] = 1024,
     timeout: Annotated[float, typer.Option(help="Seconds that one boot with all items may take.")] = 600.0,
@@ -210,9 +213,7 @@ def programs(
     json: Json = None,
 ) -> None:
     """openssl, python3, xz, sqlite3, gcc and CoreMark under ringzero, QEMU TCG and on the bare machine."""
-    console = Console()
-    described = report.machine()
-    [(_, file)] = kernels([linux], [kernel] if kernel is not None else [])
+    file = one_kernel(linux, kernel)
     bench = programs_bench.ProgramsBench(
         kernel=file,
         engine=engine,
@@ -223,13 +224,13 @@ def programs(
         timeout=timeout,
         with_qemu=not without_qemu,
     )
-    report.say_machine(console, described)
-    results, clocks = bench.measure(console)
-    programs_bench.show(console, results, clocks)
-    if json is not None:
-        report.write_json(json, programs_bench.as_json(results, clocks, described, engine))
-    if results.complaints() or clocks:
-        raise typer.Exit(1)
+    finish(
+        bench.measure,
+        lambda console, measured: programs_bench.show(console, *measured),
+        lambda measured, machine: programs_bench.as_json(*measured, machine, engine),
+        lambda measured: [*measured[0].complaints(), *measured[1]],
+        json,
+    )
 
 
 @app.command(cls=WithCommand)
@@ -240,7 +241,7 @@ def profile(
         list[str] | None, typer.Option(help="An item of bench compute or bench system; may be repeated.")
     ] = None,
     linux: Annotated[str, typer.Option(help="Debian kernel series to boot.")] = "6.1",
-    kernel: Annotated[Path | None, typer.Option(help="A kernel file instead.")] = None,
+    kernel: Kernel = None,
     engine: Engine = "direct",
     memory: Annotated[int, typer.Option(min=64, help="Guest memory in MiB.")] = 512,
     cpus: Annotated[int, typer.Option(min=1, help="Processors.")] = 1,
@@ -255,7 +256,7 @@ def profile(
     command: list[str] = context.obj
     file = None
     if not command:
-        [(_, file)] = kernels([linux], [kernel] if kernel is not None else [])
+        file = one_kernel(linux, kernel)
     bench = profile_bench.ProfileBench(
         kernel=file,
         items=workload or [],
