@@ -17,7 +17,9 @@ def dev(*words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, str(DEV), *words], capture_output=True, text=True, timeout=60)
 
 
-@pytest.mark.parametrize("command", ["check", "test", "guests", "fuzz", "conformance", "soak", "bench", "build"])
+@pytest.mark.parametrize(
+    "command", ["check", "test", "guests", "fuzz", "conformance", "soak", "bench", "build"]
+)
 def test_help_names_every_command(command: str) -> None:
     assert command in dev("--help").stdout
 

@@ -18,8 +18,8 @@ from house.soak.kinds import KINDS, MOST_LINES, WORK, Kind
 from ringzero import Machine, images
 from ringzero.errors import GuestError, RingzeroError
 from ringzero.images.newc import NewcWriter
+from ringzero.machine.spec import ENGINES
 
-ENGINES = ("translate", "direct", "interpret")
 # Seconds. A machine of many rounds has state that a fresh one lacks, and a fresh one does much once: both are wanted.
 A_MACHINE = 180.0
 READY = {"translate": 120.0, "direct": 120.0, "interpret": 600.0}
