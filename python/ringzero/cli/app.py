@@ -20,6 +20,7 @@ COMMANDS = {
     "pull": "ringzero.cli.pull",
     "images": "ringzero.cli.images",
     "doctor": "ringzero.cli.doctor",
+    "host": "ringzero.cli.host",
     "bench": "ringzero.bench.command",
 }
 
