@@ -119,7 +119,7 @@ fn silence_stops() -> io::Result<()> {
 /// Bytes of the child's stack until it is another program.
 const STACK: usize = 64 << 10;
 
-/// Starts `program` as a traced child in a session of its own, with `files` as its only descriptors, from 0 on.
+/// Starts `program` as a traced child in a process group of its own, with `files` as its only descriptors, from 0 on.
 /// It is stopped at its first instruction.
 pub fn spawn(program: &File, files: &[&File]) -> io::Result<libc::pid_t> {
     silence_stops()?;
@@ -157,7 +157,9 @@ extern "C" fn child(data: *mut libc::c_void) -> libc::c_int {
     // memory that it made; none of them changes that memory, but for the signals that are let through.
     unsafe {
         let beginning = &*data.cast::<Beginning<'_>>();
-        libc::setsid();
+        // What is typed at the terminal is not for it. But it stays in the session: Linux shares processors out by session first
+        // (sched_autogroup), and whoever waits for a process of another one waits until its turn comes.
+        libc::setpgid(0, 0);
         let no_core = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
         libc::setrlimit(libc::RLIMIT_CORE, &raw const no_core);
         for (number, file) in beginning.files.iter().enumerate() {
