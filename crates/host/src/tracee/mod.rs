@@ -6,10 +6,11 @@
 //! out orders, and the orders, which it can only read. It never carries out a system call while it runs for its owner
 //! (PTRACE_SYSEMU), and a filter lets none through but those of our orders. It ends with its tracer.
 //!
-//! It can execute RDTSC and CPUID. The host could forbid both (PR_SET_TSC, ARCH_CPUID), but then every switch to the process
-//! and back writes CR4 and an MSR, and where the host is a virtual machine itself each of these is an exit: 24
-//! microseconds instead of 4.
+//! It can execute RDTSC and CPUID, as long as nothing else is asked for ([`Tracee::break_at`], [`Tracee::forbid_cpuid`]). To
+//! forbid them always (PR_SET_TSC, ARCH_CPUID) would have every switch to the process and back write CR4 and an MSR, and
+//! where the host is a virtual machine itself each of these is an exit: 24 microseconds instead of 4.
 
+mod breaks;
 mod filter;
 mod spawn;
 mod start;
@@ -20,6 +21,7 @@ use std::sync::{Mutex, PoisonError};
 
 pub use libc::user_regs_struct as Registers;
 
+pub use self::breaks::BREAKS;
 use crate::map::{Map, PAGE};
 
 /// The first address that a tracee may map, and the first beyond: Linux gives a process no others.
@@ -33,8 +35,9 @@ const MAPPING: i32 = 1;
 const RIGHTS: i32 = 2;
 /// The code of a SIGSYS that the filter has caused (SYS_SECCOMP); its address is where the call was made.
 const FILTERED: i32 = 1;
-/// The code of a SIGTRAP that TF has caused (TRAP_TRACE).
+/// The code of a SIGTRAP that TF has caused (TRAP_TRACE), and that of one by a breakpoint of ours (TRAP_HWBKPT).
 const STEP: i32 = 2;
+const BREAK: i32 = 4;
 
 /// Why a tracee stopped.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -45,6 +48,8 @@ pub enum Stop {
     Access(u64),
     /// By a trap: RIP is behind the instruction, which is INT3 or its like, or the first one after TF was set.
     Trap { is_step: bool },
+    /// Before an instruction that [`Tracee::break_at`] named.
+    Break,
     /// At an instruction that faults for another reason.
     Fault,
     /// Somebody called [`Kicker::kick`], now or some time ago.
@@ -151,6 +156,9 @@ pub struct Tracee {
     has_vectors: bool,
     /// The processor that it was last told to stay on.
     on: Option<usize>,
+    /// Where it stops.
+    breaks: Vec<u64>,
+    forbids_cpuid: bool,
     is_gone: bool,
 }
 
@@ -257,6 +265,7 @@ impl Tracee {
                 let (code, address) = spawn::signal_of(self.process).unwrap_or((0, 0));
                 match (signal, code) {
                     (libc::SIGSEGV, MAPPING | RIGHTS) => Stop::Access(address),
+                    (libc::SIGTRAP, BREAK) => Stop::Break,
                     (libc::SIGTRAP, _) => Stop::Trap { is_step: code == STEP },
                     (libc::SIGSYS, FILTERED) => self.back_to_vsyscall(address),
                     _ => Stop::Fault,

@@ -128,8 +128,17 @@ pub fn start(file: &File) -> io::Result<Tracee> {
     let orders = Map::shared(&orders_file, PAGE, Protection::ReadWrite)?;
     let process = spawn::spawn(&program, &[file, &orders_file])?;
     // From here on the process goes when the tracee is dropped.
-    let (vectors, on) = (Vec::new(), None);
-    let mut tracee = Tracee { process, base, orders, vectors, has_vectors: false, on, is_gone: false };
+    let mut tracee = Tracee {
+        process,
+        base,
+        orders,
+        vectors: Vec::new(),
+        has_vectors: false,
+        on: None,
+        breaks: Vec::new(),
+        forbids_cpuid: false,
+        is_gone: false,
+    };
     let options = libc::PTRACE_O_EXITKILL | libc::PTRACE_O_TRACESYSGOOD;
     spawn::request(process, libc::PTRACE_SETOPTIONS, ptr::null_mut(), ptr::without_provenance_mut(options as usize))?;
 

@@ -142,6 +142,57 @@ fn a_step_is_told_from_a_breakpoint() {
 }
 
 #[test]
+fn a_break_comes_before_its_instruction_and_again_at_the_next_time() {
+    // inc r15; mov r14, [code]; inc r13; int3
+    let code = [0x49, 0xff, 0xc7, 0x4c, 0x8b, 0x34, 0x25, 0, 0, 0x40, 0, 0x49, 0xff, 0xc5, 0xcc];
+    let Some((mut tracee, _file, registers)) = with_code(&code) else { return };
+    let before = |tracee: &mut Tracee, registers: &Registers| {
+        let (stop, after) = run(tracee, registers);
+        assert_eq!(stop, Stop::Break);
+        after
+    };
+    tracee.break_at(&[AT + 3, DATA, AT + 11]).unwrap();
+    for _ in 0..3 {
+        let after = before(&mut tracee, &registers);
+        assert_eq!((after.rip, after.r15, after.r14), (AT + 3, 1, 0));
+    }
+    // The code reads as it is: a breakpoint leaves no trace in it. Over the first one by a step that the tracer makes.
+    let after = before(&mut tracee, &Registers { rip: AT + 3, eflags: 0x1_0202, ..registers });
+    assert_eq!((after.rip, after.r14.to_le_bytes()), (AT + 11, code[..8].try_into().unwrap()));
+    tracee.break_at(&[AT]).unwrap();
+    assert_eq!(before(&mut tracee, &registers).rip, AT);
+    tracee.break_at(&[]).unwrap();
+    let (stop, after) = run(&mut tracee, &registers);
+    assert_eq!((stop, after.r15, after.r13), (Stop::Trap { is_step: false }, 1, 1));
+}
+
+#[test]
+fn cpuid_faults_while_it_is_forbidden() {
+    // cpuid; int3
+    let Some((mut tracee, _file, registers)) = with_code(&[0x0f, 0xa2, 0xcc]) else { return };
+    if let Err(error) = tracee.forbid_cpuid(true) {
+        assert_eq!(error.raw_os_error(), Some(libc::ENODEV));
+        eprintln!("skipped: the host's processor cannot forbid CPUID");
+        return;
+    }
+    for _ in 0..2 {
+        let (stop, after) = run(&mut tracee, &registers);
+        assert_eq!((stop, after.rip), (Stop::Fault, AT));
+    }
+    tracee.forbid_cpuid(false).unwrap();
+    assert_eq!(run(&mut tracee, &registers).0, Stop::Trap { is_step: false });
+}
+
+#[test]
+fn no_other_call_of_its_kind_passes_the_filter() {
+    let Some((mut tracee, _file, _)) = with_code(&[0x90]) else { return };
+    // ARCH_SET_FS: it would harm nobody.
+    let set_fs = Order::new(libc::SYS_arch_prctl, [0x1002, 0x1000, 0, 0, 0, 0]);
+    tracee.order(&[set_fs]).unwrap_err();
+    assert_eq!(tracee.run(), Stop::Gone);
+}
+
+#[test]
 fn an_order_that_the_host_refuses_is_an_error() {
     let Some((mut tracee, _file, _)) = with_code(&[0x90]) else { return };
     let page = PAGE as u64;
