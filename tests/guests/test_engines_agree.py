@@ -21,6 +21,7 @@ GUESTS = [
     "simd",
     "strings",
     "system",
+    "telling",
     "xsave",
 ]
 

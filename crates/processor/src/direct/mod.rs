@@ -7,6 +7,7 @@
 //! process reaches is what the guest's page tables let user code reach, see [`space`]; what it may execute is looked
 //! through before, see [`scan`]; and whether it is worth the way there and back is judged all the time, see [`pace`].
 
+mod exact;
 mod pace;
 mod scan;
 mod space;
@@ -21,7 +22,9 @@ use host::tracee::{Kicker, Stop};
 use x86::paging::ADDRESS;
 use x86::{GuestFault, Gva, Ppn, cr0, cr4, dr6, efer, registers::xcr0, rflags, seg};
 
+use self::exact::Exact;
 use self::pace::Paces;
+use self::scan::Telling;
 use self::space::{Space, Want};
 use crate::core::Core;
 use crate::deliver;
@@ -71,6 +74,7 @@ struct Counters {
     checks: u64,
     resets: u64,
     processes: u64,
+    breaks: u64,
     ticks: u64,
 }
 
@@ -100,7 +104,10 @@ pub struct Direct {
 struct Codes {
     /// Traced for this VCPU since they were looked through.
     plain: HashSet<Ppn>,
-    refused: HashSet<Ppn>,
+    /// What the others have that tells of the host, if they can be run but for that.
+    refused: HashMap<Ppn, Option<Arc<Telling>>>,
+    /// Of those, the ones that ran so.
+    exact: HashSet<Ppn>,
     writes: HashMap<Ppn, u8>,
     /// No more plain, but perhaps still mapped as code.
     stale: Vec<Ppn>,
@@ -172,7 +179,7 @@ impl Direct {
 
     /// Stores have hit code of this page, or it is not traced any more.
     pub fn forget_code(&mut self, ppn: Ppn) {
-        if self.codes.plain.remove(&ppn) {
+        if self.codes.plain.remove(&ppn) | self.codes.exact.remove(&ppn) {
             self.codes.stale.push(ppn);
             if self.codes.writes.len() >= MOST_REMEMBERED {
                 self.codes.writes.clear();
@@ -187,6 +194,7 @@ impl Direct {
     pub fn forget_all_code(&mut self) {
         self.codes.plain.clear();
         self.codes.refused.clear();
+        self.codes.exact.clear();
         self.codes.all_are_stale = true;
     }
 
@@ -200,10 +208,12 @@ impl Direct {
         }
     }
 
-    /// Whether the code on a page is to be run otherwise.
-    #[must_use]
-    pub fn refuses(&self, ppn: Ppn) -> bool {
-        self.codes.refused.contains(&ppn)
+    /// Whether the code on a page, which is to be run next, is to be run otherwise.
+    pub fn refuses(&mut self, vcpu: &Vcpu, ppn: Ppn) -> bool {
+        let Some(telling) = self.codes.refused.get(&ppn) else { return false };
+        let root = vcpu.cpu.cr3 & ADDRESS;
+        let space = self.spaces.iter_mut().find(|space| space.root == root && telling.is_some());
+        space.is_none_or(|space| !space.exact.is_hot(ppn, host_tsc()))
     }
 
     /// Runs user code from RIP on, if it can be and is worth it. `interpret` runs one instruction.
@@ -245,6 +255,12 @@ impl Direct {
         if self.choice == Choice::Worthwhile && !self.paces.judge(root, useful, lost, end) {
             core.vcpu.wants_direct(self.paces.any_wanted());
             core.vcpu.hot.direct = 0;
+            if let Some(space) = self.spaces.get_mut(index)
+                && space.exact.is_to_blame(space.tracee.forbids_cpuid())
+                && space.unmap_exact().is_err()
+            {
+                return self.give_up(core, index);
+            }
         }
         ended
     }
@@ -264,7 +280,8 @@ impl Direct {
             Some(index) => index,
             None if self.spaces.len() < SPACES => {
                 self.counters.processes += 1;
-                self.spaces.push(Space::new(root, core.memory)?);
+                let exact = Exact::new(self.choice == Choice::Always);
+                self.spaces.push(Space::new(root, core.memory, exact)?);
                 core.vcpu.tlb.dropped.is_wanted = true;
                 self.spaces.len() - 1
             }
@@ -350,6 +367,10 @@ impl Direct {
                     return exit.map_or(Ended::Somewhere, Ended::Exit);
                 }
                 Stop::Trap { is_step: false } => switch::back_to_trap(core),
+                Stop::Break => self.counters.breaks += 1,
+            }
+            if stop == Stop::Break || stop == Stop::Fault && self.spaces[index].tracee.forbids_cpuid() {
+                self.spaces[index].exact.has_told();
             }
             let rip = Gva(core.vcpu.cpu.rip);
             if let Some(exit) = interpret(core) {
@@ -444,7 +465,7 @@ impl Direct {
             core.vcpu.sampler.now(Doing::Dispatch.word());
             self.kicker.withdraw();
             has_run = true;
-            self.counters.ticks += self.paces.without_switch(ticks);
+            self.counters.ticks += self.paces.without_switch(ticks, tracee.forbids_cpuid());
             if stop != Stop::Kick {
                 break stop;
             }
@@ -507,10 +528,12 @@ impl Direct {
             ("direct.fills", c.fills),
             ("direct.pages", c.pages),
             ("direct.steps", c.steps),
+            ("direct.breaks", c.breaks),
             ("direct.checks", c.checks),
             ("direct.resets", c.resets),
             ("direct.processes", c.processes),
             ("direct.refused_pages", self.codes.refused.len() as u64),
+            ("direct.exact_pages", self.codes.exact.len() as u64),
             ("direct.given_up", self.paces.given_up),
             ("direct.nanoseconds", host::clock::scale(c.ticks, 1_000_000_000, host_tsc_hz())),
             ("direct.impossible", u64::from(self.refusal.is_some())),

@@ -1,5 +1,5 @@
 //! What code may be run as it stands. Some instructions work in user code and tell of the host, or do something else than the
-//! guest's processor would: those pages are left to the translator. (SGDT and its kin, which x86 cannot trap without UMIP,
+//! guest's processor would: pages with those are left to the translator, or run exactly, see [`super::exact`]. (SGDT and its kin, which x86 cannot trap without UMIP,
 //! are why it is not virtualizable in Popek and Goldberg's sense.) Isolation does not depend on this: a program that hides such
 //! an instruction learns a number of the host's, and can do nothing with it.
 
@@ -69,11 +69,14 @@ impl Ways {
         Ways { across }
     }
 
-    /// Whether an instruction has its opcode at `place`.
-    fn meet(&self, code: &[u8; SIZE], place: usize) -> bool {
+    /// Whether an instruction has its opcode at `place`, and where it begins, if that is beyond doubt.
+    fn meet(&self, code: &[u8; SIZE], place: usize) -> Option<Beginning> {
         let prefixes = code[..place].iter().rev().take_while(|byte| is_prefix(**byte)).count().min(LONGEST);
-        let ways = self.across[place - prefixes..=place].iter().fold(0, |all: u16, ways| all | ways);
-        ways.count_ones() > 8
+        let starts = place - prefixes..=place;
+        let ways = self.across[starts.clone()].iter().fold(0, |all: u16, ways| all | ways);
+        let mut met = starts.filter(|start| self.across[*start] != 0);
+        let first = met.next().filter(|_| met.next().is_none());
+        (ways.count_ones() > 8).then_some(first.map(|start| start as u16))
     }
 }
 
@@ -81,16 +84,34 @@ fn is_prefix(byte: u8) -> bool {
     matches!(byte, 0x40..=0x4f | 0x66 | 0x67 | 0xf0 | 0xf2 | 0xf3 | 0x2e | 0x36 | 0x3e | 0x26 | 0x64 | 0x65)
 }
 
-/// Whether the code of a page can be run as it stands, by a guest whose time stamp counter is the host's, or is not.
-#[must_use]
-pub fn is_plain(code: &[u8; SIZE], same_tsc: bool) -> bool {
-    first_bad(code, same_tsc).is_none()
+/// Where in its page an instruction begins; `None` when the page can be read in several ways.
+type Beginning = Option<u16>;
+
+/// The instructions of a page that tell of the host.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub struct Telling {
+    /// Those of CPUID, which the host can have fault wherever they begin.
+    pub cpuids: Vec<Beginning>,
+    pub others: Vec<u16>,
 }
 
-/// Where the first instruction is that cannot be run as it stands.
-fn first_bad(code: &[u8; SIZE], same_tsc: bool) -> Option<usize> {
+/// How the code of a page can be run.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Verdict {
+    /// As it stands.
+    Plain,
+    /// As it stands but for these.
+    Telling(Telling),
+    /// There is an instruction that tells of the host, and no telling where it begins.
+    Unclear,
+}
+
+/// How the code of a page can be run, by a guest whose time stamp counter is the host's, or is not.
+#[must_use]
+pub fn judge(code: &[u8; SIZE], same_tsc: bool) -> Verdict {
     let mut from = LONGEST;
     let mut ways = None;
+    let mut telling = Telling::default();
     while let Some(step) = code[from..].iter().position(|byte| matches!(byte, 0x0f | 0xcd)) {
         let place = from + step;
         let rest = &code[place..];
@@ -98,18 +119,25 @@ fn first_bad(code: &[u8; SIZE], same_tsc: bool) -> Option<usize> {
         let has_f3 = code[place - 2..place].contains(&0xf3);
         if rest.len() >= 2 && is_suspicious(rest, has_f3, same_tsc) {
             let ways = ways.get_or_insert_with(|| Ways::of(code));
-            if ways.meet(code, place) {
-                return Some(place);
+            match (ways.meet(code, place), &rest[..2]) {
+                (None, _) => {}
+                (Some(beginning), [0x0f, 0xa2]) => telling.cpuids.push(beginning),
+                (Some(Some(start)), _) => telling.others.push(start),
+                (Some(None), _) => return Verdict::Unclear,
             }
         }
         from = place + 1;
     }
-    None
+    if telling == Telling::default() { Verdict::Plain } else { Verdict::Telling(telling) }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    fn is_plain(code: &[u8; SIZE], same_tsc: bool) -> bool {
+        judge(code, same_tsc) == Verdict::Plain
+    }
 
     fn page(at: usize, bytes: &[u8]) -> [u8; PAGE_SIZE as usize] {
         // mov rax, [rbx+16]; add rax, rcx; ret: over and over.
@@ -195,5 +223,28 @@ mod tests {
         assert!(is_plain(&page(end - 1, &[0x0f]), false));
         assert!(!is_plain(&page(end - 8, &[0x90, 0x90, 0x90, 0x90, 0x90, 0x90, 0x0f, 0x01]), false));
         assert!(is_plain(&page(end - 8, &[0x90, 0x90, 0x90, 0x90, 0x90, 0x90, 0x0f, 0x05]), false));
+    }
+
+    #[test]
+    fn each_that_tells_is_named_by_where_it_begins() {
+        let mut code = page(0x100, &[0x0f, 0xa2, 0x90, 0x90, 0x90, 0x90, 0x90, 0x90]);
+        code[0x208..0x210].copy_from_slice(&[0x0f, 0x01, 0xd0, 0x90, 0x90, 0x90, 0x90, 0x90]);
+        // xsave64 [rdi], with its prefix
+        code[0x310..0x318].copy_from_slice(&[0x48, 0x0f, 0xae, 0x27, 0x90, 0x90, 0x90, 0x90]);
+        let telling = Telling { cpuids: vec![Some(0x100)], others: vec![0x208, 0x310] };
+        assert_eq!(judge(&code, true), Verdict::Telling(telling));
+    }
+
+    #[test]
+    fn where_code_can_be_read_in_two_ways_nothing_is_named() {
+        // Most ways come to XSAVE [RDI] behind an immediate, and those that begin in the immediate to XSAVE64 at its last byte.
+        let mut code = page(0, &[]);
+        code[..0x20].fill(0x90);
+        // mov eax, 0x48909090 from 12 on
+        code[12..17].copy_from_slice(&[0xb8, 0x90, 0x90, 0x90, 0x48]);
+        code[17..20].copy_from_slice(&[0x0f, 0xae, 0x27]);
+        assert_eq!(judge(&code, true), Verdict::Unclear);
+        code[17..20].copy_from_slice(&[0x0f, 0xa2, 0x90]);
+        assert_eq!(judge(&code, true), Verdict::Telling(Telling { cpuids: vec![None], others: vec![] }));
     }
 }

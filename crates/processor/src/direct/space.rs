@@ -8,14 +8,18 @@
 
 use std::collections::HashMap;
 use std::io;
+use std::sync::Arc;
 
+use host::clock::host_tsc;
 use host::tracee::{Order, Rights, Tracee, USER};
 use memory::reach::{self, PAGES, REGION, Reached, Region};
 use memory::tlb::Bank;
 use memory::{GuestMemory, Paging};
 use x86::{Gva, PAGE_SIZE, Ppn};
 
-use super::{Codes, MOST_WRITES, scan};
+use super::exact::Exact;
+use super::scan::{self, Telling, Verdict};
+use super::{Codes, MOST_WRITES};
 use crate::core::Core;
 
 /// Mappings at most: Linux gives a process 65,530.
@@ -44,6 +48,8 @@ struct Held {
     rights: [Option<Rights>; PAGES],
 }
 
+type Regions = HashMap<u64, Box<Held>>;
+
 #[derive(Debug)]
 pub struct Space {
     /// The guest physical address of the top-level table.
@@ -51,7 +57,8 @@ pub struct Space {
     /// When it was last used, in turns of its owner.
     pub used: u64,
     pub tracee: Tracee,
-    regions: HashMap<u64, Box<Held>>,
+    pub exact: Exact,
+    regions: Regions,
     /// Mappings that there are at most.
     mappings: usize,
     /// Pages that were ever mapped for this address space.
@@ -72,13 +79,14 @@ fn generation(core: &Core<'_>) -> (u64, u64) {
 }
 
 impl Space {
-    pub fn new(root: u64, memory: &GuestMemory) -> io::Result<Space> {
+    pub fn new(root: u64, memory: &GuestMemory, exact: Exact) -> io::Result<Space> {
         let tracee = Tracee::new(memory.pool().file())?;
         let (regions, orders) = Default::default();
         Ok(Space {
             root,
             used: 0,
             tracee,
+            exact,
             regions,
             mappings: 0,
             filled: 0,
@@ -98,7 +106,9 @@ impl Space {
         self.filled = 0;
         self.doubt();
         self.unmap_all();
-        self.flush()
+        self.flush()?;
+        self.exact.begin_anew();
+        self.meet_demand().map(drop)
     }
 
     fn unmap_all(&mut self) {
@@ -174,7 +184,54 @@ impl Space {
         }
         self.generation = now;
         self.flush()?;
+        if !self.exact.pages().all(|page| self.executes(page)) {
+            let regions = &self.regions;
+            self.exact.keep(|page| executes(regions, page));
+            self.meet_demand()?;
+        }
         Ok(is_doubtful)
+    }
+
+    /// Has the process stop where a page needs it to that is to run exactly, and is mapped next; false when it cannot. The page
+    /// takes the place of others if it must: they have to be hot again first.
+    fn begin_exact(&mut self, at: Gva, telling: &Arc<Telling>) -> io::Result<bool> {
+        let regions = &self.regions;
+        self.exact.keep(|page| page != at && executes(regions, page));
+        self.exact.add(at, Arc::clone(telling));
+        if self.exact.demand().is_none() {
+            self.exact.keep(|page| page != at);
+            self.unmap_exact()?;
+            self.exact.make_room();
+            self.exact.add(at, Arc::clone(telling));
+            if self.exact.demand().is_none() {
+                self.exact.make_room();
+                self.meet_demand()?;
+                return Ok(false);
+            }
+        }
+        self.meet_demand()
+    }
+
+    /// Has the process stop where the pages need it to that run exactly; false, and none of them is mapped any more, where the
+    /// host does not do that.
+    fn meet_demand(&mut self) -> io::Result<bool> {
+        let demand = self.exact.demand().unwrap_or_default();
+        if self.tracee.break_at(&demand.breaks).is_err() {
+            self.exact.cannot_break();
+        } else if self.tracee.forbid_cpuid(demand.forbids_cpuid).is_err() {
+            self.exact.cannot_forbid_cpuid();
+        } else {
+            return Ok(true);
+        }
+        self.unmap_exact()?;
+        Ok(false)
+    }
+
+    /// Leaves the pages that run exactly to the translator again.
+    pub fn unmap_exact(&mut self) -> io::Result<()> {
+        let pages: Vec<Gva> = self.exact.pages().collect();
+        pages.into_iter().for_each(|page| self.unmap(page));
+        self.flush()
     }
 
     /// Unmaps whatever the guest's tables, or the traces, do not allow any more.
@@ -227,8 +284,7 @@ impl Space {
 
     /// Whether code on a page runs without a fault.
     pub fn executes(&self, address: Gva) -> bool {
-        let (first, index) = place(address);
-        self.regions.get(&first).is_some_and(|held| held.rights[index] == Some(Rights::Execute))
+        executes(&self.regions, address)
     }
 
     /// Maps the page of `address` and those around it that the guest's tables allow, as data or as code; gives their number.
@@ -258,6 +314,7 @@ impl Space {
             look_through(core, entries.iter().filter(|entry| **entry != 0).map(|entry| region.reached(*entry)), codes);
         }
         let mut chosen = Vec::with_capacity(around);
+        let mut exact = None;
         for (index, entry) in (window..).zip(entries) {
             let page = first + index as u64 * PAGE_SIZE;
             let has = self.regions.get(&first).and_then(|held| held.rights[index]);
@@ -270,6 +327,12 @@ impl Space {
                 && Some(rights) != has
             {
                 chosen.push((index, entry, rights));
+            } else if want == Want::Code
+                && index == target
+                && let Some(telling) = self.runs_exactly(core, region.reached(entry), codes)
+            {
+                exact = Some((region.reached(entry).ppn, telling));
+                chosen.push((index, entry, Rights::Execute));
             }
         }
         // Code was traced: rights may have been taken away, from pages that were chosen above among them.
@@ -277,7 +340,22 @@ impl Space {
             self.bring_up_to_date(core)?;
             chosen.retain(|(_, entry, rights)| *rights != Rights::Write || may_store(core, region.reached(*entry).ppn));
         }
+        if let Some((ppn, telling)) = exact {
+            if self.begin_exact(address.page(), &telling)? {
+                codes.exact.insert(ppn);
+            } else {
+                self.exact.give_up(ppn);
+                chosen.retain(|(index, ..)| *index != target);
+            }
+        }
         self.map(core, first, region, &chosen)
+    }
+
+    /// What tells of the host on a page of code that is to be run exactly.
+    fn runs_exactly(&mut self, core: &Core<'_>, reached: Reached, codes: &Codes) -> Option<Arc<Telling>> {
+        let telling = codes.refused.get(&reached.ppn)?.as_ref()?;
+        let may_run = reached.executable && core.memory.machine_page(reached.ppn).is_some();
+        (may_run && self.exact.is_hot(reached.ppn, host_tsc())).then(|| Arc::clone(telling))
     }
 
     /// What a page may be mapped for.
@@ -324,6 +402,11 @@ impl Space {
     }
 }
 
+fn executes(regions: &Regions, address: Gva) -> bool {
+    let (first, index) = place(address);
+    regions.get(&first).is_some_and(|held| held.rights[index] == Some(Rights::Execute))
+}
+
 /// The first address of the region around an address, and which of its pages the address is in.
 fn place(address: Gva) -> (u64, usize) {
     (address.0 & !(REGION - 1), (address.0 % REGION / PAGE_SIZE) as usize)
@@ -341,7 +424,7 @@ fn same_but_for_dirty(one: u64, other: u64) -> bool {
 
 /// Has stores to pages of code watched and looks through them, once.
 fn look_through(core: &mut Core<'_>, pages: impl Iterator<Item = Reached>, codes: &mut Codes) {
-    let is_known = |ppn: &Ppn| codes.plain.contains(ppn) || codes.refused.contains(ppn);
+    let is_known = |ppn: &Ppn| codes.plain.contains(ppn) || codes.refused.contains_key(ppn);
     let fresh = pages.filter(|it| it.executable && core.memory.is_ram(it.ppn)).map(|it| it.ppn);
     let fresh: Vec<Ppn> = fresh.filter(|ppn| !is_known(ppn)).collect();
     // Those that are refused are watched, too, so that they are looked at again when they have changed.
@@ -351,12 +434,16 @@ fn look_through(core: &mut Core<'_>, pages: impl Iterator<Item = Reached>, codes
         let Some(page) = core.memory.page(ppn) else { continue };
         page.read(0, &mut code);
         let is_stable = codes.writes.get(&ppn).is_none_or(|writes| *writes < MOST_WRITES);
-        let is_plain = is_stable && scan::is_plain(&code, core.vcpu.cpu.tsc_offset == 0);
-        if is_plain {
-            codes.plain.insert(ppn)
-        } else {
-            codes.refused.insert(ppn)
+        let verdict = if is_stable { scan::judge(&code, core.vcpu.cpu.tsc_offset == 0) } else { Verdict::Unclear };
+        let telling = match verdict {
+            Verdict::Plain => {
+                codes.plain.insert(ppn);
+                continue;
+            }
+            Verdict::Telling(telling) => Some(Arc::new(telling)),
+            Verdict::Unclear => None,
         };
+        codes.refused.insert(ppn, telling);
     }
 }
 

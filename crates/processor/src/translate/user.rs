@@ -17,7 +17,7 @@ impl Translator {
         let page = self.fetches.find(core, rip, mode)?.ppn();
         // It needs the rest of us for single instructions.
         let mut direct = self.direct.take()?;
-        let ended = match direct.refuses(page) {
+        let ended = match direct.refuses(core.vcpu, page) {
             true => Ended::Refused,
             false => direct.run(core, &mut |core| self.interpret(core)),
         };
