@@ -87,6 +87,16 @@ def test_a_policy_may_admit_as_it_likes(tmp_path: Path) -> None:
         (EVEN.replace("vm.min", "vm.size + 1"), ["'idle'", "outside"]),
         (EVEN.replace("target=vm.min", "swap=vm.size"), ["'idle'", "compressing and swapping"]),
         (EVEN.replace("zip(decision.vms, vms)", "zip(decision.vms, vms[1:])"), ["each vm once"]),
+        (
+            "from ringzero.policy import Decision\n"
+            "def decide(host, vms, before): return Decision(level=before, vms=5)\n",
+            ["level is None"],
+        ),
+        (
+            "from ringzero.policy import Decision, Level\n"
+            "def decide(host, vms, before): return Decision(level=Level.LOW, vms=5)\n",
+            ["failed in decide", "TypeError"],
+        ),
         (EVEN + "\ndef admit(host, vms, newcomer): return True\n", ["True and not an Admission"]),
         (EVEN + "\ndef admit(host, vms): ...\n", ["def admit(host, vms, newcomer)"]),
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import sys
 from collections.abc import Callable
@@ -202,6 +203,9 @@ def changed(change: Callable[[dict[str, object]], object]) -> str:
         (changed(lambda it: it["host"].update(free=10**9)), ["more is free"]),
         (changed(lambda it: it["host"].update(total="all")), ["total is 'all'"]),
         (changed(lambda it: it["vms"][0].update(name=["a"])), ["name is ['a']"]),
+        (changed(lambda it: it["vms"][0].update(name="a\x1b[2J")), ["can be printed"]),
+        (changed(lambda it: it["vms"][0].update(size=10**400, max=10**400)), ["'idle'", "no host"]),
+        (json.dumps(GOOD).replace('"at": 0', '"at": ' + "9" * 5000), ["line 1"]),
     ],
 )
 def test_a_damaged_trace_is_one_sentence(tmp_path: Path, text: str, words: list[str]) -> None:
@@ -213,6 +217,29 @@ def test_a_damaged_trace_is_one_sentence(tmp_path: Path, text: str, words: list[
     assert "\n" not in said
     for word in (str(path), *words):
         assert word in said
+
+
+def test_random_damage_to_a_trace_raises_nothing_but_our_own_errors(tmp_path: Path) -> None:
+    choose = Random(4)
+    good = two_vm_trace(tmp_path / "good", 3).read_bytes()
+    path = tmp_path / "damaged"
+    outcomes = {"replayed": 0, "error": 0}
+    digits = [at for at, byte in enumerate(good) if byte in b"0123456789"]
+    for number in range(400):
+        data = bytearray(good)
+        for _ in range(choose.randint(1, 3)):
+            if number % 2:  # numbers that differ
+                data[choose.choice(digits)] = choose.choice(b"0123456789")
+            else:
+                data[choose.randrange(len(data))] = choose.choice(b'0159-.e"{}[],:tn \x00\xff\n')
+        path.write_bytes(data)
+        try:
+            replay(trace.read(path), OwnPolicy())
+            outcomes["replayed"] += 1
+        except InputError as error:
+            assert "\n" not in str(error)
+            outcomes["error"] += 1
+    assert min(outcomes.values()) > 20, outcomes
 
 
 def test_files_that_are_no_traces(tmp_path: Path) -> None:
@@ -241,6 +268,22 @@ def test_two_policies_are_compared_in_a_table(tmp_path: Path, capsys: pytest.Cap
     ours, theirs = json.loads(figures.read_text())
     assert (ours["policy"], theirs["policy"]) == ("default", "no_tax")
     assert ours["vms"]["busy"]["held"] >= 1.3 * theirs["vms"]["busy"]["held"]
+
+
+def test_names_are_shown_as_they_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    host, (idle, busy) = two_vms(360 * MIB, Parameters())
+    vms = [replace(idle, name="[/]"), replace(busy, name="[red]$x")]
+    path = tmp_path / "trace"
+    path.write_text(trace.line(0, host, vms) + trace.line(1, host, vms))
+    mine = tmp_path / "[b]$.py"
+    mine.write_text(NO_TAX)
+    arguments = ["host", "simulate", str(path), "--policy", str(mine)]
+    assert run_command(arguments) == 0
+    shown = capsys.readouterr().out
+    for name in ("[/]", "[red]$x", "[b]$"):
+        assert name in shown
+    if importlib.util.find_spec("matplotlib"):
+        assert run_command([*arguments, "--picture", str(tmp_path / "x.png")]) == 0
 
 
 def test_one_policy_or_two_of_ones_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

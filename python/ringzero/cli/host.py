@@ -84,6 +84,7 @@ def simulate(
 def show(console: Console, replays: Sequence[Replay]) -> None:
     """Print two tables: what became of each VM, and of the host."""
     from rich.table import Table
+    from rich.text import Text
 
     from ringzero.policy import Level
 
@@ -98,8 +99,8 @@ def show(console: Console, replays: Sequence[Replay]) -> None:
             first = replays[0].mean(name, "held")
             versus = f"{100 * (held - first) / first:+.0f} %" if one is not replays[0] and first else ""
             table.add_row(
-                name if one is replays[0] else "",
-                one.policy,
+                Text(name if one is replays[0] else ""),  # a name may look like markup
+                Text(one.policy),
                 *(_mib(one.mean(name, what)) for what in ("active", "target", "held")),
                 versus,
                 _mib(one.mean(name, "short")),
@@ -115,7 +116,7 @@ def show(console: Console, replays: Sequence[Replay]) -> None:
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("HOST UNDER POLICY", no_wrap=True)
     for one in replays:
-        table.add_column(one.policy, justify="right", no_wrap=True, min_width=7)
+        table.add_column(Text(one.policy), justify="right", no_wrap=True, min_width=7)
     rows: list[tuple[str, list[str]]] = [
         (f"seconds at level {level.name.lower()}", [f"{one.seconds_at(level):g}" for one in replays])
         for level in Level

@@ -37,7 +37,7 @@ def draw(replays: Sequence[Replay], file: Path) -> None:
         held = {name: [_held(moment.vms.get(name)) for moment in one.moments] for name in one.names()}
         rows = [held.get(name, [0.0] * len(at)) for name in shown]
         others = [values for name, values in held.items() if name not in shown]
-        labels = list(shown)
+        labels = [_plain(name) for name in shown]
         if others:
             rows.append([sum(values) for values in zip(*others, strict=True)])
             labels.append(f"{len(others)} others")
@@ -45,7 +45,7 @@ def draw(replays: Sequence[Replay], file: Path) -> None:
         for moment in one.moments:
             if moment.level in SHADES:
                 panel.axvspan(moment.at, moment.at + moment.lasted, color=SHADES[moment.level], zorder=0)
-        panel.set_title(f"policy {one.policy}", loc="left")
+        panel.set_title(_plain(f"policy {one.policy}"), loc="left")
         panel.set_ylabel("held, MiB")
     panels[-1, 0].set_xlabel("seconds (yellow, orange, red behind: soft, hard, low)")
     panels[0, 0].legend(loc="upper right", fontsize="small")
@@ -65,3 +65,8 @@ def _largest(replays: Sequence[Replay]) -> list[str]:
 
 def _held(vm: object) -> float:
     return float(getattr(vm, "held", 0)) * PAGE / MIB
+
+
+def _plain(name: str) -> str:
+    """Return a name that matplotlib takes neither for a formula nor, by its first letter, for one to leave out."""
+    return f"\u200b{name}".replace("$", r"\$")

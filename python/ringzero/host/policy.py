@@ -88,7 +88,7 @@ class FilePolicy:
         if self.decides is None:
             return policy.decide(host, vms, before, self.parameters)
         decision = _guarded(self.path, "decide", self.decides, host, tuple(vms), before)
-        fault = policy.fault_of(decision, vms)
+        fault = _guarded(self.path, "decide", policy.fault_of, decision, vms)
         if fault is not None:
             raise InputError(f"policy {self.path}: {fault}")
         assert isinstance(decision, Decision)

@@ -25,6 +25,8 @@ __all__ = ["MOST_SHARES", "PAGE", "HostMemory", "VmMemory", "amount", "charges"]
 
 PAGE = 4096
 """Bytes a page."""
+MOST_PAGES = 1 << 40
+"""4 PiB, more than the processor can address: what is beyond was not counted but made up, or is damaged."""
 MOST_SHARES = 1_000_000
 """More would lose the VM with one share in the rounding."""
 
@@ -53,10 +55,10 @@ class VmMemory:
     balloons: bool = True
 
     def __post_init__(self) -> None:
-        what = f"vm {self.name!r}"
+        what = f"vm {self.name!r:.80}"
         _whole(what, self, exempt=("name", "active", "balloons"))
-        if not isinstance(self.name, str) or not self.name:
-            raise ValueError(f"a vm's name is {self.name!r}: give it one")
+        if not isinstance(self.name, str) or not self.name or not self.name.isprintable():
+            raise ValueError(f"a vm's name is {self.name!r:.80}, and must be a word that can be printed")
         if not isinstance(self.balloons, bool):
             raise ValueError(f"{what}: balloons is {self.balloons!r}, and must be true or false")
         if isinstance(self.active, bool) or not isinstance(self.active, int | float):
@@ -147,4 +149,8 @@ def _whole(what: str, counters: VmMemory | HostMemory, exempt: tuple[str, ...] =
             continue
         value = getattr(counters, field.name)
         if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-            raise ValueError(f"{what}: {field.name} is {value!r}, and must be a whole number, 0 or more")
+            raise ValueError(f"{what}: {field.name} is {value!r:.40}, and must be a whole number, 0 or more")
+        if value > MOST_PAGES:
+            raise ValueError(
+                f"{what}: {field.name} is more than {MOST_PAGES:,}, and no host has such numbers"
+            )
