@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from house import setup, tests
+from house import door, run, setup, tests
 from house.shell import Failed, watch
 
 DEV = Path(__file__).resolve().parents[2] / "tools/dev"
@@ -30,6 +30,16 @@ def test_what_it_does_not_know_is_bad_input(words: list[str]) -> None:
     assert done.returncode == 2
     assert "nonsense" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("command", ["soak", "bench"])
+def test_options_of_another_parser_are_passed_on(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[list[str]] = []
+    monkeypatch.setattr(setup, "prepare", lambda: None)
+    monkeypatch.setattr(run, "house_program", lambda _, words: seen.append(["soak", *words]) or 0)
+    monkeypatch.setattr(run, "ringzero", lambda words: seen.append(words) or 0)
+    assert door.main([command, "--first", "x", "second"]) == 0
+    assert seen == [[command, "--first", "x", "second"]]
 
 
 def test_one_failed_suite_fails_the_whole_and_the_rest_still_runs(

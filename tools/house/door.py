@@ -112,7 +112,11 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str]) -> int:
     """Run one command of tools/dev and return its exit status."""
-    options = parser().parse_args(arguments)
+    if arguments[:1] in (["soak"], ["bench"]):
+        # All that follows is for another parser, options that come first among it, which REMAINDER leaves out.
+        options = argparse.Namespace(command=arguments[0], arguments=list(arguments[1:]))
+    else:
+        options = parser().parse_args(arguments)
     try:
         match options.command:
             case "check":
