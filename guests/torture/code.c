@@ -3,8 +3,10 @@
 #include "torture.h"
 
 #include <cpuid.h>
+#include <signal.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <ucontext.h>
 #include <unistd.h>
 
 typedef uint32_t function(uint32_t);
@@ -66,6 +68,48 @@ void rewritten_code(u64 seed)
         expect_call(area + 20 * SLOT, value, value, "code that rewrites itself");
     }
     unmap(area, 1);
+}
+
+static unsigned char *forbidden;
+static volatile u64 forbidden_calls;
+
+/* A call of what may not be executed comes here, before its first instruction: from now on it may. */
+static void on_fault(int signal, siginfo_t *info, void *context)
+{
+    const ucontext_t *user = context;
+    u64 page = (u64)forbidden & ~(PAGE - 1);
+    scramble_registers();
+    if ((u64)info->si_addr - page >= PAGE || mprotect((void *)page, PAGE, PROT_READ | PROT_EXEC) != 0) {
+        /* Not ours: let it end the process. */
+        struct sigaction action = {.sa_handler = SIG_DFL};
+        sigaction(signal, &action, NULL);
+        return;
+    }
+    if ((u64)user->uc_mcontext.gregs[REG_RIP] != (u64)forbidden || (u64)info->si_addr != (u64)forbidden)
+        wrong("where code that is forbidden stops", (u64)user->uc_mcontext.gregs[REG_RIP], (u64)info->si_addr,
+              (u64)forbidden);
+    forbidden_calls++;
+}
+
+/* Code whose page is made not executable faults, once, however often it was executed before. */
+void forbidden_code(u64 seed)
+{
+    struct sigaction action = {.sa_sigaction = on_fault, .sa_flags = SA_SIGINFO}, before;
+    sigaction(SIGSEGV, &action, &before);
+    unsigned char *area = pages(1);
+    forbidden = area + below(&seed, PAGE - SLOT);
+    forbidden_calls = 0;
+    for (u64 round = 1; round <= 30; round++) {
+        uint32_t value = (uint32_t)next_random(&seed);
+        write_constant(forbidden, value);
+        expect_call(forbidden, 0, value, "code that was forbidden");
+        if (forbidden_calls != round)
+            wrong("calls that were stopped", (u64)forbidden, forbidden_calls, round);
+        expect_call(forbidden, 0, value, "code that was forbidden, again");
+        protect(area, 1, PROT_READ | PROT_WRITE);
+    }
+    unmap(area, 1);
+    sigaction(SIGSEGV, &before, NULL);
 }
 
 static void *map_code(void *at, int file, size_t page, int protection)

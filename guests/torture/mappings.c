@@ -150,6 +150,45 @@ void shared_file(u64 seed)
     close(file);
 }
 
+/* A file that is cut: what was mapped of it goes from all address spaces, and comes back as zeros when it grows. */
+void cut_file(u64 seed)
+{
+    size_t count = 4 + below(&seed, 40);
+    u64 base = next_random(&seed) | 1;
+    int file = file_of(count, base), to_child[2], to_parent[2];
+    if (pipe(to_child) != 0 || pipe(to_parent) != 0)
+        refused("pipe");
+    u64 *area = map_file(file, count, MAP_SHARED);
+    size_t kept = below(&seed, count);
+    char byte = 0;
+    int child = fork();
+    if (child == 0) {
+        expect_sparse(area, count * WORDS, base, "file of a child");
+        if (write(to_parent[1], &byte, 1) != 1 || read(to_child[0], &byte, 1) != 1)
+            _exit(1);
+    } else {
+        expect_sparse(area, count * WORDS, base, "file");
+        if (child < 0 || read(to_parent[0], &byte, 1) != 1 || ftruncate(file, (off_t)(kept * PAGE)) != 0 ||
+            ftruncate(file, (off_t)(count * PAGE)) != 0 || write(to_child[1], &byte, 1) != 1)
+            refused("ftruncate");
+    }
+    expect_sparse(area, kept * WORDS, base, "file before the cut");
+    for (size_t i = kept * WORDS; i < count * WORDS; i += 37)
+        if (area[i] != 0) {
+            wrong("file behind the cut", (u64)&area[i], area[i], 0);
+            break;
+        }
+    if (child == 0)
+        _exit(8);
+    expect_status(child, 8, "status of a child whose file is cut");
+    unmap(area, count);
+    close(file);
+    for (int end = 0; end < 2; end++) {
+        close(to_child[end]);
+        close(to_parent[end]);
+    }
+}
+
 static char *guarded;
 static size_t guarded_count;
 static volatile u64 let_in;

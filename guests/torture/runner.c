@@ -38,9 +38,11 @@ static const struct {
     {"large-pages", large_pages},
     {"private-file", private_file},
     {"shared-file", shared_file},
+    {"cut-file", cut_file},
     {"faults-in-handlers", faults_in_handlers},
     {"written-code", written_code},
     {"rewritten-code", rewritten_code},
+    {"forbidden-code", forbidden_code},
     {"moved-code", moved_code},
     {"code-of-a-child", code_of_a_child},
     {"deep-stacks", deep_stacks},
@@ -51,6 +53,7 @@ static const struct {
     {"moved-under-a-thread", moved_under_a_thread},
     {"protected-under-a-thread", protected_under_a_thread},
     {"code-under-a-thread", code_under_a_thread},
+    {"one-clock", one_clock},
 };
 #define TESTS (sizeof tests / sizeof *tests)
 

@@ -9,6 +9,7 @@
 #include <signal.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <time.h>
 #include <unistd.h>
 
 static pthread_t start(void *(*body)(void *), void *argument)
@@ -216,4 +217,43 @@ void code_under_a_thread(u64 seed)
     __atomic_store_n(&shared.over, true, __ATOMIC_RELEASE);
     pthread_join(caller, NULL);
     unmap(area, 1);
+}
+
+/* Says the time that it sees, at a place of its own, and looks at what the others have said before. */
+static u64 times[THREADS];
+
+static u64 now(void)
+{
+    struct timespec time;
+    clock_gettime(CLOCK_MONOTONIC, &time);
+    return (u64)time.tv_sec * 1000000000 + (u64)time.tv_nsec;
+}
+
+static void *look_at_clock(void *argument)
+{
+    u64 number = (u64)argument;
+    for (int turn = 0; turn < 3000; turn++) {
+        u64 said = __atomic_load_n(&times[(number + 1) % THREADS], __ATOMIC_ACQUIRE);
+        u64 time = now();
+        if (time < said) {
+            wrong("time after another thread had said it", number, time, said);
+            break;
+        }
+        __atomic_store_n(&times[number], time, __ATOMIC_RELEASE);
+        if (turn % 100 == 0)
+            sched_yield();
+    }
+    return NULL;
+}
+
+/* No thread sees a time before one that another has seen: CLOCK_MONOTONIC is one clock, whatever the processor. */
+void one_clock(u64 seed)
+{
+    (void)seed;
+    pthread_t threads[THREADS];
+    memset(times, 0, sizeof times);
+    for (u64 i = 0; i < THREADS; i++)
+        threads[i] = start(look_at_clock, (void *)i);
+    for (size_t i = 0; i < THREADS; i++)
+        pthread_join(threads[i], NULL);
 }

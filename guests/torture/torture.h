@@ -19,13 +19,13 @@ void scramble_registers(void);
 /* memory.c */
 test_function fresh_memory, copy_on_write, moved_memory, unneeded_memory, protected_memory, heap, string_moves;
 /* mappings.c */
-test_function large_pages, private_file, shared_file, faults_in_handlers;
+test_function large_pages, private_file, shared_file, cut_file, faults_in_handlers;
 /* code.c */
-test_function written_code, rewritten_code, moved_code, code_of_a_child;
+test_function written_code, rewritten_code, forbidden_code, moved_code, code_of_a_child;
 /* processes.c */
 test_function deep_stacks, pipes, other_programs, same_place_other_program;
 /* threads.c */
-test_function locks, moved_under_a_thread, protected_under_a_thread, code_under_a_thread;
+test_function locks, moved_under_a_thread, protected_under_a_thread, code_under_a_thread, one_clock;
 
 /* Says what came out wrong: where (an address, an index), what was there and what should have been. */
 void wrong(const char *what, u64 where, u64 got, u64 wanted);
