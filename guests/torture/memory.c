@@ -1,4 +1,4 @@
-/* Anonymous memory: it comes as zeros and holds what was written to it, wherever it is moved to and whoever has a copy. */
+/* Anonymous memory: it comes as zeros and holds what was written to it, wherever it is moved and whoever has a copy. */
 #define _GNU_SOURCE
 #include "torture.h"
 

@@ -54,6 +54,7 @@ static const struct {
     {"protected-under-a-thread", protected_under_a_thread},
     {"code-under-a-thread", code_under_a_thread},
     {"one-clock", one_clock},
+    {"counter-waits", counter_waits},
 };
 #define TESTS (sizeof tests / sizeof *tests)
 

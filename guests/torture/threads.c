@@ -219,41 +219,90 @@ void code_under_a_thread(u64 seed)
     unmap(area, 1);
 }
 
-/* Says the time that it sees, at a place of its own, and looks at what the others have said before. */
-static u64 times[THREADS];
-
-static u64 now(void)
+static u64 monotonic(void)
 {
     struct timespec time;
     clock_gettime(CLOCK_MONOTONIC, &time);
     return (u64)time.tv_sec * 1000000000 + (u64)time.tv_nsec;
 }
 
-static void *look_at_clock(void *argument)
+/* RDTSCP waits for the loads before it, RDTSC only behind an LFENCE: SDM (2024-12) Vol. 2B "RDTSC", "RDTSCP". */
+static u64 counter(void)
 {
-    u64 number = (u64)argument;
-    for (int turn = 0; turn < 3000; turn++) {
-        u64 said = __atomic_load_n(&times[(number + 1) % THREADS], __ATOMIC_ACQUIRE);
-        u64 time = now();
-        if (time < said) {
-            wrong("time after another thread had said it", number, time, said);
-            break;
+    u64 low, high;
+    __asm__ volatile("rdtscp" : "=a"(low), "=d"(high) : : "rcx", "memory");
+    return high << 32 | low;
+}
+
+static u64 fenced_counter(void)
+{
+    u64 low, high;
+    __asm__ volatile("lfence\nrdtsc" : "=a"(low), "=d"(high) : : "memory");
+    return high << 32 | low;
+}
+
+static const struct {
+    const char *what;
+    u64 (*read)(void);
+} clocks[] = {
+    {"CLOCK_MONOTONIC after another thread has said it", monotonic},
+    {"RDTSCP after another thread has said it", counter},
+    {"LFENCE and RDTSC after another thread has said it", fenced_counter},
+};
+#define CLOCKS (sizeof clocks / sizeof *clocks)
+
+/* What each thread has seen last of each clock, in a line of its own. */
+static struct {
+    u64 seen[CLOCKS];
+} __attribute__((aligned(64))) times[THREADS];
+
+static pthread_barrier_t gathered;
+
+static void *look_at_clocks(void *argument)
+{
+    u64 number = (u64)argument, other = (number + 1) % THREADS;
+    for (size_t clock = 0; clock < CLOCKS; clock++) {
+        /* Long enough for the others to come to their processors. */
+        for (int turn = 0; turn < 20000; turn++) {
+            u64 said = __atomic_load_n(&times[other].seen[clock], __ATOMIC_ACQUIRE);
+            u64 time = clocks[clock].read();
+            if (time < said) {
+                wrong(clocks[clock].what, number, time, said);
+                break;
+            }
+            __atomic_store_n(&times[number].seen[clock], time, __ATOMIC_RELEASE);
         }
-        __atomic_store_n(&times[number], time, __ATOMIC_RELEASE);
-        if (turn % 100 == 0)
-            sched_yield();
+        pthread_barrier_wait(&gathered);
     }
     return NULL;
 }
 
-/* No thread sees a time before one that another has seen: CLOCK_MONOTONIC is one clock, whatever the processor. */
+/* No thread sees a time before one that another has seen: there is one clock, whatever the processor. */
 void one_clock(u64 seed)
 {
     (void)seed;
     pthread_t threads[THREADS];
     memset(times, 0, sizeof times);
+    pthread_barrier_init(&gathered, NULL, THREADS);
     for (u64 i = 0; i < THREADS; i++)
-        threads[i] = start(look_at_clock, (void *)i);
+        threads[i] = start(look_at_clocks, (void *)i);
     for (size_t i = 0; i < THREADS; i++)
         pthread_join(threads[i], NULL);
+}
+
+/* Square roots, each of the one before: some 500 cycles that RDTSCP has to wait for, and RDTSC alone would not. */
+void counter_waits(u64 seed)
+{
+    enum { LEAST = 150 };
+    double number = 1.0 + (double)below(&seed, 1000);
+    u64 least = ~0ul;
+    for (int round = 0; round < 500; round++) {
+        u64 before = fenced_counter();
+        __asm__ volatile("lfence\n.rept 40\nsqrtsd %0, %0\n.endr" : "+x"(number));
+        u64 passed = counter() - before;
+        if (passed < least)
+            least = passed;
+    }
+    if (least < LEAST)
+        wrong("ticks that RDTSCP waited", 0, least, LEAST);
 }

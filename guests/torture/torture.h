@@ -25,7 +25,7 @@ test_function written_code, rewritten_code, forbidden_code, moved_code, code_of_
 /* processes.c */
 test_function deep_stacks, pipes, other_programs, same_place_other_program;
 /* threads.c */
-test_function locks, moved_under_a_thread, protected_under_a_thread, code_under_a_thread, one_clock;
+test_function locks, moved_under_a_thread, protected_under_a_thread, code_under_a_thread, one_clock, counter_waits;
 
 /* Says what came out wrong: where (an address, an index), what was there and what should have been. */
 void wrong(const char *what, u64 where, u64 got, u64 wanted);
