@@ -4,7 +4,7 @@
 //! Contract of the unsafe code: RDTSC is available (every x86-64 has it; CR4.TSD is never set by Linux unless a
 //! process asks with PR_SET_TSC, which would end this process with SIGSEGV, not with undefined behaviour).
 
-use std::arch::x86_64::{__cpuid, _rdtsc};
+use std::arch::x86_64::{__cpuid, _mm_lfence, _rdtsc};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
@@ -19,6 +19,17 @@ const SHIFT: u32 = 32;
 pub fn host_tsc() -> u64 {
     // SAFETY: see the contract at the head of the file; the instruction reads no memory.
     unsafe { _rdtsc() }
+}
+
+/// Read it only after all loads before are done: what they have seen was not written later than this.
+#[inline]
+#[must_use]
+pub fn host_tsc_in_order() -> u64 {
+    // SAFETY: see the contract at the head of the file; the instructions touch no memory.
+    unsafe {
+        _mm_lfence();
+        _rdtsc()
+    }
 }
 
 /// Ask the kernel for exact wake-ups in this thread (its default is to be up to 50 microseconds late, to save power).

@@ -114,10 +114,10 @@ pub fn rdpid(core: &mut Core<'_>, instruction: &Instruction) -> Outcome {
     Ok(Flow::Next)
 }
 
-/// The guest's time stamp counter now.
+/// The guest's time stamp counter now, read in order: the guest may have asked for that, by RDTSCP or by LFENCE.
 #[must_use]
 pub fn guest_tsc(cpu: &CpuState) -> u64 {
-    host::clock::host_tsc().wrapping_add(cpu.tsc_offset)
+    host::clock::host_tsc_in_order().wrapping_add(cpu.tsc_offset)
 }
 
 /// The index of a fixed-range MTRR.

@@ -19,6 +19,9 @@ impl Lowering<'_> {
             System::SwapGs => self.swap_gs(),
             System::ReadTsc => self.read_tsc(insn),
             System::ReadTscAndId => {
+                // It waits for all instructions and loads before it, as RDTSC does not: clocks that several processors read
+                // rely on it. LFENCE makes RDTSC wait as well (SDM (2024-12) Vol. 2B "RDTSC", "RDTSCP").
+                self.c.asm.bytes(&[0x0f, 0xae, 0xe8]);
                 self.read_tsc(insn);
                 self.c.asm.load32(RCX, Mem::vcpu(frame::TSC_AUX));
             }
