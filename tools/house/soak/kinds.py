@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import random
 import subprocess
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -94,7 +95,7 @@ class Torture:
     def prepare(self, scratch: Path) -> dict[str, Path]:
         """Compile it."""
         script = ROOT / "guests/torture/build.py"
-        subprocess.run(["python3", str(script), str(scratch)], check=True, stdout=subprocess.DEVNULL)
+        subprocess.run([sys.executable, str(script), str(scratch)], check=True, stdout=subprocess.DEVNULL)
         return {path.name: path for path in sorted(scratch.iterdir())}
 
     def round(self, machine: Machine, limit: float) -> list[str]:
