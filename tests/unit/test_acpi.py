@@ -127,6 +127,14 @@ def test_aml_encodings() -> None:
             aml.name(bad, b"\0")
 
 
+def test_address_spaces_of_a_bridge() -> None:
+    buses = aml.address_space(aml.BUS_NUMBERS, 0, 1)
+    assert buses.hex(" ") == "88 0d 00 02 0c 00 00 00 00 00 00 00 00 00 01 00"
+    window = aml.address_space(aml.MEMORY, 0xE000_0000, 0x1000_0000, flags=1)
+    assert window[:6].hex(" ") == "87 17 00 00 0c 01"
+    assert struct.unpack("<5I", window[6:]) == (0, 0xE000_0000, 0xEFFF_FFFF, 0, 0x1000_0000)
+
+
 @pytest.mark.skipif(IASL is None, reason="no iasl (apt: acpica-tools)")
 def test_iasl_reads_the_tables_and_compiles_the_dsdt_without_complaint(tmp_path: Path) -> None:
     assert IASL is not None
@@ -144,6 +152,8 @@ def test_iasl_reads_the_tables_and_compiles_the_dsdt_without_complaint(tmp_path:
     source = (tmp_path / "DSDT.dsl").read_text()
     for wanted in (
         'EisaId ("PNP0501")',
+        'EisaId ("PNP0A03")',
+        "Name (_PRT, Package (0x1F)",
         'EisaId ("PNP0303")',
         'EisaId ("PNP0B00")',
         '"QEMU0001"',

@@ -20,6 +20,8 @@ pub enum Rank {
     Service,
     /// One device on the bus: a UART, the PIT, the ACPI block, a Python device.
     Device,
+    /// The interrupts of one PCI function: its MSI-X table and its INTA#.
+    FunctionInterrupts,
     /// The interrupt lines and the two controllers behind them, PIC and IOAPIC.
     Wiring,
     /// One processor's local APIC. No two are ever held at once.

@@ -1,10 +1,12 @@
-//! I/O VIRTUALIZATION: the buses, the interrupt controllers, the timers, the serial ports, and their assembly.
+//! I/O VIRTUALIZATION: the buses, PCI among them, the interrupt controllers, the timers, the serial ports, and their
+//! assembly.
 //!
 //! A port write: monitor -> [`platform`] -> [`bus`] -> device -> interrupt line -> [`irq`] -> kick of a processor.
 #![forbid(unsafe_code)]
 
 pub mod bus;
 pub mod irq;
+pub mod pci;
 pub mod platform;
 pub mod scratch;
 pub mod serial_service;

@@ -13,11 +13,12 @@ use crate::bus::{AccessSize, BusError, MmioBus, MmioDevice, PortBus, PortDevice,
 use crate::irq::pic::PicPort;
 use crate::irq::ports::{IoApicPage, PicPorts};
 use crate::irq::{Fabric, IOAPIC_PAGE, Interrupt, IrqLine, Kick};
+use crate::pci;
 use crate::scratch::Scratch;
 use crate::serial_service::{SerialError, SerialService};
 use crate::timer::acpi::ACPI_PORTS;
 use crate::timer::pit::SPEAKER_OFFSET;
-use crate::timer::{AcpiPorts, EndRequest, FastControl, PciConfigPorts, Pit, TimerQueue, TimerThread};
+use crate::timer::{AcpiPorts, EndRequest, FastControl, Pit, TimerQueue, TimerThread};
 use crate::uart::{Doorbell, Uart};
 
 /// First port and interrupt line of COM1 to COM4.
@@ -111,10 +112,14 @@ impl Platform {
         ports.claim_part(0x61, 1, SPEAKER_OFFSET, Byte, pit)?;
         let acpi = AcpiPorts::new(clock.clone(), timers.timer(), fabric.line(SCI_LINE), Arc::clone(&end_request));
         ports.claim(ACPI_FIRST, ACPI_PORTS, Dword, acpi.clone())?;
-        ports.claim(0xcf8, 8, Dword, shared(PciConfigPorts::new(Arc::clone(&end_request))))?;
-        ports.claim(0x92, 1, Byte, shared(FastControl::new(end_request)))?;
+        ports.claim(0x92, 1, Byte, shared(FastControl::new(Arc::clone(&end_request))))?;
 
-        // 3. Serial ports.
+        // 3. The PCI bus: its bridge, whose chipset has the reset register too.
+        let pci = pci::Host::new(Arc::clone(&fabric), end_request);
+        ports.claim(pci::CONFIG_PORTS.0, pci::CONFIG_PORTS.1, Dword, pci.clone())?;
+        mmio.claim(pci::WINDOW, pci::WINDOW_BYTES, pci)?;
+
+        // 4. Serial ports.
         let doorbell = Arc::new(Doorbell::new()?);
         let mut uarts = Vec::new();
         for (first, line) in SERIAL {
@@ -124,7 +129,7 @@ impl Platform {
             uarts.push(uart);
         }
 
-        // 4. The threads, when all they serve is there. Port 0x80 has no device: what nobody claims swallows writes.
+        // 5. The threads, when all they serve is there. Port 0x80 has no device: what nobody claims swallows writes.
         let serial = SerialService::start(uarts, doorbell, clock.clone(), counters)?;
         let timer_thread = TimerThread::start(Arc::clone(&timers))?;
         let outside_lines = (0..ISA_LINES).map(|line| fabric.line(line)).collect();

@@ -8,7 +8,7 @@ share.
     │ hole for devices     │     0xFF00_0000  pc-testdev, when asked for
     │                      │     0xFEE0_0000  local APIC
     │                      │     0xFEC0_0000  I/O APIC
-    │                      │     (room for PCI memory windows)
+    │                      │     0xE000_0000  PCI window, 256 MiB: registers of PCI devices
     ├──────────────────────┤ 0xC000_0000    3 GiB   LOW_RAM_LIMIT
     │ RAM                  │
     │   initramfs          │ as high as the kernel allows
@@ -82,6 +82,14 @@ LOADABLE: Final = 0x10_0000
 # Memory-mapped devices.
 IOAPIC: Final = 0xFEC0_0000
 LOCAL_APIC: Final = 0xFEE0_0000
+
+PCI_WINDOW: Final = 0xE000_0000
+PCI_WINDOW_SIZE: Final = 256 * MIB
+PCI_CONFIG: Final = 0xCF8
+PCI_CONFIG_PORTS: Final = 8
+PCI_SLOTS: Final = 32
+PCI_IRQS: Final = (10, 11)
+"""The ISA interrupts of slots with an even and an odd number."""
 
 # I/O ports; those of the slow devices are in ringzero.devices.ports.
 PM1A_EVENT: Final = 0x600

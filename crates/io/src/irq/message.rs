@@ -42,3 +42,41 @@ pub struct Message {
     /// Level-triggered: its end is told to the I/O APIC.
     pub level: bool,
 }
+
+impl Message {
+    /// What a device sends by writing `data` to `address`: Intel SDM (2024-12) Vol. 3A 12.11 "Message Signalled Interrupts".
+    /// `None` when the address is not the local APICs' (a device would write to memory there; ours do not).
+    #[must_use]
+    pub fn signalled(address: u64, data: u32) -> Option<Message> {
+        if address >> 20 != 0xfee {
+            return None;
+        }
+        let logical = address & 1 << 2 != 0;
+        let destination = (address >> 12) as u32 & 0xff;
+        Some(Message {
+            vector: data as u8,
+            mode: DeliveryMode::from_bits(data >> 8),
+            destination: if destination == 0xff && !logical { u32::MAX } else { destination },
+            logical,
+            // Devices signal events; a level would need a message for its end too, and no system asks for it.
+            level: false,
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn signalled_messages_name_their_receivers() {
+        let message = Message::signalled(0xfee0_3000, 0x4061).unwrap();
+        assert_eq!((message.vector, message.mode, message.destination), (0x61, DeliveryMode::Fixed, 3));
+        assert!(!message.logical && !message.level);
+        let message = Message::signalled(0xfee0_500c, 0x0161).unwrap();
+        assert_eq!((message.mode, message.destination, message.logical), (DeliveryMode::LowestPriority, 5, true));
+        assert_eq!(Message::signalled(0xfeef_f000, 0).unwrap().destination, u32::MAX);
+        assert_eq!(Message::signalled(0xfeef_f004, 0).unwrap().destination, 0xff);
+        assert!(Message::signalled(0xfed0_0000, 0).is_none() && Message::signalled(0x1_fee0_0000, 0).is_none());
+    }
+}

@@ -109,12 +109,13 @@ impl Fabric {
         })
     }
 
-    /// What firmware leaves behind: the PIC reaches the bootstrap processor, and the ACPI interrupt is a level.
+    /// What firmware leaves behind: the PIC reaches the bootstrap processor, and the interrupts of ACPI (line 9) and of the
+    /// PCI bus (10 and 11) are levels.
     pub fn set_up_as_firmware(&self) {
         if let Some(bootstrap) = self.cpus.first() {
             bootstrap.set_virtual_wire();
         }
-        self.write_pic(PicPort::SlaveElcr, 1 << 1);
+        self.write_pic(PicPort::SlaveElcr, 0b1110);
     }
 
     /// A new source on an ISA line (0-15; others are wired to nothing).
@@ -169,6 +170,11 @@ impl Fabric {
     }
 
     // ---- messages --------------------------------------------------------------------------------------------------
+
+    /// A message from a device that signals its interrupts by writes.
+    pub fn send(&self, message: &Message) {
+        self.deliver(message, None, Shorthand::Destination);
+    }
 
     /// Hand a message to those whom it is for. `from` is the sending processor. False if nobody took it.
     fn deliver(&self, message: &Message, from: Option<usize>, shorthand: Shorthand) -> bool {

@@ -1,6 +1,5 @@
-//! ACPI's fixed registers (PM1 events and control, the PM timer), and the ports that reset the machine.
-//! Source: ACPI Specification 6.5, 4.8.3 "Fixed Hardware Registers"; port 0xcf9: Intel ICH9 (316972) 13.7.5
-//! "RST_CNT"; port 0x92: 13.7.3 "PORT92".
+//! ACPI's fixed registers (PM1 events and control, the PM timer), and port 0x92, which resets the machine.
+//! Source: ACPI Specification 6.5, 4.8.3 "Fixed Hardware Registers"; port 0x92: Intel ICH9 (316972) 13.7.3 "PORT92".
 
 use std::sync::{Arc, Weak};
 
@@ -179,46 +178,6 @@ impl TimerTarget for RankedMutex<AcpiPorts> {
     }
 }
 
-/// Ports 0xcf8 to 0xcff: PCI configuration mechanism 1 without a single device, and the reset register in its midst.
-/// The two share an address but not a width: 0xcf8 answers to whole doublewords only (PCI Local Bus 3.0, 3.2.2.3.2).
-pub struct PciConfigPorts {
-    address: u32,
-    reset: u8,
-    end: EndRequest,
-}
-
-impl PciConfigPorts {
-    #[must_use]
-    pub fn new(end: EndRequest) -> Self {
-        PciConfigPorts { address: 0, reset: 0, end }
-    }
-}
-
-impl PortDevice for PciConfigPorts {
-    fn read(&mut self, offset: u16, size: AccessSize) -> u32 {
-        match (offset, size) {
-            (0, AccessSize::Dword) => self.address,
-            (1, AccessSize::Byte) => u32::from(self.reset),
-            _ => u32::MAX,
-        }
-    }
-
-    fn write(&mut self, offset: u16, size: AccessSize, value: u32) {
-        match (offset, size) {
-            (0, AccessSize::Dword) => self.address = value & 0x80ff_fffc,
-            (1, AccessSize::Byte) => {
-                // RST_CPU: the reset comes when the bit rises.
-                let rises = value & 4 != 0 && self.reset & 4 == 0;
-                self.reset = value as u8 & 0xe;
-                if rises {
-                    (self.end)("reboot");
-                }
-            }
-            _ => {}
-        }
-    }
-}
-
 /// Port 0x92: fast reset and the A20 gate. The gate has no effect: address line 20 is always on.
 pub struct FastControl {
     value: u8,
@@ -338,20 +297,6 @@ mod tests {
         bench.acpi.lock().write(STATUS + 1, Byte, 1);
         assert!(!bench.sci());
         assert_eq!(bench.acpi.lock().read(STATUS, Word), 0);
-    }
-
-    #[test]
-    fn the_reset_register_and_its_neighbour() {
-        let bench = bench();
-        let mut ports = PciConfigPorts::new(bench.end.clone());
-        ports.write(0, Dword, 0x8000_0604);
-        assert_eq!(ports.read(0, Dword), 0x8000_0604);
-        assert_eq!(ports.read(4, Dword), u32::MAX, "no device");
-        ports.write(1, Byte, 2);
-        assert!(bench.reasons.lock().unwrap().is_empty());
-        ports.write(1, Byte, 6);
-        assert_eq!(*bench.reasons.lock().unwrap(), ["reboot"]);
-        assert_eq!(ports.read(1, Byte), 6);
     }
 
     #[test]

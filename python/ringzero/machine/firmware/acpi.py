@@ -1,8 +1,8 @@
 """The ACPI tables of our machine (ACPI 6.5): RSDP, XSDT, FADT, FACS, MADT and DSDT.
 
 The guest is told the truth and no more: a PC with its legacy devices, an I/O APIC, one local APIC a
-processor, power management through fixed registers (not "hardware-reduced"), no VGA, and no PCI host bridge
-yet. A later issue brings that: it adds a device to `_dsdt`, and an MCFG beside the MADT.
+processor, power management through fixed registers (not "hardware-reduced"), no VGA, and a PCI host bridge
+with one bus. There is no MCFG: configuration mechanism 1 reaches all that is there.
 
 Everything lies in the firmware area (address_map.FIRMWARE), the RSDP first, where a guest that is not told
 its address finds it by its signature.
@@ -185,9 +185,40 @@ def _madt(cpus: int) -> bytes:
     return _table(b"APIC", 5, body)
 
 
+def _pci_bridge() -> bytes:
+    """Return the PCI host bridge: bus 0 alone, so that nobody looks for devices on others, the window of its
+    devices' registers, and which interrupt each slot's INTA# is (6.2.13 _PRT).
+    """
+    interrupts = [
+        aml.package(
+            aml.integer(slot << 16 | 0xFFFF),
+            aml.integer(0),  # INTA#
+            aml.integer(0),  # no link device: the line is wired
+            aml.integer(address_map.PCI_IRQS[slot % len(address_map.PCI_IRQS)]),
+        )
+        for slot in range(1, address_map.PCI_SLOTS)
+    ]
+    window = aml.address_space(aml.MEMORY, address_map.PCI_WINDOW, address_map.PCI_WINDOW_SIZE, flags=1)
+    return aml.device(
+        "PCI0",
+        aml.name("_HID", aml.eisa_id("PNP0A03")),
+        aml.name("_UID", aml.integer(0)),
+        aml.name("_BBN", aml.integer(0)),
+        aml.name(
+            "_CRS",
+            aml.resources(
+                aml.address_space(aml.BUS_NUMBERS, 0, 1),
+                aml.io_ports(address_map.PCI_CONFIG, address_map.PCI_CONFIG_PORTS),
+                window,
+            ),
+        ),
+        aml.name("_PRT", aml.package(*interrupts)),
+    )
+
+
 def _dsdt() -> bytes:
-    """Return the Differentiated System Description Table: soft off, and the legacy devices with their
-    resources.
+    """Return the Differentiated System Description Table: soft off, the PCI bus, and the legacy devices with
+    their resources.
     """
     present = aml.name("_STA", aml.integer(0x0F))
     uarts = [
@@ -228,7 +259,7 @@ def _dsdt() -> bytes:
     s5 = aml.integer(address_map.S5_SLEEP_TYPE)
     zero = aml.integer(0)
     body = aml.name("\\_S5", aml.package(s5, s5, zero, zero))
-    body += aml.scope("\\_SB", *uarts, keyboard, clock, panic)
+    body += aml.scope("\\_SB", _pci_bridge(), *uarts, keyboard, clock, panic)
     return _table(b"DSDT", 2, body)
 
 

@@ -14,6 +14,9 @@ import struct
 from typing import Final
 
 __all__ = [
+    "BUS_NUMBERS",
+    "MEMORY",
+    "address_space",
     "buffer",
     "device",
     "eisa_id",
@@ -45,6 +48,10 @@ _DUAL_NAME_PREFIX: Final = b"\x2e"
 _MULTI_NAME_PREFIX: Final = b"\x2f"
 _DEVICE_OP: Final = b"\x5b\x82"
 _RETURN_OP: Final = b"\xa4"
+
+MEMORY: Final = 0
+BUS_NUMBERS: Final = 2
+"""Resource types of address space descriptors (6.4.3.5.1)."""
 
 _SEGMENT: Final = re.compile(r"[A-Z_][A-Z0-9_]{0,3}\Z")
 
@@ -153,6 +160,18 @@ def irq(line: int) -> bytes:
     bytes).
     """
     return struct.pack("<BH", 0x22, 1 << line)
+
+
+def address_space(kind: int, first: int, size: int, *, flags: int = 0) -> bytes:
+    """Return a descriptor of a range that a bridge passes on, fixed at both ends (6.4.3.5.2 DWord and 6.4.3.5.3
+    Word Address Space Descriptor); kind: 0 memory, 2 bus numbers.
+
+    Bus numbers take 16 bits, memory 32. `flags` are the type's own: for memory 1 is read-write.
+    """
+    fixed = 0b1100  # _MIF, _MAF: both ends; positive decoding, consumed by the bridge's children
+    tag, layout = (0x88, "<BHBBBHHHHH") if kind == BUS_NUMBERS else (0x87, "<BHBBBIIIII")
+    length = struct.calcsize(layout) - 3
+    return struct.pack(layout, tag, length, kind, fixed, flags, 0, first, first + size - 1, 0, size)
 
 
 def resources(*descriptors: bytes) -> bytes:
