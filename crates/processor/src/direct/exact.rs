@@ -19,14 +19,20 @@ use x86::{Gva, Ppn};
 
 use super::scan::Telling;
 
-/// So often in a part of a second must a page be left to the translator to be hot.
+/// So often in a part of a second must a page be left to the translator to be hot, and at so many of the process's stops:
+/// where most stops have other reasons, exactness makes those dearer.
 const REFUSALS: u32 = 32;
 const PART: u64 = 4;
+const SHARE: u32 = 2;
 /// Each time it was not worth it, so many more are needed, up to a bound.
 const HARDER: u32 = 2;
 const MOST_REFUSALS: u32 = 1 << 12;
-/// Stops before telling instructions that do not make exactness a bad idea.
-const FEW: u32 = 16;
+/// What it costs, in parts of a second: each stop where CPUID is forbidden, and each before a telling instruction. More than a
+/// part of the time is not worth it, which is looked at some times a second.
+const DEAR_STOP: u64 = 50_000;
+const TELLING_STOP: u64 = 60_000;
+const MOST_COST: u64 = 32;
+const LOOKS: u64 = 32;
 /// Pages whose heat is remembered.
 const MOST_REMEMBERED: usize = 64;
 
@@ -47,7 +53,18 @@ struct Page {
 struct Heat {
     refusals: u32,
     since: u64,
+    /// The count of all stops then.
+    stops: u32,
     is_hopeless: bool,
+}
+
+/// Stops since it was last looked at what they cost.
+#[derive(Clone, Copy, Debug, Default)]
+struct Look {
+    since: u64,
+    /// Those that forbidden CPUID made dearer.
+    dear: u64,
+    told: u64,
 }
 
 /// The pages of one address space that run exactly, or may soon.
@@ -55,10 +72,11 @@ struct Heat {
 pub struct Exact {
     pages: Vec<Page>,
     heats: HashMap<Ppn, Heat>,
-    first_needed: u32,
+    at_once: bool,
     needed: u32,
-    /// Stops before telling instructions since it was last not worth it.
-    told: u32,
+    /// Of the process, for whatever reason; it may go round.
+    stops: u32,
+    look: Look,
     /// What the host turned out not to do.
     has_no_breaks: bool,
     cannot_forbid_cpuid: bool,
@@ -67,13 +85,13 @@ pub struct Exact {
 impl Exact {
     /// Without regard to heat, if `at_once`: for tests.
     pub fn new(at_once: bool) -> Exact {
-        let needed = if at_once { 1 } else { REFUSALS };
         Exact {
             pages: Vec::new(),
             heats: HashMap::new(),
-            first_needed: needed,
-            needed,
-            told: 0,
+            at_once,
+            needed: Exact::needed_first(at_once),
+            stops: 0,
+            look: Look::default(),
             has_no_breaks: false,
             cannot_forbid_cpuid: false,
         }
@@ -83,7 +101,11 @@ impl Exact {
     pub fn begin_anew(&mut self) {
         self.pages.clear();
         self.heats.clear();
-        (self.needed, self.told) = (self.first_needed, 0);
+        self.needed = Exact::needed_first(self.at_once);
+    }
+
+    fn needed_first(at_once: bool) -> u32 {
+        if at_once { 1 } else { REFUSALS }
     }
 
     /// A page was to be left to the translator; says whether it had better run exactly.
@@ -96,10 +118,11 @@ impl Exact {
         }
         let heat = self.heats.entry(ppn).or_default();
         if now.wrapping_sub(heat.since) > host_tsc_hz() / PART {
-            *heat = Heat { since: now, refusals: 0, ..*heat };
+            *heat = Heat { since: now, refusals: 0, stops: self.stops, ..*heat };
         }
         heat.refusals = heat.refusals.saturating_add(1);
-        heat.refusals >= self.needed && !heat.is_hopeless
+        let is_often = self.at_once || heat.refusals >= self.stops.wrapping_sub(heat.stops) / SHARE;
+        heat.refusals >= self.needed && is_often && !heat.is_hopeless
     }
 
     /// A page cannot be run exactly, not even alone.
@@ -128,7 +151,8 @@ impl Exact {
     }
 
     fn cool(&mut self) {
-        self.heats.values_mut().for_each(|heat| heat.refusals = 0);
+        let stops = self.stops;
+        self.heats.values_mut().for_each(|heat| (heat.refusals, heat.stops) = (0, stops));
     }
 
     /// What the process must do for all pages; `None` when it cannot.
@@ -158,21 +182,29 @@ impl Exact {
         self.cannot_forbid_cpuid = true;
     }
 
-    /// The process has stopped before a telling instruction, most likely.
-    pub fn has_told(&mut self) {
-        self.told = self.told.saturating_add(1);
+    /// The process has stopped, perhaps before a telling instruction.
+    pub fn has_stopped(&mut self, is_telling: bool, forbids_cpuid: bool) {
+        self.stops = self.stops.wrapping_add(1);
+        self.look.dear += u64::from(forbids_cpuid);
+        self.look.told += u64::from(is_telling);
     }
 
-    /// Direct execution was not worth it, perhaps because of these pages; says whether they had better go. They come back
-    /// later than they did.
-    pub fn is_to_blame(&mut self, forbids_cpuid: bool) -> bool {
-        let is_to_blame = !self.pages.is_empty() && (forbids_cpuid || self.told > FEW);
-        self.told = 0;
-        if is_to_blame {
+    /// Whether these pages had better be left to the translator again. They come back later than they did.
+    pub fn is_too_dear(&mut self, now: u64) -> bool {
+        let second = host_tsc_hz();
+        let Look { since, dear, told } = self.look;
+        let passed = now.wrapping_sub(since);
+        if passed < second / LOOKS {
+            return false;
+        }
+        self.look = Look { since: now, ..Look::default() };
+        let cost = dear * (second / DEAR_STOP) + told * (second / TELLING_STOP);
+        let is_too_dear = !self.pages.is_empty() && cost > passed / MOST_COST;
+        if is_too_dear {
             self.cool();
             self.needed = (self.needed * HARDER).min(MOST_REFUSALS);
         }
-        is_to_blame
+        is_too_dear
     }
 }
 
@@ -223,13 +255,31 @@ mod tests {
     }
 
     #[test]
+    fn a_page_that_few_stops_are_for_is_not_hot() {
+        let (mut exact, ppn) = (exact([]), Ppn(5));
+        for _ in 0..4 * REFUSALS {
+            (0..3).for_each(|_| exact.has_stopped(false, false));
+            assert!(!exact.is_hot(ppn, 1));
+        }
+    }
+
+    #[test]
     fn what_was_not_worth_it_comes_back_later() {
-        let (mut exact, ppn) = (exact([page(AT.0, &[], &[1])]), Ppn(5));
+        let (mut exact, ppn, look) = (exact([page(AT.0, &[], &[1])]), Ppn(5), host_tsc_hz() / LOOKS + 1);
         assert!((0..REFUSALS).any(|_| exact.is_hot(ppn, 1)));
-        assert!(!exact.is_to_blame(false), "a breakpoint that nothing comes to costs next to nothing");
-        assert!(exact.is_to_blame(true));
+        let stop = |exact: &mut Exact, times: u32, is_telling: bool, forbids_cpuid: bool| {
+            (0..times).for_each(|_| exact.has_stopped(is_telling, forbids_cpuid));
+        };
+        stop(&mut exact, 1000, false, false);
+        assert!(!exact.is_too_dear(look), "a breakpoint that nothing comes to costs next to nothing");
+        stop(&mut exact, 1000, false, false);
+        stop(&mut exact, 8, false, true);
+        assert!(!exact.is_too_dear(2 * look), "the guest's clock");
+        stop(&mut exact, 1000, false, true);
+        assert!(!exact.is_too_dear(2 * look + 1), "too early to say");
+        assert!(exact.is_too_dear(3 * look));
         assert!(!(0..2 * REFUSALS - 1).any(|_| exact.is_hot(ppn, 1)) && exact.is_hot(ppn, 1));
-        (0..=FEW).for_each(|_| exact.has_told());
-        assert!(exact.is_to_blame(false) && !exact.is_to_blame(false));
+        stop(&mut exact, 1000, true, false);
+        assert!(exact.is_too_dear(4 * look) && !exact.is_too_dear(5 * look));
     }
 }

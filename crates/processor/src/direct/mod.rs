@@ -255,12 +255,13 @@ impl Direct {
         if self.choice == Choice::Worthwhile && !self.paces.judge(root, useful, lost, end) {
             core.vcpu.wants_direct(self.paces.any_wanted());
             core.vcpu.hot.direct = 0;
-            if let Some(space) = self.spaces.get_mut(index)
-                && space.exact.is_to_blame(space.tracee.forbids_cpuid())
-                && space.unmap_exact().is_err()
-            {
-                return self.give_up(core, index);
-            }
+        }
+        if self.choice == Choice::Worthwhile
+            && let Some(space) = self.spaces.get_mut(index)
+            && space.exact.is_too_dear(end)
+            && space.unmap_exact().is_err()
+        {
+            return self.give_up(core, index);
         }
         ended
     }
@@ -369,9 +370,9 @@ impl Direct {
                 Stop::Trap { is_step: false } => switch::back_to_trap(core),
                 Stop::Break => self.counters.breaks += 1,
             }
-            if stop == Stop::Break || stop == Stop::Fault && self.spaces[index].tracee.forbids_cpuid() {
-                self.spaces[index].exact.has_told();
-            }
+            let space = &mut self.spaces[index];
+            let forbids_cpuid = space.tracee.forbids_cpuid();
+            space.exact.has_stopped(stop == Stop::Break || stop == Stop::Fault && forbids_cpuid, forbids_cpuid);
             let rip = Gva(core.vcpu.cpu.rip);
             if let Some(exit) = interpret(core) {
                 return Ended::Exit(exit);
