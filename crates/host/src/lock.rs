@@ -20,6 +20,8 @@ pub enum Rank {
     Service,
     /// One device on the bus: a UART, the PIT, the ACPI block, a Python device.
     Device,
+    /// One virtqueue, held by the thread that serves it.
+    Queue,
     /// The interrupts of one PCI function: its MSI-X table and its INTA#.
     FunctionInterrupts,
     /// The interrupt lines and the two controllers behind them, PIC and IOAPIC.

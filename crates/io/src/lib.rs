@@ -12,6 +12,7 @@ pub mod scratch;
 pub mod serial_service;
 pub mod timer;
 pub mod uart;
+pub mod virtio;
 
 pub use bus::{AccessSize, BusError, MmioDevice, PortDevice};
 pub use irq::{Interrupt, Kick, attention};

@@ -2,24 +2,27 @@
 
 use std::io;
 use std::os::fd::OwnedFd;
-use std::sync::Arc;
+use std::sync::{Arc, RwLockWriteGuard};
 
 use host::clock::Clock;
 use host::counters::Counters;
 use host::lock::RankedMutex;
+use memory::GuestMemory;
 use x86::{Gpa, GuestFault};
 
 use crate::bus::{AccessSize, BusError, MmioBus, MmioDevice, PortBus, PortDevice, SharedPortDevice, shared};
 use crate::irq::pic::PicPort;
 use crate::irq::ports::{IoApicPage, PicPorts};
 use crate::irq::{Fabric, IOAPIC_PAGE, Interrupt, IrqLine, Kick};
-use crate::pci;
+use crate::pci::{self, MOST_CARDS};
 use crate::scratch::Scratch;
 use crate::serial_service::{SerialError, SerialService};
 use crate::timer::acpi::ACPI_PORTS;
 use crate::timer::pit::SPEAKER_OFFSET;
 use crate::timer::{AcpiPorts, EndRequest, FastControl, Pit, TimerQueue, TimerThread};
 use crate::uart::{Doorbell, Uart};
+use crate::virtio::service::Gate;
+use crate::virtio::{Backend, transport};
 
 /// First port and interrupt line of COM1 to COM4.
 const SERIAL: [(u16, u8); 4] = [(0x3f8, 4), (0x2f8, 3), (0x3e8, 4), (0x2e8, 3)];
@@ -52,6 +55,8 @@ pub enum Error {
     Cpus(usize),
     #[error("the host gives no more threads or descriptors: {0}")]
     Host(#[from] io::Error),
+    #[error("the PCI bus is full: it has room for {MOST_CARDS} devices")]
+    PciFull,
     #[error(transparent)]
     Bus(#[from] BusError),
     #[error(transparent)]
@@ -69,6 +74,9 @@ pub struct Platform {
     acpi: Arc<RankedMutex<AcpiPorts>>,
     /// The lines as devices outside this crate drive them.
     outside_lines: Vec<IrqLine>,
+    pci: Arc<RankedMutex<pci::Host>>,
+    /// Closed while the guest's memory must stand still.
+    gate: Arc<Gate>,
     // Dropped last: each stops its thread.
     serial: SerialService,
     _timer_thread: TimerThread,
@@ -117,7 +125,7 @@ impl Platform {
         // 3. The PCI bus: its bridge, whose chipset has the reset register too.
         let pci = pci::Host::new(Arc::clone(&fabric), end_request);
         ports.claim(pci::CONFIG_PORTS.0, pci::CONFIG_PORTS.1, Dword, pci.clone())?;
-        mmio.claim(pci::WINDOW, pci::WINDOW_BYTES, pci)?;
+        mmio.claim(pci::WINDOW, pci::WINDOW_BYTES, pci.clone())?;
 
         // 4. Serial ports.
         let doorbell = Arc::new(Doorbell::new()?);
@@ -142,6 +150,8 @@ impl Platform {
             timers,
             acpi,
             outside_lines,
+            pci,
+            gate: Arc::default(),
             serial,
             _timer_thread: timer_thread,
         })
@@ -173,6 +183,22 @@ impl Platform {
     pub fn add_scratch(&mut self, first: Gpa, size: u64) -> Result<(), Error> {
         let scratch = Scratch::new(size).ok_or(BusError::Mmio { first })?;
         self.add_mmio_device(first, size, scratch)
+    }
+
+    /// Puts a virtio device on the PCI bus, in the next slot.
+    ///
+    /// # Errors
+    /// [`Error::PciFull`].
+    pub fn add_virtio(&mut self, backend: Arc<dyn Backend>, memory: Arc<GuestMemory>) -> Result<(), Error> {
+        let mut pci = self.pci.lock();
+        let slot = pci.free_slot().ok_or(Error::PciFull)?;
+        pci.insert(&slot, transport::card(backend, memory, Arc::clone(&self.gate), &slot));
+        Ok(())
+    }
+
+    /// Returns when no device touches guest memory any more; none does before the guard is dropped.
+    pub fn still(&self) -> RwLockWriteGuard<'_, ()> {
+        self.gate.close()
     }
 
     /// A stream socket joined to serial port `index` (0-3), which the caller owns. Once a port.

@@ -56,7 +56,7 @@ pub struct Processor {
 
 /// What all processors of a machine share.
 pub struct Hall {
-    pub memory: GuestMemory,
+    pub memory: Arc<GuestMemory>,
     pub platform: Platform,
     pub control: Arc<Control>,
     pub processors: Vec<RankedMutex<Processor>>,

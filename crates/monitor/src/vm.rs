@@ -10,6 +10,7 @@ use host::clock::Clock;
 use host::counters::Counters;
 use host::lock::{Rank, RankedMutex};
 use io::platform::{Config, Platform};
+use io::virtio::entropy::Entropy;
 use memory::GuestMemory;
 use memory::pmap::{HOLE_END, HOLE_START};
 use processor::cpuid::CpuidModel;
@@ -144,7 +145,7 @@ impl Vm {
 
     pub(crate) fn assemble(options: &Options) -> Result<Vm, Error> {
         // 1. Memory: promised, not given.
-        let memory = GuestMemory::new(options.memory)?;
+        let memory = Arc::new(GuestMemory::new(options.memory)?);
         // 2. Processors, each with an engine of its own.
         let kept = options.translations.clone().map(|place| Arc::new(Kept::new(place)));
         let mut processors = Vec::with_capacity(options.processors);
@@ -187,7 +188,7 @@ impl Vm {
             apic_timer_hz: cpuid.apic_timer_hz(),
             address_bits: PHYSICAL_BITS,
         };
-        let platform = Platform::new(
+        let mut platform = Platform::new(
             config,
             clock.clone(),
             Arc::clone(&counters),
@@ -196,11 +197,13 @@ impl Vm {
                 ended.end(reason.into());
             }),
         )?;
+        // 5. Devices on the PCI bus.
+        platform.add_virtio(Arc::new(Entropy), Arc::clone(&memory))?;
         for processor in &mut processors {
             // A kernel that is entered without firmware finds the MTRRs as firmware leaves them.
             processor::system::msr::set_firmware_memory_types(&mut processor.vcpu.cpu);
         }
-        // 5. Slow devices: none yet, but whoever ends the machine must reach those that come.
+        // 6. Slow devices: none yet, but whoever ends the machine must reach those that come.
         let dispatcher = Dispatcher::new();
         control.at_end(dispatcher.closer());
         let processors = processors.into_iter().map(|processor| RankedMutex::new(Rank::Processor, processor)).collect();
@@ -337,7 +340,10 @@ impl Vm {
     pub fn remap_page(&self, address: Gpa) -> Result<(), Error> {
         self.not_from_device("remap_page")?;
         let hall = self.hall();
-        Ok(self.control.between_instructions(|| hall.memory.remap(address.ppn()))?)
+        Ok(self.control.between_instructions(|| {
+            let _still = hall.platform.still();
+            hall.memory.remap(address.ppn())
+        })?)
     }
 
     /// Drives an ISA interrupt line.

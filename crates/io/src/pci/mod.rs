@@ -20,6 +20,7 @@ use x86::Gpa;
 use crate::bus::{AccessSize, MmioDevice, PortDevice, shared};
 use crate::irq::Fabric;
 use crate::timer::EndRequest;
+use crate::virtio;
 use config::{Config, ConfigState, Identity, command, offset, status};
 use interrupts::{InterruptState, Interrupts};
 
@@ -33,6 +34,8 @@ pub const LINES: [u8; 2] = [10, 11];
 
 /// Slots of the bus, one function each.
 const SLOTS: usize = 32;
+/// Cards beside the bridge.
+pub const MOST_CARDS: usize = SLOTS - 1;
 /// Each function has this much of the window, whatever it needs.
 pub const SLOT_BYTES: u64 = 0x10_0000;
 /// CONFIG_ADDRESS: the mechanism is on; bus, device and function, register.
@@ -61,6 +64,21 @@ pub trait Function: Send {
 
     /// The guest has written the configuration space.
     fn config_written(&mut self, _config: &Config, _at: u8, _size: AccessSize, _value: u32) {}
+
+    /// What a saved machine keeps of the device itself.
+    fn state(&self) -> FunctionState {
+        FunctionState::Plain
+    }
+
+    fn restore(&mut self, _state: &FunctionState) {}
+}
+
+/// What a saved machine keeps of a device, by its kind.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum FunctionState {
+    /// It has no state of its own.
+    Plain,
+    Virtio(virtio::transport::State),
 }
 
 /// Where a function's MSI-X table is, and its array of pending bits.
@@ -133,12 +151,13 @@ impl Card {
     }
 }
 
-/// What a saved machine keeps of each function's bus side.
+/// What a saved machine keeps of each function.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct CardState {
     pub slot: usize,
     pub config: ConfigState,
     pub interrupts: InterruptState,
+    pub function: FunctionState,
 }
 
 /// What a saved machine keeps of the bus.
@@ -236,7 +255,8 @@ impl Host {
     pub fn state(&self) -> HostState {
         let cards = self.slots.iter().enumerate().filter_map(|(slot, card)| {
             let card = card.as_ref()?;
-            Some(CardState { slot, config: card.config.state(), interrupts: card.interrupts.state() })
+            let (config, interrupts) = (card.config.state(), card.interrupts.state());
+            Some(CardState { slot, config, interrupts, function: card.function.state() })
         });
         HostState { address: self.address, cards: cards.collect() }
     }
@@ -247,6 +267,7 @@ impl Host {
         for saved in &state.cards {
             if let Some(card) = self.slots.get_mut(saved.slot).and_then(Option::as_mut) {
                 card.config.restore(&saved.config);
+                card.function.restore(&saved.function);
                 card.interrupts.restore(&saved.interrupts);
                 card.tell_interrupts();
             }

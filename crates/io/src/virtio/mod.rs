@@ -1,0 +1,56 @@
+//! Virtio devices (OASIS Virtual I/O Device (VIRTIO) Version 1.2): queues in the guest's memory, a transport by which the
+//! guest finds and sets up the device, and back ends that do the work.
+//!
+//! A request: doorbell -> [`transport`] -> [`service`], a thread of the queue's own -> [`queue`] -> [`Backend`] -> used ring
+//! -> interrupt. No processor waits for a back end, and no back end knows a transport.
+
+pub mod entropy;
+pub mod queue;
+pub mod service;
+#[cfg(test)]
+mod tests;
+pub mod transport;
+
+use queue::Chain;
+
+/// Features that belong to all devices, 6 "Reserved Feature Bits".
+pub mod feature {
+    pub const INDIRECT_DESCRIPTORS: u64 = 1 << 28;
+    pub const EVENT_INDEX: u64 = 1 << 29;
+    pub const VERSION_1: u64 = 1 << 32;
+}
+
+/// Bits of the device status, 2.1 "Device Status Field".
+pub mod status {
+    pub const DRIVER_OK: u8 = 4;
+    pub const FEATURES_OK: u8 = 8;
+    pub const NEEDS_RESET: u8 = 64;
+}
+
+/// What a device is and does. It is asked from several threads at once, one for each of its queues.
+pub trait Backend: Send + Sync {
+    /// Its number, 5 "Device Types".
+    fn device_type(&self) -> u16;
+
+    /// What it is to PCI: base class, subclass and programming interface.
+    fn pci_class(&self) -> u32;
+
+    /// Features of its own that it offers.
+    fn features(&self) -> u64 {
+        0
+    }
+
+    /// The number of its queues.
+    fn queues(&self) -> u16 {
+        1
+    }
+
+    /// Its configuration, as the guest reads it.
+    fn config(&self) -> &[u8] {
+        &[]
+    }
+
+    /// Carries a request of a queue out; `features` were negotiated. Gives the number of bytes written, from the first that
+    /// can be written on. A request that makes no sense is answered as the device's own rules say, or not at all: 0.
+    fn serve(&self, queue: u16, features: u64, chain: &Chain<'_>) -> u32;
+}

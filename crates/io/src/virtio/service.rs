@@ -1,0 +1,234 @@
+//! The threads that serve a device's queues, one each, from the driver's DRIVER_OK to its reset.
+
+use std::io;
+use std::sync::atomic::{AtomicBool, AtomicU16, AtomicUsize, Ordering};
+use std::sync::{Arc, Condvar, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use std::thread::{self, JoinHandle};
+
+use host::lock::{Rank, RankedMutex};
+use memory::GuestMemory;
+
+use super::Backend;
+use super::queue::{Broken, Progress, Queue};
+use crate::pci::interrupts::Interrupts;
+
+/// Why INTA# is asserted, 4.1.4.5 "ISR status capability".
+const CAUSE_QUEUE: u8 = 1;
+const CAUSE_CONFIG: u8 = 2;
+
+/// Closed while a machine's memory must stand still: all devices of a machine share one. Whoever touches guest memory from
+/// a thread of its own holds it open.
+#[derive(Debug, Default)]
+pub struct Gate(RwLock<()>);
+
+impl Gate {
+    fn open(&self) -> RwLockReadGuard<'_, ()> {
+        self.0.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Returns when no device is at work any more; none begins before the guard is dropped.
+    pub fn close(&self) -> RwLockWriteGuard<'_, ()> {
+        self.0.write().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// What all queues of a device are served with.
+pub struct Work {
+    pub backend: Arc<dyn Backend>,
+    pub memory: Arc<GuestMemory>,
+    pub gate: Arc<Gate>,
+    pub interrupts: Arc<Interrupts>,
+    pub features: u64,
+    /// The message for changes of the configuration.
+    pub config_vector: u16,
+}
+
+/// A queue that is served.
+struct Ring {
+    number: u16,
+    vector: AtomicU16,
+    queue: RankedMutex<Queue>,
+    /// There may be something in the queue.
+    rung: RankedMutex<bool>,
+    changed: Condvar,
+}
+
+struct Shared {
+    work: Work,
+    rings: Vec<Ring>,
+    stopping: AtomicBool,
+    is_broken: AtomicBool,
+    /// Threads that may still touch guest memory.
+    running: AtomicUsize,
+}
+
+/// The threads of one device. Dropping it stops them and waits for them.
+pub struct Service {
+    shared: Arc<Shared>,
+    threads: Vec<JoinHandle<()>>,
+}
+
+impl Service {
+    /// Serves these queues: number, interrupt vector and queue of each.
+    ///
+    /// # Errors
+    /// The system's, when it gives no thread.
+    pub fn start(work: Work, queues: Vec<(u16, u16, Queue)>) -> io::Result<Service> {
+        let rings = queues.into_iter().map(|(number, vector, queue)| Ring {
+            number,
+            vector: AtomicU16::new(vector),
+            queue: RankedMutex::new(Rank::Queue, queue),
+            // A driver may have filled it already.
+            rung: RankedMutex::new(Rank::Waiting, true),
+            changed: Condvar::new(),
+        });
+        let shared = Arc::new(Shared {
+            work,
+            rings: rings.collect(),
+            stopping: AtomicBool::new(false),
+            is_broken: AtomicBool::new(false),
+            running: AtomicUsize::new(0),
+        });
+        let mut service = Service { shared: Arc::clone(&shared), threads: Vec::new() };
+        for index in 0..shared.rings.len() {
+            let shared = Arc::clone(&shared);
+            shared.running.fetch_add(1, Ordering::SeqCst);
+            let name = format!("rz-virtio{}.{}", shared.work.backend.device_type(), shared.rings[index].number);
+            let twin = Arc::clone(&shared);
+            match thread::Builder::new().name(name).spawn(move || twin.run(index)) {
+                Ok(thread) => service.threads.push(thread),
+                Err(error) => {
+                    shared.running.fetch_sub(1, Ordering::SeqCst);
+                    return Err(error);
+                }
+            }
+        }
+        Ok(service)
+    }
+
+    /// The driver says that there is something in a queue.
+    pub fn notify(&self, number: u16) {
+        if let Some(ring) = self.shared.rings.iter().find(|ring| ring.number == number) {
+            ring.ring();
+        }
+    }
+
+    /// The driver has chosen another message for a queue.
+    pub fn set_vector(&self, number: u16, vector: u16) {
+        if let Some(ring) = self.shared.rings.iter().find(|ring| ring.number == number) {
+            ring.vector.store(vector, Ordering::Relaxed);
+        }
+    }
+
+    /// The driver did what no device can work with.
+    #[must_use]
+    pub fn is_broken(&self) -> bool {
+        self.shared.is_broken.load(Ordering::Acquire)
+    }
+
+    /// Asks the threads to end after what they do now; does not wait.
+    pub fn stop(&self) {
+        self.shared.stopping.store(true, Ordering::SeqCst);
+        self.shared.rings.iter().for_each(Ring::ring);
+    }
+
+    /// No thread will touch guest memory any more.
+    #[must_use]
+    pub fn has_stopped(&self) -> bool {
+        self.shared.running.load(Ordering::SeqCst) == 0
+    }
+
+    /// How far the queues have come. The [`Gate`] is closed, or a queue that is being served is waited for.
+    #[must_use]
+    pub fn progress(&self) -> Vec<(u16, Progress)> {
+        self.shared.rings.iter().map(|ring| (ring.number, ring.queue.lock().progress())).collect()
+    }
+}
+
+impl Drop for Service {
+    fn drop(&mut self) {
+        self.stop();
+        for thread in self.threads.drain(..) {
+            // It has told nobody of a panic but the standard error; the device it served is gone.
+            let _ = thread.join();
+        }
+    }
+}
+
+impl Ring {
+    fn ring(&self) {
+        let mut rung = self.rung.lock();
+        if !*rung {
+            *rung = true;
+            drop(rung);
+            self.changed.notify_one();
+        }
+    }
+
+    fn wait(&self) {
+        let mut rung = self.rung.lock();
+        while !*rung {
+            rung = rung.wait(&self.changed, None);
+        }
+        *rung = false;
+    }
+}
+
+/// Counts a thread out, however it ends: one that panics leaves a device that needs a reset.
+struct Leave<'a>(&'a Shared);
+
+impl Drop for Leave<'_> {
+    fn drop(&mut self) {
+        if thread::panicking() {
+            self.0.is_broken.store(true, Ordering::Release);
+        }
+        self.0.running.fetch_sub(1, Ordering::SeqCst);
+    }
+}
+
+impl Shared {
+    fn run(&self, index: usize) {
+        let _leave = Leave(self);
+        let ring = &self.rings[index];
+        while !self.stopping.load(Ordering::SeqCst) && !self.is_broken.load(Ordering::Acquire) {
+            ring.wait();
+            if self.serve(ring).is_err() {
+                // 2.1.2: the device does nothing more until it is reset, and says so.
+                self.is_broken.store(true, Ordering::Release);
+                self.rings.iter().for_each(Ring::ring);
+                self.work.interrupts.raise(self.work.config_vector, CAUSE_CONFIG);
+            }
+        }
+    }
+
+    /// Serves a queue until it is empty.
+    fn serve(&self, ring: &Ring) -> Result<(), Broken> {
+        let work = &self.work;
+        let mut is_last_look = false;
+        loop {
+            let _open = work.gate.open();
+            if self.stopping.load(Ordering::SeqCst) || self.is_broken.load(Ordering::Acquire) {
+                return Ok(());
+            }
+            let mut queue = ring.queue.lock();
+            match queue.pop(&work.memory)? {
+                None if is_last_look => return Ok(()),
+                None => {
+                    queue.want_notification(&work.memory, true)?;
+                    is_last_look = true;
+                }
+                Some(chain) => {
+                    if is_last_look {
+                        queue.want_notification(&work.memory, false)?;
+                        is_last_look = false;
+                    }
+                    let written = work.backend.serve(ring.number, work.features, &chain);
+                    queue.push(&work.memory, chain.head(), written)?;
+                    if queue.wants_interrupt(&work.memory)? {
+                        work.interrupts.raise(ring.vector.load(Ordering::Relaxed), CAUSE_QUEUE);
+                    }
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,615 @@
+//! Queues and the transport, driven from the guest's side: a driver that writes its rings into guest memory.
+
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Condvar, Mutex};
+use std::time::{Duration, Instant};
+
+use host::clock::Clock;
+use host::lock::RankedMutex;
+use memory::GuestMemory;
+use x86::Gpa;
+
+use super::entropy::Entropy;
+use super::queue::{Broken, Chain, MOST_ENTRIES, Place, Progress, Queue, Rules};
+use super::service::Gate;
+use super::{Backend, feature, transport};
+use crate::bus::AccessSize::{self, Byte, Dword, Qword, Word};
+use crate::bus::{MmioDevice, PortDevice};
+use crate::irq::{Fabric, Kick};
+use crate::pci::{Host, SLOT_BYTES};
+use crate::timer::TimerQueue;
+
+const RAM: u64 = 1 << 20;
+const LONG: Duration = Duration::from_secs(30);
+const PLACE: Place = Place { entries: 8, descriptors: Gpa(0x1000), driver: Gpa(0x2000), device: Gpa(0x3000) };
+const NEXT: u16 = 1;
+const WRITE: u16 = 2;
+const INDIRECT: u16 = 4;
+
+/// The guest's side of a queue.
+struct Driver {
+    memory: Arc<GuestMemory>,
+    place: Place,
+    available: u16,
+}
+
+impl Driver {
+    fn new(memory: &Arc<GuestMemory>) -> Driver {
+        Driver { memory: Arc::clone(memory), place: PLACE, available: 0 }
+    }
+
+    fn descriptor(&self, table: Gpa, index: u16, address: u64, size: u32, flags: u16, next: u16) {
+        let mut bytes = Vec::from(address.to_le_bytes());
+        bytes.extend(size.to_le_bytes());
+        bytes.extend(flags.to_le_bytes());
+        bytes.extend(next.to_le_bytes());
+        self.memory.write(table.add(16 * u64::from(index)), &bytes).unwrap();
+    }
+
+    fn set_16(&self, address: Gpa, value: u16) {
+        self.memory.write(address, &value.to_le_bytes()).unwrap();
+    }
+
+    fn get_16(&self, address: Gpa) -> u16 {
+        let mut bytes = [0; 2];
+        self.memory.read(address, &mut bytes).unwrap();
+        u16::from_le_bytes(bytes)
+    }
+
+    fn offer(&mut self, head: u16) {
+        let slot = u64::from(self.available % self.place.entries);
+        self.set_16(self.place.driver.add(4 + 2 * slot), head);
+        self.available = self.available.wrapping_add(1);
+        self.set_16(self.place.driver.add(2), self.available);
+    }
+
+    fn used_index(&self) -> u16 {
+        self.get_16(self.place.device.add(2))
+    }
+
+    /// Head and length of an entry of the used ring.
+    fn used(&self, slot: u64) -> (u32, u32) {
+        let mut bytes = [0; 8];
+        self.memory.read(self.place.device.add(4 + 8 * slot), &mut bytes).unwrap();
+        let [a, b, c, d, e, f, g, h] = bytes;
+        (u32::from_le_bytes([a, b, c, d]), u32::from_le_bytes([e, f, g, h]))
+    }
+
+    fn wait_for_used(&self, index: u16) {
+        wait_until(|| self.used_index() == index);
+    }
+}
+
+fn wait_until(mut done: impl FnMut() -> bool) {
+    let begin = Instant::now();
+    while !done() {
+        assert!(begin.elapsed() < LONG, "nothing came");
+        std::thread::sleep(Duration::from_micros(200));
+    }
+}
+
+fn memory() -> Arc<GuestMemory> {
+    Arc::new(GuestMemory::new(RAM).unwrap())
+}
+
+const ALL: Rules = Rules { indirect: true, event_index: true };
+
+fn queue(memory: &GuestMemory, rules: Rules) -> Queue {
+    Queue::new(memory, PLACE, rules, Progress::default()).unwrap()
+}
+
+#[test]
+fn a_chain_is_read_written_and_given_back() {
+    let memory = memory();
+    let mut driver = Driver::new(&memory);
+    let mut queue = queue(&memory, Rules::default());
+    assert!(queue.pop(&memory).unwrap().is_none());
+    memory.write(Gpa(0x8ffe), b"abcdef").unwrap();
+    driver.descriptor(PLACE.descriptors, 5, 0x8ffe, 4, NEXT, 2);
+    driver.descriptor(PLACE.descriptors, 2, 0x9002, 2, NEXT, 7);
+    driver.descriptor(PLACE.descriptors, 7, 0xa000, 3, WRITE | NEXT, 0);
+    driver.descriptor(PLACE.descriptors, 0, 0xb000, 3, WRITE, 0);
+    driver.offer(5);
+    let chain = queue.pop(&memory).unwrap().unwrap();
+    assert_eq!((chain.head(), chain.readable_bytes(), chain.writable_bytes()), (5, 6, 6));
+    let mut bytes = [0; 4];
+    assert!(chain.read(1, &mut bytes));
+    assert_eq!(&bytes, b"bcde");
+    assert!(!chain.read(3, &mut bytes), "past the end");
+    assert!(chain.write(2, b"XYZ") && !chain.write(4, b"XYZ") && !chain.write(u64::MAX, b"X"));
+    let mut written = [0; 2];
+    memory.read(Gpa(0xb000), &mut written).unwrap();
+    assert_eq!(&written, b"YZ");
+    queue.push(&memory, 5, 5).unwrap();
+    assert_eq!((driver.used_index(), driver.used(0)), (1, (5, 5)));
+    assert!(queue.wants_interrupt(&memory).unwrap());
+    assert!(!queue.wants_interrupt(&memory).unwrap(), "told once");
+    driver.set_16(PLACE.driver, 1);
+    queue.push(&memory, 5, 5).unwrap();
+    assert!(!queue.wants_interrupt(&memory).unwrap(), "the driver asked not to be told");
+}
+
+#[test]
+fn indirect_tables_and_event_indices() {
+    let memory = memory();
+    let mut driver = Driver::new(&memory);
+    let mut queue = queue(&memory, ALL);
+    let table = Gpa(0x5000);
+    driver.descriptor(PLACE.descriptors, 3, table.0, 32, INDIRECT, 0);
+    driver.descriptor(table, 0, 0x8000, 512, NEXT, 1);
+    driver.descriptor(table, 1, 0x9000, 16, WRITE, 0);
+    for _ in 0..3 {
+        driver.offer(3);
+        let chain = queue.pop(&memory).unwrap().unwrap();
+        assert_eq!((chain.head(), chain.readable_bytes(), chain.writable_bytes()), (3, 512, 16));
+    }
+    queue.want_notification(&memory, true).unwrap();
+    assert_eq!(driver.get_16(PLACE.device.add(4 + 8 * 8)), 3, "after the third request");
+    // The driver wants to be told of the third: used_event is 2.
+    driver.set_16(PLACE.driver.add(4 + 2 * 8), 2);
+    let told: Vec<bool> = (0..4)
+        .map(|_| {
+            queue.push(&memory, 3, 0).unwrap();
+            queue.wants_interrupt(&memory).unwrap()
+        })
+        .collect();
+    assert_eq!(told, [false, false, true, false]);
+}
+
+#[test]
+fn what_no_device_can_work_with_is_refused() {
+    let memory = memory();
+    let at = |entries, descriptors, driver, device| {
+        let place = Place { entries, descriptors: Gpa(descriptors), driver: Gpa(driver), device: Gpa(device) };
+        Queue::new(&memory, place, ALL, Progress::default()).err()
+    };
+    assert_eq!(at(0, 0, 0, 0), Some(Broken::Size(0)));
+    assert_eq!(at(6, 0, 0, 0), Some(Broken::Size(6)));
+    assert_eq!(at(2 * MOST_ENTRIES, 0, 0, 0), Some(Broken::Size(2 * MOST_ENTRIES)));
+    assert_eq!(at(8, 8, 0, 0), Some(Broken::Place(Gpa(8))));
+    assert_eq!(at(8, 0, RAM - 20, 0), Some(Broken::Place(Gpa(RAM - 20))), "two bytes short");
+    assert_eq!(at(8, 0, RAM - 22, 0), None);
+    assert_eq!(at(8, 0, 0, u64::MAX - 3), Some(Broken::Place(Gpa(u64::MAX - 3))));
+    assert_eq!(at(8, 0xffff_ffff_ffff_fff0, 0, 0), Some(Broken::Place(Gpa(0xffff_ffff_ffff_fff0))));
+
+    // The head, and descriptors from 0 on: address, size, flags, next.
+    let table = PLACE.descriptors;
+    type Descriptor = (u64, u32, u16, u16);
+    let cases: [(u16, &[Descriptor], Broken); 13] = [
+        (8, &[], Broken::Descriptor(8)),
+        (0, &[(0x8000, 1, NEXT, 9)], Broken::Descriptor(9)),
+        (0, &[(0x8000, 1, NEXT, 0)], Broken::Chain),
+        (0, &[(0x8000, 1, NEXT, 1), (0x8000, 1, NEXT, 0)], Broken::Chain),
+        (0, &[(0x8000, 1, WRITE | NEXT, 1), (0x8000, 1, 0, 0)], Broken::Order),
+        (0, &[(RAM - 1, 2, 0, 0)], Broken::Buffer { address: Gpa(RAM - 1), size: 2 }),
+        (0, &[(u64::MAX, 2, 0, 0)], Broken::Buffer { address: Gpa(u64::MAX), size: 2 }),
+        (0, &[(0, u32::MAX, 0, 0)], Broken::Buffer { address: Gpa(0), size: u32::MAX }),
+        (0, &[(0x5000, 8, INDIRECT, 0)], Broken::Indirect(8)),
+        (0, &[(0x5000, 0, INDIRECT, 0)], Broken::Indirect(0)),
+        (0, &[(0x5000, 16 * 9, INDIRECT, 0)], Broken::Indirect(16 * 9)),
+        (0, &[(0x5000, 16, INDIRECT | NEXT, 1)], Broken::Indirect(16)),
+        (0, &[(RAM, 16, INDIRECT, 0)], Broken::Buffer { address: Gpa(RAM), size: 16 }),
+    ];
+    for (head, descriptors, broken) in cases {
+        let mut driver = Driver::new(&memory);
+        let mut queue = queue(&memory, ALL);
+        for (index, (address, size, flags, next)) in descriptors.iter().enumerate() {
+            driver.descriptor(table, index as u16, *address, *size, *flags, *next);
+        }
+        driver.offer(head);
+        assert_eq!(queue.pop(&memory).err(), Some(broken));
+    }
+    let mut driver = Driver::new(&memory);
+    driver.descriptor(table, 0, 0x5000, 16, INDIRECT, 0);
+    driver.descriptor(Gpa(0x5000), 0, 0x6000, 16, INDIRECT, 0);
+    driver.offer(0);
+    assert_eq!(queue(&memory, ALL).pop(&memory).err(), Some(Broken::Indirect(16)), "one within another");
+    assert_eq!(queue(&memory, Rules::default()).pop(&memory).err(), Some(Broken::Indirect(16)), "not agreed on");
+    driver.set_16(PLACE.driver.add(2), 9);
+    assert_eq!(queue(&memory, ALL).pop(&memory).err(), Some(Broken::Index { from: 0, to: 9 }));
+}
+
+/// As many random numbers as wanted, the same in each run.
+struct Random(u64);
+
+impl Random {
+    fn next(&mut self) -> u64 {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        self.0
+    }
+
+    fn below(&mut self, limit: u64) -> u64 {
+        self.next() % limit
+    }
+
+    /// Mostly something that might be right.
+    fn address(&mut self) -> u64 {
+        match self.below(8) {
+            0 => self.next(),
+            1 => RAM - self.below(64),
+            _ => self.below(RAM),
+        }
+    }
+}
+
+#[test]
+fn random_rings_break_the_queue_and_nothing_else() {
+    let mut random = Random(0x9e37_79b9_7f4a_7c15);
+    let (mut served, mut broken) = (0, 0);
+    for _ in 0..3000 {
+        let memory = memory();
+        let mut driver = Driver::new(&memory);
+        for index in 0..8 {
+            let size = if random.below(4) == 0 { random.next() as u32 } else { 16 * random.below(9) as u32 };
+            let kinds = if random.below(3) == 0 { 8 } else { 4 };
+            let flags = random.below(kinds) as u16;
+            driver.descriptor(PLACE.descriptors, index, random.address(), size, flags, random.below(9) as u16);
+        }
+        let mut queue = queue(&memory, Rules { indirect: random.below(2) == 0, event_index: random.below(2) == 0 });
+        for _ in 0..random.below(12) {
+            driver.offer(random.below(9) as u16);
+        }
+        // Whatever the driver wrote, there are no more requests than entries.
+        for _ in 0..=8 {
+            match queue.pop(&memory) {
+                Ok(None) => break,
+                Ok(Some(chain)) => {
+                    served += 1;
+                    let mut bytes = vec![0; chain.readable_bytes().min(1 << 16) as usize];
+                    assert!(chain.read(0, &mut bytes), "buffers were checked");
+                    let bytes = vec![0xff; chain.writable_bytes().min(1 << 16) as usize];
+                    assert!(chain.write(0, &bytes));
+                    queue.push(&memory, chain.head(), 0).unwrap();
+                    let _ = queue.wants_interrupt(&memory).unwrap();
+                    queue.want_notification(&memory, true).unwrap();
+                }
+                Err(_) => {
+                    broken += 1;
+                    break;
+                }
+            }
+        }
+        assert_eq!(queue.progress().available, queue.progress().used);
+    }
+    assert!(served > 300 && broken > 300, "{served} served, {broken} broken: both are tried");
+}
+
+/// A bus with one device in slot 1.
+struct Bench {
+    host: Arc<RankedMutex<Host>>,
+    fabric: Arc<Fabric>,
+    memory: Arc<GuestMemory>,
+    gate: Arc<Gate>,
+}
+
+const COMMON: u64 = 0;
+const ISR: u64 = 0x1000;
+const NOTIFY: u64 = 0x3000;
+
+fn bench(backend: Arc<dyn Backend>) -> Bench {
+    let timers = TimerQueue::new(Clock::manual(1_000_000_000), Arc::default());
+    let kick: Kick = Arc::new(|_| {});
+    let fabric = Fabric::new(1, 1_000_000_000, &timers, &kick, Arc::default());
+    fabric.write_apic_page(0, Gpa(0xfee0_00f0), Dword, 0x1ff);
+    let host = Host::new(Arc::clone(&fabric), Arc::new(|_| {}));
+    let (memory, gate) = (memory(), Arc::default());
+    let slot = host.lock().free_slot().unwrap();
+    let card = transport::card(backend, Arc::clone(&memory), Arc::clone(&gate), &slot);
+    host.lock().insert(&slot, card);
+    let bench = Bench { host, fabric, memory, gate };
+    bench.set_config(4, Word, 6);
+    bench
+}
+
+impl Bench {
+    fn select(&self, register: u8) -> u16 {
+        let address = 1 << 31 | 1 << 11 | u32::from(register & !3);
+        PortDevice::write(&mut *self.host.lock(), 0, Dword, address);
+        4 + u16::from(register & 3)
+    }
+
+    fn config(&self, register: u8, size: AccessSize) -> u32 {
+        let port = self.select(register);
+        PortDevice::read(&mut *self.host.lock(), port, size) & size.mask() as u32
+    }
+
+    fn set_config(&self, register: u8, size: AccessSize, value: u32) {
+        let port = self.select(register);
+        PortDevice::write(&mut *self.host.lock(), port, size, value);
+    }
+
+    fn get(&self, offset: u64, size: AccessSize) -> u64 {
+        MmioDevice::read(&mut *self.host.lock(), SLOT_BYTES + offset, size) & size.mask()
+    }
+
+    fn set(&self, offset: u64, size: AccessSize, value: u64) {
+        MmioDevice::write(&mut *self.host.lock(), SLOT_BYTES + offset, size, value);
+    }
+
+    fn status(&self) -> u64 {
+        self.get(COMMON + 0x14, Byte)
+    }
+
+    fn set_status(&self, value: u64) {
+        self.set(COMMON + 0x14, Byte, value);
+    }
+
+    /// 3.1.1 "Driver Requirements: Device Initialization", with one queue at [`PLACE`].
+    fn initialize(&self, features: u64) {
+        self.set_status(0);
+        wait_until(|| self.status() == 0);
+        self.set_status(3);
+        for (select, half) in [(0, features & 0xffff_ffff), (1, features >> 32)] {
+            self.set(COMMON + 8, Dword, select);
+            self.set(COMMON + 12, Dword, half);
+        }
+        self.set_status(11);
+        self.set(COMMON + 0x16, Word, 0);
+        self.set(COMMON + 0x18, Word, u64::from(PLACE.entries));
+        self.set(COMMON + 0x20, Qword, PLACE.descriptors.0);
+        self.set(COMMON + 0x28, Dword, PLACE.driver.0);
+        self.set(COMMON + 0x2c, Dword, 0);
+        self.set(COMMON + 0x30, Qword, PLACE.device.0);
+        self.set(COMMON + 0x1c, Word, 1);
+        self.set_status(15);
+    }
+
+    /// Sends message 0 as interrupt 0x50 to processor 0, for queue 0.
+    fn enable_messages(&self) {
+        self.set(0x4000, Qword, 0xfee0_0000);
+        self.set(0x4008, Qword, 0x50);
+        let mut capability = self.config(0x34, Byte) as u8;
+        while self.config(capability, Byte) != 0x11 {
+            capability = self.config(capability + 1, Byte) as u8;
+            assert_ne!(capability, 0, "no MSI-X");
+        }
+        self.set_config(capability + 2, Word, 1 << 15);
+        self.set(COMMON + 0x1a, Word, 0);
+    }
+}
+
+#[test]
+fn a_driver_agrees_on_features_before_anything_else() {
+    let bench = bench(Arc::new(Entropy));
+    assert_eq!(bench.config(0, Dword), 0x1044_1af4);
+    assert_eq!(bench.get(COMMON + 4, Dword), feature::INDIRECT_DESCRIPTORS | feature::EVENT_INDEX);
+    bench.set(COMMON, Dword, 1);
+    assert_eq!(bench.get(COMMON + 4, Dword), 1);
+    bench.set(COMMON, Dword, 2);
+    assert_eq!(bench.get(COMMON + 4, Dword), 0);
+    for features in [0, feature::VERSION_1 | 1, feature::VERSION_1 | 1 << 40] {
+        bench.initialize(features);
+        assert_eq!(bench.status() & 8, 0, "features {features:#x} are not agreed on");
+    }
+    bench.initialize(feature::VERSION_1);
+    assert_eq!(bench.status(), 15);
+    bench.set(COMMON + 8, Dword, 0);
+    bench.set(COMMON + 12, Dword, 1);
+    assert_eq!(bench.get(COMMON + 12, Dword), 0, "too late");
+    assert_eq!(bench.get(COMMON + 0x12, Word), 1, "one queue");
+    bench.set(COMMON + 0x16, Word, 1);
+    assert_eq!(bench.get(COMMON + 0x18, Word), 0, "and no second");
+}
+
+#[test]
+fn entropy_comes_with_a_message_or_with_the_line() {
+    for messages in [true, false] {
+        let bench = bench(Arc::new(Entropy));
+        bench.initialize(feature::VERSION_1);
+        if messages {
+            bench.enable_messages();
+        }
+        let mut driver = Driver::new(&bench.memory);
+        driver.descriptor(PLACE.descriptors, 1, 0x8000, 64, WRITE, 0);
+        driver.offer(1);
+        bench.set(NOTIFY, Word, 0);
+        driver.wait_for_used(1);
+        assert_eq!(driver.used(0), (1, 64));
+        let mut bytes = [0; 64];
+        bench.memory.read(Gpa(0x8000), &mut bytes).unwrap();
+        assert_ne!(bytes, [0; 64]);
+        if messages {
+            wait_until(|| bench.fabric.attention(0) != 0);
+            assert_eq!(bench.fabric.acknowledge(0), Some(0x50));
+        } else {
+            wait_until(|| bench.config(6, Word) & 1 << 3 != 0);
+            assert_eq!(bench.get(ISR, Byte), 1);
+            assert_eq!(bench.get(ISR, Byte), 0, "reading clears it");
+        }
+    }
+}
+
+#[test]
+fn a_broken_queue_stops_the_device_until_it_is_reset() {
+    let bench = bench(Arc::new(Entropy));
+    bench.initialize(feature::VERSION_1);
+    let mut driver = Driver::new(&bench.memory);
+    driver.offer(99);
+    bench.set(NOTIFY, Word, 0);
+    wait_until(|| bench.status() & 64 != 0);
+    wait_until(|| bench.get(ISR, Byte) == 2);
+    driver.set_16(PLACE.driver.add(2), 0);
+    driver.available = 0;
+    driver.descriptor(PLACE.descriptors, 1, 0x8000, 64, WRITE, 0);
+    bench.initialize(feature::VERSION_1);
+    driver.offer(1);
+    bench.set(NOTIFY, Word, 0);
+    driver.wait_for_used(1);
+    // A queue where no memory is: the device says so at once.
+    bench.set_status(0);
+    wait_until(|| bench.status() == 0);
+    bench.set(COMMON + 8, Dword, 1);
+    bench.set(COMMON + 12, Dword, 1);
+    bench.set_status(11);
+    bench.set(COMMON + 0x20, Qword, RAM);
+    bench.set(COMMON + 0x1c, Word, 1);
+    bench.set_status(15);
+    assert_eq!(bench.status(), 15 | 64);
+}
+
+/// Takes requests and answers each only when it is let.
+#[derive(Default)]
+struct Slow {
+    begun: AtomicUsize,
+    may_end: Mutex<bool>,
+    changed: Condvar,
+}
+
+impl Backend for Slow {
+    fn device_type(&self) -> u16 {
+        2
+    }
+
+    fn pci_class(&self) -> u32 {
+        0
+    }
+
+    fn serve(&self, _queue: u16, _features: u64, chain: &Chain<'_>) -> u32 {
+        self.begun.fetch_add(1, Ordering::SeqCst);
+        let mut may_end = self.may_end.lock().unwrap();
+        while !*may_end {
+            may_end = self.changed.wait(may_end).unwrap();
+        }
+        u32::from(chain.write(0, b"x"))
+    }
+}
+
+impl Slow {
+    fn let_go(&self) {
+        *self.may_end.lock().unwrap() = true;
+        self.changed.notify_all();
+    }
+}
+
+#[test]
+fn a_reset_amid_a_request_is_over_when_the_request_is() {
+    let slow = Arc::new(Slow::default());
+    let bench = bench(slow.clone());
+    bench.initialize(feature::VERSION_1);
+    let mut driver = Driver::new(&bench.memory);
+    driver.descriptor(PLACE.descriptors, 0, 0x8000, 1, WRITE, 0);
+    driver.offer(0);
+    driver.offer(0);
+    bench.set(NOTIFY, Word, 0);
+    wait_until(|| slow.begun.load(Ordering::SeqCst) == 1);
+    bench.set_status(0);
+    assert_ne!(bench.status(), 0, "the processor does not wait, but the driver must");
+    bench.set_status(3);
+    slow.let_go();
+    wait_until(|| bench.status() == 0);
+    assert_eq!(slow.begun.load(Ordering::SeqCst), 1, "the second was not begun any more");
+    assert_eq!(driver.used_index(), 1);
+}
+
+#[test]
+fn memory_stands_still_behind_a_closed_gate() {
+    let slow = Arc::new(Slow::default());
+    slow.let_go();
+    let bench = bench(slow.clone());
+    bench.initialize(feature::VERSION_1);
+    let mut driver = Driver::new(&bench.memory);
+    driver.descriptor(PLACE.descriptors, 0, 0x8000, 1, WRITE, 0);
+    let closed = bench.gate.close();
+    driver.offer(0);
+    bench.set(NOTIFY, Word, 0);
+    std::thread::sleep(Duration::from_millis(5));
+    assert_eq!((slow.begun.load(Ordering::SeqCst), driver.used_index()), (0, 0));
+    drop(closed);
+    driver.wait_for_used(1);
+}
+
+#[test]
+fn a_saved_device_goes_on_where_it_was() {
+    let bench = bench(Arc::new(Entropy));
+    bench.initialize(feature::VERSION_1 | feature::EVENT_INDEX);
+    bench.enable_messages();
+    let mut driver = Driver::new(&bench.memory);
+    driver.descriptor(PLACE.descriptors, 0, 0x8000, 8, WRITE, 0);
+    for index in 1..=11 {
+        driver.offer(0);
+        bench.set(NOTIFY, Word, 0);
+        driver.wait_for_used(index);
+    }
+    let closed = bench.gate.close();
+    let saved = bench.host.lock().state();
+    drop(closed);
+    let other = self::bench(Arc::new(Entropy));
+    let mut all = vec![0; RAM as usize];
+    bench.memory.read(Gpa(0), &mut all).unwrap();
+    other.memory.write(Gpa(0), &all).unwrap();
+    other.host.lock().restore(&saved);
+    assert_eq!(other.status(), 15);
+    driver.memory = Arc::clone(&other.memory);
+    // Linux asks to be told of the next one.
+    driver.set_16(PLACE.driver.add(4 + 2 * 8), 11);
+    driver.offer(0);
+    other.set(NOTIFY, Word, 0);
+    driver.wait_for_used(12);
+    wait_until(|| other.fabric.acknowledge(0) == Some(0x50));
+}
+
+#[test]
+fn the_window_in_the_configuration_space_reaches_the_registers() {
+    let bench = bench(Arc::new(Entropy));
+    let mut capability = bench.config(0x34, Byte) as u8;
+    while bench.config(capability, Byte) != 9 || bench.config(capability + 3, Byte) != 5 {
+        capability = bench.config(capability + 1, Byte) as u8;
+        assert_ne!(capability, 0, "no window");
+    }
+    bench.set_config(capability + 8, Dword, 0x12);
+    bench.set_config(capability + 12, Dword, 2);
+    assert_eq!(bench.config(capability + 16, Word), 1, "one queue");
+    bench.set_config(capability + 8, Dword, 0x14);
+    bench.set_config(capability + 12, Dword, 1);
+    bench.set_config(capability + 16, Byte, 3);
+    assert_eq!(bench.status(), 3);
+    for (offset, length) in [(0x13, 2), (0x14, 3), (u32::MAX, 4), (0xffff_fffc, 4)] {
+        bench.set_config(capability + 8, Dword, offset);
+        bench.set_config(capability + 12, Dword, length);
+        bench.set_config(capability + 16, Dword, u32::MAX);
+        let _ = bench.config(capability + 16, Dword);
+    }
+}
+
+#[test]
+fn random_register_accesses_do_no_harm() {
+    let mut random = Random(0x2545_f491_4f6c_dd1d);
+    let bench = bench(Arc::new(Entropy));
+    let stop = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        // A guest's other processor writes into the rings meanwhile.
+        scope.spawn(|| {
+            let mut random = Random(0x1234_5678_9abc_def1);
+            while !stop.load(Ordering::Relaxed) {
+                let at = Gpa(0x1000 + (random.below(0x3000) & !1));
+                bench.memory.write(at, &(random.below(16) as u16).to_le_bytes()).unwrap();
+            }
+        });
+        for round in 0..4000 {
+            if round % 40 == 0 {
+                bench.initialize(feature::VERSION_1 | random.below(4) << 28);
+            }
+            let size = [Byte, Word, Dword, Qword][random.below(4) as usize];
+            let offset = if random.below(2) == 0 { random.below(0x40) } else { random.below(0x8000) };
+            match random.below(6) {
+                0 => bench.set_config(
+                    random.next() as u8,
+                    if size == Qword { Dword } else { size },
+                    random.next() as u32,
+                ),
+                1 => _ = bench.get(offset, size),
+                2 | 3 => bench.set(NOTIFY, Word, 0),
+                _ => bench.set(offset, size, random.address() & size.mask()),
+            }
+            // Whatever it did, the next driver must find the device.
+            bench.set_config(0x10, Dword, 0xe000_0000 + SLOT_BYTES as u32);
+            bench.set_config(0x14, Dword, 0);
+            bench.set_config(4, Word, 6);
+        }
+        stop.store(true, Ordering::Relaxed);
+    });
+    bench.initialize(feature::VERSION_1);
+    assert_eq!(bench.status() & 15, 15);
+}
