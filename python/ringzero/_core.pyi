@@ -40,7 +40,10 @@ class Vm:
         trace_path: str | None = None,
         translations: str | None = None,
         translation_bytes: int | None = None,
-    ) -> Self: ...
+        disks: Sequence[tuple[str, bool, str]] = (),
+    ) -> Self:
+        """Put a machine together. `disks` are raw files: path, whether it is read-only, and the serial number."""
+
     def memory_map(self) -> list[tuple[int, int, str]]:
         """Return (first address, size, kind) rows; kind is 'ram' or 'mmio'. RAM has a hole below 4 GiB."""
     def read_memory(self, address: int, size: int) -> bytes:

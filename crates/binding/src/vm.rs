@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
-use monitor::{Gpa, Options};
+use monitor::{Disk, Gpa, Options};
 use pyo3::buffer::PyBuffer;
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyDict};
@@ -53,10 +53,11 @@ impl Vm {
     #[pyo3(
         signature = (
             memory, *, cpus = None, engine = "direct", cpu_features = Vec::new(), count_instructions = false,
-            profile = false, trace_path = None, translations = None, translation_bytes = None
+            profile = false, trace_path = None, translations = None, translation_bytes = None,
+            disks = Vec::new()
         ),
         text_signature = "(memory, *, cpus=1, engine='direct', cpu_features=(), count_instructions=False, \
-            profile=False, trace_path=None, translations=None, translation_bytes=None)"
+            profile=False, trace_path=None, translations=None, translation_bytes=None, disks=())"
     )]
     #[expect(clippy::too_many_arguments, reason = "they are Python's keyword arguments")]
     fn new(
@@ -70,7 +71,9 @@ impl Vm {
         trace_path: Option<PathBuf>,
         translations: Option<PathBuf>,
         translation_bytes: Option<&Bound<'_, PyAny>>,
+        disks: Vec<(PathBuf, bool, String)>,
     ) -> PyResult<Self> {
+        let disks = disks.into_iter().map(|(path, read_only, serial)| Disk { path, read_only, serial }).collect();
         let options = Options {
             memory: fit(memory, "the size of memory")?,
             processors: cpus.map_or(Ok(1), |cpus| fit(cpus, "the number of processors"))?,
@@ -81,6 +84,7 @@ impl Vm {
             trace: trace_path,
             translations,
             translation_bytes: translation_bytes.map(|bytes| fit(bytes, "memory for translations")).transpose()?,
+            disks,
         };
         let machine = Arc::new(py_enter(py, || monitor::Vm::new(&options))?);
         let mut list = MACHINES.lock().unwrap_or_else(PoisonError::into_inner);

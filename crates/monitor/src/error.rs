@@ -35,6 +35,8 @@ pub enum Error {
     Platform(#[from] io::platform::Error),
     #[error("the trace file {} cannot be written: {error}", .path.display())]
     Trace { path: PathBuf, error: std::io::Error },
+    #[error("the disk {} cannot be used: {error}", .path.display())]
+    Disk { path: PathBuf, error: std::io::Error },
     #[error("the host gave no {what}: {error}")]
     Host { what: &'static str, error: std::io::Error },
 }

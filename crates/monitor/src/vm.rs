@@ -10,6 +10,7 @@ use host::clock::Clock;
 use host::counters::Counters;
 use host::lock::{Rank, RankedMutex};
 use io::platform::{Config, Platform};
+use io::virtio::block::{self, Block};
 use io::virtio::entropy::Entropy;
 use memory::GuestMemory;
 use memory::pmap::{HOLE_END, HOLE_START};
@@ -61,6 +62,17 @@ pub struct Options {
     pub translation_bytes: Option<u64>,
     /// The folder of translations that are kept from run to run; none are kept without one.
     pub translations: Option<PathBuf>,
+    /// In the order in which the guest finds them.
+    pub disks: Vec<Disk>,
+}
+
+/// A disk of a machine: a raw file.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Disk {
+    pub path: PathBuf,
+    pub read_only: bool,
+    /// What the guest's system names it by, besides its place in the list.
+    pub serial: String,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -199,6 +211,13 @@ impl Vm {
         )?;
         // 5. Devices on the PCI bus.
         platform.add_virtio(Arc::new(Entropy), Arc::clone(&memory))?;
+        for disk in &options.disks {
+            let (read_only, serial) = (disk.read_only, disk.serial.clone());
+            let traits = block::Disk { read_only, serial, queues: options.processors as u16 };
+            let backend =
+                Block::open(&disk.path, traits).map_err(|error| Error::Disk { path: disk.path.clone(), error })?;
+            platform.add_virtio(Arc::new(backend), Arc::clone(&memory))?;
+        }
         for processor in &mut processors {
             // A kernel that is entered without firmware finds the MTRRs as firmware leaves them.
             processor::system::msr::set_firmware_memory_types(&mut processor.vcpu.cpu);

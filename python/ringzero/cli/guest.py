@@ -58,6 +58,7 @@ class RunOptions:
     env: tuple[str, ...] = ()
     cwd: str | None = None
     device: tuple[str, ...] = ()
+    disk: tuple[str, ...] = ()
     stats: bool = False
     trace: str | None = None
     verbose: bool = False
@@ -124,6 +125,7 @@ def run_guest(options: RunOptions) -> int:
         kernel=kernel,
         initrd=options.initrd,
         devices=options.device,
+        disks=options.disk,
         append=_terminal_words(options.append, command),
         console=show(1) if command is None else show(2) if options.verbose else None,
         shell=command is None,

@@ -83,6 +83,9 @@ def run(
     device: Annotated[
         list[str] | None, typer.Option(metavar="NAME", help="Add a device: debug-exit, or pc-testdev.")
     ] = None,
+    disk: Annotated[
+        list[str] | None, typer.Option(metavar="FILE[,ro]", help="Add a virtio disk: a raw file.")
+    ] = None,
     stats: Annotated[bool, typer.Option("--stats", help="Print the counters at the end.")] = False,
     trace: Annotated[
         str | None, typer.Option(metavar="FILE", help="Write a trace of every instruction.")
@@ -113,6 +116,7 @@ def run(
         env=tuple(env or ()),
         cwd=cwd,
         device=tuple(device or ()),
+        disk=tuple(disk or ()),
         stats=stats,
         trace=trace,
         verbose=verbose,

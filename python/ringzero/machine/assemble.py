@@ -6,12 +6,14 @@ Whatever can be wrong with the operator's files is found before a byte of guest 
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Iterable
 from types import ModuleType
 from typing import TYPE_CHECKING
 
 from ringzero.errors import InputError, InternalError
 from ringzero.machine.boot import bzimage, plan_boot, read_file, unpacked_vmlinux
+from ringzero.machine.disk import Disk
 from ringzero.machine.spec import MachineSpec, requested_features
 
 if TYPE_CHECKING:
@@ -30,6 +32,7 @@ def assemble(
     trace: str | None = None,
     translations: str | None = None,
     translation_bytes: int | None = None,
+    disks: Iterable[Disk] = (),
 ) -> _core.Vm:
     """Return a VM that is ready to start, with the PC's slow devices and `devices` on its bus.
 
@@ -71,6 +74,7 @@ def assemble(
         trace_path=trace,
         translations=translations,
         translation_bytes=translation_bytes,
+        disks=[(os.fspath(disk.path), disk.read_only, disk.serial) for disk in disks],
     )
     attach_devices(vm, devices)
     plan.load(vm)

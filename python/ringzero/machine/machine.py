@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 
 from ringzero.errors import GuestEnded, GuestError, InputError, InternalError
 from ringzero.machine.console import Console, Sink
+from ringzero.machine.disk import Disk
 from ringzero.machine.spec import MachineSpec, parse_size
 from ringzero.machine.translations import translation_folder
 
@@ -65,6 +66,7 @@ class Machine:
         initrd: str | os.PathLike[str] | None = None,
         append: str | None = None,
         devices: Sequence[Any] = (),
+        disks: Sequence[Disk | str | os.PathLike[str]] = (),
         console: Sink | None = None,
         agent: bool = True,
         shell: bool = True,
@@ -82,7 +84,8 @@ class Machine:
         `append`, and with an image too it takes the place of the image's kernel. `append` adds words to the
         kernel's command line. `memory` is bytes, or a size like "512M". `cpu` adds features to the processors, each of
         which makes a guest that uses it slower: "+pku,+pks". `devices` are slow devices in Python
-        (ringzero.devices.Device), or names of ours ("debug-exit"). `console` is given every piece of console
+        (ringzero.devices.Device), or names of ours ("debug-exit"). `disks` are raw files ("FILE", "FILE,ro", or a
+        Disk), virtio disks in the guest, in this order. `console` is given every piece of console
         output. `agent` and `shell` choose what an image with our agent starts: commands for `run`, and a
         login shell on the console. Without `quiet` the kernel's messages show. With `kaslr` a bzImage unpacks
         itself, at a random address; otherwise it is unpacked before it starts, and runs where it was linked to
@@ -106,6 +109,11 @@ class Machine:
         self._initrd = Path(initrd) if initrd is not None else None
         self._append = append or ""
         self._devices = list(devices)
+        self._disks = [Disk.parse(disk) for disk in disks]
+        if self._disks and initrd is None:
+            raise InputError(
+                "disks need an initramfs that loads virtio_blk, and the images have none yet: give one as initrd"
+            )
         if names := [device for device in self._devices if isinstance(device, str)]:
             from ringzero.devices import check_names
 
@@ -149,6 +157,7 @@ class Machine:
                     trace=self._trace,
                     translations=self._translations,
                     translation_bytes=self._translation_bytes,
+                    disks=self._disks,
                 )
                 self._console = Console(_line(vm, CONSOLE_PORT), self._sink)
                 if image.agent and self._with_agent:

@@ -4,6 +4,7 @@
 //! A request: doorbell -> [`transport`] -> [`service`], a thread of the queue's own -> [`queue`] -> [`Backend`] -> used ring
 //! -> interrupt. No processor waits for a back end, and no back end knows a transport.
 
+pub mod block;
 pub mod entropy;
 pub mod queue;
 pub mod service;

@@ -1,0 +1,80 @@
+"""Disks as the operator names them, and what is wrong with them."""
+
+from pathlib import Path
+
+import pytest
+
+from ringzero import Machine
+from ringzero._core import CoreError, Vm
+from ringzero.errors import InputError
+from ringzero.machine.disk import Disk
+
+MIB = 1 << 20
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> Path:
+    path = tmp_path / "disk.img"
+    path.write_bytes(bytes(MIB))
+    return path
+
+
+def test_a_disk_is_a_file_and_whether_it_is_read_only(image: Path) -> None:
+    assert Disk.parse(str(image)) == Disk.parse(image) == Disk(image)
+    assert Disk.parse(f"{image},ro") == Disk(image, read_only=True)
+    assert Disk.parse(Disk(image, serial="a1")) == Disk(image, serial="a1")
+
+
+@pytest.mark.parametrize("name", ["", "nowhere", "nowhere,ro"])
+def test_what_is_no_file_is_refused(tmp_path: Path, name: str) -> None:
+    with pytest.raises(InputError, match="is not a file"):
+        Disk.parse(str(tmp_path / name))
+
+
+@pytest.mark.parametrize("serial", ["x" * 21, "\u00e4", "a\n"])
+def test_impossible_serial_numbers(image: Path, serial: str) -> None:
+    with pytest.raises(InputError, match="serial number"):
+        Disk(image, serial=serial)
+
+
+def test_images_without_the_driver_say_so(image: Path) -> None:
+    with pytest.raises(InputError, match="virtio_blk"):
+        Machine("debian", disks=[image])
+
+
+def find_disks(vm: Vm) -> list[int]:
+    """Have a guest read the identifiers of the first four slots of the PCI bus."""
+    code = b""
+    for slot in range(4):
+        address = 1 << 31 | slot << 11
+        # mov eax,ADDRESS; mov dx,0xcf8; out dx,eax; mov dx,0xcfc; in eax,dx; mov [0x3000 + 4 * slot],eax
+        code += b"\xb8" + address.to_bytes(4, "little") + bytes.fromhex("66baf80c ef 66bafc0c ed a3")
+        code += (0x3000 + 4 * slot).to_bytes(4, "little")
+    code += bytes.fromhex("66ba0406 66b80034 66ef")  # power off
+    vm.write_memory(0x1000, code)
+    registers = {"rip": 0x1000, "cr0": 0x11, "cs": 8}
+    for name in ("cs", "ss", "ds", "es"):
+        registers |= {f"{name}_base": 0, f"{name}_limit": 0xFFFF_FFFF}
+        registers[f"{name}_attributes"] = 0xC09B if name == "cs" else 0xC093
+    vm.set_registers(registers)
+    vm.start()
+    assert vm.wait(30) == "poweroff"
+    data = vm.read_memory(0x3000, 16)
+    return [int.from_bytes(data[at : at + 4], "little") for at in range(0, 16, 4)]
+
+
+def test_the_guest_finds_each_disk_behind_the_entropy_device(image: Path) -> None:
+    vm = Vm(16 * MIB, engine="interpret", disks=[(str(image), True, "")])
+    assert find_disks(vm) == [0x0008_1B36, 0x1044_1AF4, 0x1042_1AF4, 0xFFFF_FFFF]
+
+
+def test_the_core_refuses_what_it_cannot_open_and_more_than_the_bus_holds(
+    image: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(CoreError, match=r"the disk .*nowhere cannot be used"):
+        Vm(16 * MIB, disks=[(str(tmp_path / "nowhere"), False, "")])
+    with pytest.raises(CoreError, match="not a regular file"):
+        Vm(16 * MIB, disks=[(str(tmp_path), True, "")])
+    Vm(16 * MIB, disks=[(str(image), True, "")] * 30)
+    with pytest.raises(CoreError, match="the PCI bus is full"):
+        Vm(16 * MIB, disks=[(str(image), True, "")] * 31)
