@@ -27,6 +27,7 @@ OPTIONS: dict[str, tuple[str, Callable[[str], Any] | None]] = {
     "--env": ("env", str),
     "-e": ("env", str),
     "--device": ("device", str),
+    "--disk": ("disk", str),
     "--cwd": ("cwd", str),
     "-w": ("cwd", str),
     "--stats": ("stats", None),
@@ -35,7 +36,7 @@ OPTIONS: dict[str, tuple[str, Callable[[str], Any] | None]] = {
     "--verbose": ("verbose", None),
     "-v": ("verbose", None),
 }
-REPEATED = frozenset({"env", "device"})
+REPEATED = frozenset({"env", "device", "disk"})
 """Fields that collect every value that is given."""
 
 
