@@ -48,6 +48,16 @@ def test_a_second_boot_translates_next_to_nothing(tmp_path: Path) -> None:
     assert warm["kept.blocks"] > damaged["kept.blocks"] > 0
 
 
+@pytest.mark.needs_debian
+def test_a_kernel_at_a_random_address_leaves_nothing_for_others(tmp_path: Path) -> None:
+    folder = tmp_path / "translations"
+    with Machine("debian", kaslr=True, translation_cache=folder) as machine:
+        machine.run(["true"], check=True)
+        machine.stop()
+        assert machine.stats()["kept.noted"] == 0
+    assert not folder.exists()
+
+
 def _kill_while_writing(folder: Path, *options: str) -> None:
     """Boot Debian in a process of its own, and end that by SIGKILL in the middle of what it writes."""
     words = [

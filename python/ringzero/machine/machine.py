@@ -88,8 +88,8 @@ class Machine:
         Disk), virtio disks in the guest, in this order. `console` is given every piece of console
         output. `agent` and `shell` choose what an image with our agent starts: commands for `run`, and a
         login shell on the console. Without `quiet` the kernel's messages show. With `kaslr` a bzImage unpacks
-        itself, at a random address; otherwise it is unpacked before it starts, and runs where it was linked to
-        run. `trace` names a file for a trace of every instruction. With `profile` the counters named profile.*
+        itself, at a random address, and no translations are kept; otherwise it is unpacked before it starts, and
+        runs where it was linked to run. `trace` names a file for a trace of every instruction. With `profile` the counters named profile.*
         say what the processors did, in samples. `translation_cache` keeps translations for later machines: in
         this user's cache, in a folder of its own, or not at all. `translation_memory` (bytes, or a size) limits
         what translated code takes of the host; by itself it is an eighth of `memory`.
@@ -125,7 +125,8 @@ class Machine:
         self._count_instructions = count_instructions
         self._profile = profile
         self._trace = os.fspath(trace) if trace is not None else None
-        self._translations = translation_folder(translation_cache)
+        # At a random address no later machine finds them, and they would displace those that are found.
+        self._translations = None if kaslr else translation_folder(translation_cache)
         self._translation_bytes = None if translation_memory is None else parse_size(translation_memory)
         self._core_vm: _core.Vm | None = None
         self._console: Console | None = None
