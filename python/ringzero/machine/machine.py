@@ -88,11 +88,12 @@ class Machine:
         Disk), virtio disks in the guest, in this order. `console` is given every piece of console
         output. `agent` and `shell` choose what an image with our agent starts: commands for `run`, and a
         login shell on the console. Without `quiet` the kernel's messages show. With `kaslr` a bzImage unpacks
-        itself, at a random address, and no translations are kept; otherwise it is unpacked before it starts, and
-        runs where it was linked to run. `trace` names a file for a trace of every instruction. With `profile` the counters named profile.*
-        say what the processors did, in samples. `translation_cache` keeps translations for later machines: in
-        this user's cache, in a folder of its own, or not at all. `translation_memory` (bytes, or a size) limits
-        what translated code takes of the host; by itself it is an eighth of `memory`.
+        itself, at a random address, and no translations are kept; otherwise it is unpacked before it starts,
+        and runs where it was linked to run. `trace` names a file for a trace of every instruction. With
+        `profile` the counters named profile.* say what the processors did, in samples. `translation_cache`
+        keeps translations for later machines: in this user's cache, in a folder of its own, or not at all.
+        `translation_memory` (bytes, or a size) limits what translated code takes of the host; by itself it is
+        an eighth of `memory`.
         """
         if image is None and kernel is None:
             image = "debian"
