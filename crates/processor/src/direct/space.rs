@@ -133,7 +133,7 @@ impl Space {
         self.unmap(page);
         let is_part =
             |first: u64, held: &Held| held.region.large_size().is_some_and(|size| (first ^ page.0) & !(size - 1) == 0);
-        self.unmap_regions(|first, held| is_part(first, held));
+        self.unmap_regions(is_part);
     }
 
     /// Unmaps the regions that `is_stale` names, whole.
@@ -308,7 +308,9 @@ impl Space {
             Want::Data => DATA_AROUND,
         };
         let window = target & !(around - 1);
-        self.unmap_regions(|other, held| other == first && held.region != region);
+        if self.regions.get(&first).is_some_and(|held| held.region != region) {
+            self.unmap_regions(|other, _| other == first);
+        }
         let entries: Vec<u64> = region.entries(core.memory, window, around).collect();
         if want == Want::Code {
             look_through(core, entries.iter().filter(|entry| **entry != 0).map(|entry| region.reached(*entry)), codes);
