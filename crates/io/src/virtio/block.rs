@@ -1,13 +1,14 @@
 //! The block device: a disk of 512-byte sectors in a file or in memory. Source: VIRTIO 1.2, 5.2 "Block Device".
 
+use std::borrow::Cow;
 use std::fs::{File, TryLockError};
 use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::sync::{PoisonError, RwLock};
 
-use super::Backend;
 use super::queue::Chain;
+use super::{Answer, Backend};
 
 const DEVICE_TYPE: u16 = 2;
 /// A mass storage controller: what systems expect of a virtio disk.
@@ -286,22 +287,22 @@ impl Backend for Block {
         self.disk.queues
     }
 
-    fn config(&self) -> &[u8] {
-        &self.config
+    fn config(&self) -> Cow<'_, [u8]> {
+        Cow::Borrowed(&self.config)
     }
 
-    fn serve(&self, _queue: u16, features: u64, chain: &Chain<'_>) -> u32 {
+    fn serve(&self, _queue: u16, features: u64, chain: &Chain<'_>) -> Answer {
         // Without room for the status, there is nobody to tell of anything.
-        let Some(room) = chain.writable_bytes().checked_sub(1) else { return 0 };
+        let Some(room) = chain.writable_bytes().checked_sub(1) else { return Answer::Done(0) };
         let (status, written) = match self.carry_out(features, chain, room) {
             Ok(written) => (OK, written),
             Err(Failed(status)) => (status, 0),
         };
         if !chain.write(room, &[status]) {
-            return 0;
+            return Answer::Done(0);
         }
         // 2.7.8.2: the length covers what was written from the first byte on.
-        if written == room { (room + 1) as u32 } else { written as u32 }
+        Answer::Done(if written == room { (room + 1) as u32 } else { written as u32 })
     }
 }
 

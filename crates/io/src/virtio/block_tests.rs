@@ -38,7 +38,7 @@ fn request(block: &Block, memory: &GuestMemory, kind: u32, sector: u64, data: &[
     memory.write(Gpa(0x2002), &[1, 0, 0, 0]).unwrap();
     let mut queue = Queue::new(memory, PLACE, Rules::default(), Progress::default()).unwrap();
     let chain = queue.pop(memory).unwrap().unwrap();
-    let written = block.serve(0, ALL, &chain);
+    let Answer::Done(written) = block.serve(0, ALL, &chain) else { panic!("a disk keeps nothing") };
     let mut status = [0];
     memory.read(STATUS, &mut status).unwrap();
     (status[0], written)

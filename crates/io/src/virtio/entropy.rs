@@ -1,7 +1,7 @@
 //! The entropy device: random bytes from the host's kernel. Source: VIRTIO 1.2, 5.4 "Entropy Device".
 
-use super::Backend;
 use super::queue::Chain;
+use super::{Answer, Backend};
 
 const DEVICE_TYPE: u16 = 4;
 /// What a request may get at once: a driver asks again. Linux asks for 64.
@@ -19,10 +19,11 @@ impl Backend for Entropy {
         0xff_0000
     }
 
-    fn serve(&self, _queue: u16, _features: u64, chain: &Chain<'_>) -> u32 {
+    fn serve(&self, _queue: u16, _features: u64, chain: &Chain<'_>) -> Answer {
         let wanted = chain.writable_bytes().min(MOST_BYTES as u64) as usize;
         let mut bytes = vec![0; wanted];
         // 5.4.6.1: one byte at least. A host that has none before its own boot is over is no host that runs us.
-        if host::random::fill(&mut bytes) && chain.write(0, &bytes) { wanted as u32 } else { 0 }
+        let filled = host::random::fill(&mut bytes) && chain.write(0, &bytes);
+        Answer::Done(if filled { wanted as u32 } else { 0 })
     }
 }

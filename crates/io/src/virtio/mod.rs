@@ -4,14 +4,20 @@
 //! A request: doorbell -> [`transport`] -> [`service`], a thread of the queue's own -> [`queue`] -> [`Backend`] -> used ring
 //! -> interrupt. No processor waits for a back end, and no back end knows a transport.
 
+pub mod balloon;
 pub mod block;
 pub mod entropy;
+pub mod line;
 pub mod queue;
 pub mod service;
 #[cfg(test)]
 mod tests;
 pub mod transport;
 
+use std::borrow::Cow;
+use std::sync::Arc;
+
+use line::Line;
 use queue::Chain;
 
 /// Features that belong to all devices, 6 "Reserved Feature Bits".
@@ -46,12 +52,50 @@ pub trait Backend: Send + Sync {
         1
     }
 
-    /// Its configuration, as the guest reads it.
-    fn config(&self) -> &[u8] {
-        &[]
+    /// Whether one thread serves all queues in turn: for a device that seldom has much to do.
+    fn shares_thread(&self) -> bool {
+        false
     }
 
-    /// Carries a request of a queue out; `features` were negotiated. Gives the number of bytes written, from the first that
-    /// can be written on. A request that makes no sense is answered as the device's own rules say, or not at all: 0.
-    fn serve(&self, queue: u16, features: u64, chain: &Chain<'_>) -> u32;
+    /// Its configuration, as the guest reads it. Its length never changes.
+    fn config(&self) -> Cow<'_, [u8]> {
+        Cow::Borrowed(&[])
+    }
+
+    /// The guest has written to the configuration, up to 8 bytes, wherever it liked.
+    fn write_config(&self, _at: u64, _bytes: &[u8]) {}
+
+    /// Gives the back end its way to the driver, once, before anything else.
+    fn connect(&self, _line: &Arc<Line>) {}
+
+    /// The driver has gone, or begins anew.
+    fn reset(&self) {}
+
+    /// What a saved machine keeps of it.
+    fn state(&self) -> BackendState {
+        BackendState::Plain
+    }
+
+    fn restore(&self, _state: &BackendState) {}
+
+    /// Carries a request of a queue out; `features` were negotiated.
+    fn serve(&self, queue: u16, features: u64, chain: &Chain<'_>) -> Answer;
+}
+
+/// What a saved machine keeps of a back end, by its kind.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum BackendState {
+    /// It has no state of its own.
+    Plain,
+    Balloon(balloon::State),
+}
+
+/// What becomes of a request.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Answer {
+    /// It is done: the number of bytes written, from the first that can be written on. A request that makes no sense is
+    /// answered as the device's own rules say, or not at all: 0.
+    Done(u32),
+    /// It stays in its queue, and those behind it wait. When the queue is next looked at, it is served from its beginning.
+    Kept,
 }

@@ -170,6 +170,11 @@ impl Queue {
         Ok(Some(chain))
     }
 
+    /// The request that was popped last has not been done: the next [`Queue::pop`] gives it again.
+    pub fn put_back(&mut self) {
+        self.progress.available = self.progress.available.wrapping_sub(1);
+    }
+
     /// Collects and checks the buffers of the chain that begins with descriptor `head`.
     fn follow<'m>(&self, memory: &'m GuestMemory, head: u16) -> Result<Chain<'m>, Broken> {
         let mut chain = Chain { memory, head, buffers: Vec::new(), readable: 0 };
@@ -295,6 +300,11 @@ impl Chain<'_> {
     #[must_use]
     pub fn writable_bytes(&self) -> u64 {
         sum(&self.buffers[self.readable..])
+    }
+
+    /// The buffers that can be written, one after the other: address and size.
+    pub fn writable(&self) -> impl Iterator<Item = (Gpa, u64)> + '_ {
+        self.buffers[self.readable..].iter().map(|buffer| (buffer.address, u64::from(buffer.size)))
     }
 
     /// Copies what the driver wrote, from `offset` on; false, and nothing, when there is not so much.

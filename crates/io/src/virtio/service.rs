@@ -1,4 +1,4 @@
-//! The threads that serve a device's queues, one each, from the driver's DRIVER_OK to its reset.
+//! The threads that serve a device's queues, one each or one for all, from the driver's DRIVER_OK to its reset.
 
 use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU16, AtomicUsize, Ordering};
@@ -8,8 +8,9 @@ use std::thread::{self, JoinHandle};
 use host::lock::{Rank, RankedMutex};
 use memory::GuestMemory;
 
-use super::Backend;
+use super::line::Line;
 use super::queue::{Broken, Progress, Queue};
+use super::{Answer, Backend};
 use crate::pci::interrupts::Interrupts;
 
 /// Why INTA# is asserted, 4.1.4.5 "ISR status capability".
@@ -38,6 +39,7 @@ pub struct Work {
     pub memory: Arc<GuestMemory>,
     pub gate: Arc<Gate>,
     pub interrupts: Arc<Interrupts>,
+    pub line: Arc<Line>,
     pub features: u64,
     /// The message for changes of the configuration.
     pub config_vector: u16,
@@ -48,14 +50,21 @@ struct Ring {
     number: u16,
     vector: AtomicU16,
     queue: RankedMutex<Queue>,
-    /// There may be something in the queue.
+    /// Its thread's, in [`Shared::bells`].
+    bell: usize,
+}
+
+/// What a thread sleeps on.
+struct Bell {
+    /// There may be something in one of its queues.
     rung: RankedMutex<bool>,
     changed: Condvar,
 }
 
-struct Shared {
+pub(super) struct Shared {
     work: Work,
     rings: Vec<Ring>,
+    bells: Vec<Bell>,
     stopping: AtomicBool,
     is_broken: AtomicBool,
     /// Threads that may still touch guest memory.
@@ -74,24 +83,26 @@ impl Service {
     /// # Errors
     /// The system's, when it gives no thread.
     pub fn start(work: Work, queues: Vec<(u16, u16, Queue)>) -> io::Result<Service> {
-        let rings = queues.into_iter().map(|(number, vector, queue)| Ring {
+        let is_shared = work.backend.shares_thread();
+        let rings = queues.into_iter().enumerate().map(|(index, (number, vector, queue))| Ring {
             number,
             vector: AtomicU16::new(vector),
             queue: RankedMutex::new(Rank::Queue, queue),
-            // A driver may have filled it already.
-            rung: RankedMutex::new(Rank::Waiting, true),
-            changed: Condvar::new(),
+            bell: if is_shared { 0 } else { index },
         });
+        let rings: Vec<Ring> = rings.collect();
+        let threads = if is_shared { rings.len().min(1) } else { rings.len() };
+        let line = Arc::clone(&work.line);
         let shared = Arc::new(Shared {
             work,
-            rings: rings.collect(),
+            rings,
+            bells: (0..threads).map(|_| Bell::new()).collect(),
             stopping: AtomicBool::new(false),
             is_broken: AtomicBool::new(false),
             running: AtomicUsize::new(0),
         });
         let mut service = Service { shared: Arc::clone(&shared), threads: Vec::new() };
-        for index in 0..shared.rings.len() {
-            let shared = Arc::clone(&shared);
+        for index in 0..threads {
             shared.running.fetch_add(1, Ordering::SeqCst);
             let name = format!("rz-virtio{}.{}", shared.work.backend.device_type(), shared.rings[index].number);
             let twin = Arc::clone(&shared);
@@ -103,14 +114,13 @@ impl Service {
                 }
             }
         }
+        line.set(&shared);
         Ok(service)
     }
 
     /// The driver says that there is something in a queue.
     pub fn notify(&self, number: u16) {
-        if let Some(ring) = self.shared.rings.iter().find(|ring| ring.number == number) {
-            ring.ring();
-        }
+        self.shared.look_at(number);
     }
 
     /// The driver has chosen another message for a queue.
@@ -123,13 +133,13 @@ impl Service {
     /// The driver did what no device can work with.
     #[must_use]
     pub fn is_broken(&self) -> bool {
-        self.shared.is_broken.load(Ordering::Acquire)
+        self.shared.is_broken()
     }
 
     /// Asks the threads to end after what they do now; does not wait.
     pub fn stop(&self) {
         self.shared.stopping.store(true, Ordering::SeqCst);
-        self.shared.rings.iter().for_each(Ring::ring);
+        self.shared.bells.iter().for_each(Bell::ring);
     }
 
     /// No thread will touch guest memory any more.
@@ -155,7 +165,12 @@ impl Drop for Service {
     }
 }
 
-impl Ring {
+impl Bell {
+    /// Rung from the start: a driver may have filled its queues already.
+    fn new() -> Bell {
+        Bell { rung: RankedMutex::new(Rank::Waiting, true), changed: Condvar::new() }
+    }
+
     fn ring(&self) {
         let mut rung = self.rung.lock();
         if !*rung {
@@ -187,27 +202,43 @@ impl Drop for Leave<'_> {
 }
 
 impl Shared {
-    fn run(&self, index: usize) {
+    pub(super) fn is_broken(&self) -> bool {
+        self.is_broken.load(Ordering::Acquire)
+    }
+
+    pub(super) fn look_at(&self, number: u16) {
+        if let Some(ring) = self.rings.iter().find(|ring| ring.number == number) {
+            self.bells[ring.bell].ring();
+        }
+    }
+
+    /// Tells the driver to look at the configuration, or at the status.
+    pub(super) fn tell_config(&self) {
+        self.work.interrupts.raise(self.work.config_vector, CAUSE_CONFIG);
+    }
+
+    fn run(&self, bell: usize) {
         let _leave = Leave(self);
-        let ring = &self.rings[index];
-        while !self.stopping.load(Ordering::SeqCst) && !self.is_broken.load(Ordering::Acquire) {
-            ring.wait();
-            if self.serve(ring).is_err() {
-                // 2.1.2: the device does nothing more until it is reset, and says so.
-                self.is_broken.store(true, Ordering::Release);
-                self.rings.iter().for_each(Ring::ring);
-                self.work.interrupts.raise(self.work.config_vector, CAUSE_CONFIG);
+        while !self.stopping.load(Ordering::SeqCst) && !self.is_broken() {
+            self.bells[bell].wait();
+            for ring in self.rings.iter().filter(|ring| ring.bell == bell) {
+                if self.serve(ring).is_err() {
+                    // 2.1.2: the device does nothing more until it is reset, and says so.
+                    self.is_broken.store(true, Ordering::Release);
+                    self.bells.iter().for_each(Bell::ring);
+                    self.tell_config();
+                }
             }
         }
     }
 
-    /// Serves a queue until it is empty.
+    /// Serves a queue until it is empty, or the back end keeps what is in it.
     fn serve(&self, ring: &Ring) -> Result<(), Broken> {
         let work = &self.work;
         let mut is_last_look = false;
         loop {
             let _open = work.gate.open();
-            if self.stopping.load(Ordering::SeqCst) || self.is_broken.load(Ordering::Acquire) {
+            if self.stopping.load(Ordering::SeqCst) || self.is_broken() {
                 return Ok(());
             }
             let mut queue = ring.queue.lock();
@@ -222,7 +253,12 @@ impl Shared {
                         queue.want_notification(&work.memory, false)?;
                         is_last_look = false;
                     }
-                    let written = work.backend.serve(ring.number, work.features, &chain);
+                    let Answer::Done(written) = work.backend.serve(ring.number, work.features, &chain) else {
+                        // The driver notifies of what it adds after this one, and the back end rings on its own account.
+                        queue.want_notification(&work.memory, true)?;
+                        queue.put_back();
+                        return Ok(());
+                    };
                     queue.push(&work.memory, chain.head(), written)?;
                     if queue.wants_interrupt(&work.memory)? {
                         work.interrupts.raise(ring.vector.load(Ordering::Relaxed), CAUSE_QUEUE);

@@ -9,9 +9,10 @@ use std::sync::Arc;
 use memory::GuestMemory;
 use x86::Gpa;
 
+use super::line::Line;
 use super::queue::{MOST_ENTRIES, Place, Progress, Queue, Rules};
 use super::service::{Gate, Service, Work};
-use super::{Backend, feature, status};
+use super::{Backend, BackendState, feature, status};
 use crate::bus::AccessSize;
 use crate::pci::config::{Config, Identity};
 use crate::pci::interrupts::Interrupts;
@@ -62,6 +63,7 @@ pub struct State {
     pub queue_select: u16,
     pub config_vector: u16,
     pub queues: Vec<QueueState>,
+    pub backend: BackendState,
 }
 
 /// The device's side of the transport.
@@ -70,6 +72,7 @@ pub struct Transport {
     memory: Arc<GuestMemory>,
     gate: Arc<Gate>,
     interrupts: Arc<Interrupts>,
+    line: Arc<Line>,
     state: State,
     /// While the driver is on.
     service: Option<Service>,
@@ -89,6 +92,7 @@ fn fresh_state(queues: u16) -> State {
         queue_select: 0,
         config_vector: NO_VECTOR,
         queues: vec![queue; usize::from(queues)],
+        backend: BackendState::Plain,
     }
 }
 
@@ -130,8 +134,9 @@ pub fn card(backend: Arc<dyn Backend>, memory: Arc<GuestMemory>, gate: Arc<Gate>
     let interrupts = slot.interrupts(msix.vectors);
     let state = fresh_state(queues);
     let (service, ending) = (None, None);
-    let twin = Arc::clone(&interrupts);
-    let transport = Transport { backend, memory, gate, interrupts: twin, state, service, ending, window };
+    let (twin, line) = (Arc::clone(&interrupts), Arc::default());
+    backend.connect(&line);
+    let transport = Transport { backend, memory, gate, interrupts: twin, line, state, service, ending, window };
     Card::new(config, interrupts, Some(msix), Box::new(transport))
 }
 
@@ -186,10 +191,12 @@ impl Transport {
     fn reset(&mut self) {
         self.state = fresh_state(self.backend.queues());
         let _ = self.interrupts.take_causes();
+        self.line.clear();
         if let Some(service) = self.service.take() {
             service.stop();
             self.ending = Some(service);
         }
+        self.backend.reset();
     }
 
     /// Starts the threads of the enabled queues.
@@ -211,6 +218,7 @@ impl Transport {
             memory: Arc::clone(&self.memory),
             gate: Arc::clone(&self.gate),
             interrupts: Arc::clone(&self.interrupts),
+            line: Arc::clone(&self.line),
             features,
             config_vector: self.state.config_vector,
         };
@@ -238,7 +246,7 @@ impl Transport {
             0x08 => driver_select,
             0x0c => half(driver_features, driver_select),
             0x10 => config_vector | queues << 16,
-            0x14 => status | selected << 16,
+            0x14 => status | u32::from(self.line.generation()) << 8 | selected << 16,
             0x18 => queue.map_or(0, |queue| u32::from(queue.place.entries) | u32::from(queue.vector) << 16),
             // The doorbell of a queue has the queue's number.
             0x1c => queue.map_or(0, |queue| u32::from(queue.is_enabled) | selected << 16),
@@ -356,6 +364,7 @@ impl Function for Transport {
                 self.write_common(at + 4, AccessSize::Dword, (value >> 32) as u32);
             }
             COMMON => self.write_common(at, size, value as u32),
+            DEVICE => self.backend.write_config(at, &value.to_le_bytes()[..size.bytes()]),
             NOTIFY => {
                 if let (Some(service), Ok(number)) = (&self.service, u16::try_from(at / u64::from(NOTIFY_STEP))) {
                     service.notify(number);
@@ -377,7 +386,7 @@ impl Function for Transport {
     }
 
     fn state(&self) -> FunctionState {
-        let mut state = self.state.clone();
+        let mut state = State { backend: self.backend.state(), ..self.state.clone() };
         if let Some(service) = &self.service {
             for (number, progress) in service.progress() {
                 if let Some(queue) = state.queues.get_mut(usize::from(number)) {
@@ -398,6 +407,7 @@ impl Function for Transport {
         let mut queues = saved.queues.clone();
         queues.resize(self.state.queues.len(), fresh_state(1).queues[0]);
         self.state = State { queues, ..saved.clone() };
+        self.backend.restore(&saved.backend);
         let is_on = status::DRIVER_OK | status::FEATURES_OK;
         if saved.status & (is_on | status::NEEDS_RESET) == is_on {
             self.start();

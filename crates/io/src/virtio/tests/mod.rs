@@ -1,5 +1,6 @@
 //! Queues and the transport, driven from the guest's side: a driver that writes its rings into guest memory.
 
+mod balloon;
 mod queue;
 mod transport;
 
@@ -27,7 +28,11 @@ struct Driver {
 
 impl Driver {
     fn new(memory: &Arc<GuestMemory>) -> Driver {
-        Driver { memory: Arc::clone(memory), place: PLACE, available: 0 }
+        Driver::at(memory, PLACE)
+    }
+
+    fn at(memory: &Arc<GuestMemory>, place: Place) -> Driver {
+        Driver { memory: Arc::clone(memory), place, available: 0 }
     }
 
     fn descriptor(&self, table: Gpa, index: u16, address: u64, size: u32, flags: u16, next: u16) {

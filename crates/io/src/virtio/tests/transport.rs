@@ -16,23 +16,24 @@ use crate::irq::{Fabric, Kick};
 use crate::pci::{Host, SLOT_BYTES};
 use crate::timer::TimerQueue;
 use crate::virtio::entropy::Entropy;
-use crate::virtio::queue::Chain;
+use crate::virtio::queue::{Chain, Place};
 use crate::virtio::service::Gate;
-use crate::virtio::{Backend, feature, transport};
+use crate::virtio::{Answer, Backend, feature, transport};
 
 /// A bus with one device in slot 1.
-struct Bench {
-    host: Arc<RankedMutex<Host>>,
+pub struct Bench {
+    pub host: Arc<RankedMutex<Host>>,
     fabric: Arc<Fabric>,
-    memory: Arc<GuestMemory>,
+    pub memory: Arc<GuestMemory>,
     gate: Arc<Gate>,
 }
 
-const COMMON: u64 = 0;
-const ISR: u64 = 0x1000;
-const NOTIFY: u64 = 0x3000;
+pub const COMMON: u64 = 0;
+pub const ISR: u64 = 0x1000;
+pub const DEVICE: u64 = 0x2000;
+pub const NOTIFY: u64 = 0x3000;
 
-fn bench(backend: Arc<dyn Backend>) -> Bench {
+pub fn bench(backend: Arc<dyn Backend>) -> Bench {
     let timers = TimerQueue::new(Clock::manual(1_000_000_000), Arc::default());
     let kick: Kick = Arc::new(|_| {});
     let fabric = Fabric::new(1, 1_000_000_000, &timers, &kick, Arc::default());
@@ -64,24 +65,29 @@ impl Bench {
         PortDevice::write(&mut *self.host.lock(), port, size, value);
     }
 
-    fn get(&self, offset: u64, size: AccessSize) -> u64 {
+    pub fn get(&self, offset: u64, size: AccessSize) -> u64 {
         MmioDevice::read(&mut *self.host.lock(), SLOT_BYTES + offset, size) & size.mask()
     }
 
-    fn set(&self, offset: u64, size: AccessSize, value: u64) {
+    pub fn set(&self, offset: u64, size: AccessSize, value: u64) {
         MmioDevice::write(&mut *self.host.lock(), SLOT_BYTES + offset, size, value);
     }
 
-    fn status(&self) -> u64 {
+    pub fn status(&self) -> u64 {
         self.get(COMMON + 0x14, Byte)
     }
 
-    fn set_status(&self, value: u64) {
+    pub fn set_status(&self, value: u64) {
         self.set(COMMON + 0x14, Byte, value);
     }
 
     /// 3.1.1 "Driver Requirements: Device Initialization", with one queue at [`PLACE`].
     fn initialize(&self, features: u64) {
+        self.initialize_queues(features, &[PLACE]);
+    }
+
+    /// The same, with queues from the first on at these places.
+    pub fn initialize_queues(&self, features: u64, places: &[Place]) {
         self.set_status(0);
         wait_until(|| self.status() == 0);
         self.set_status(3);
@@ -90,13 +96,16 @@ impl Bench {
             self.set(COMMON + 12, Dword, half);
         }
         self.set_status(11);
+        for (number, place) in places.iter().enumerate() {
+            self.set(COMMON + 0x16, Word, number as u64);
+            self.set(COMMON + 0x18, Word, u64::from(place.entries));
+            self.set(COMMON + 0x20, Qword, place.descriptors.0);
+            self.set(COMMON + 0x28, Dword, place.driver.0);
+            self.set(COMMON + 0x2c, Dword, 0);
+            self.set(COMMON + 0x30, Qword, place.device.0);
+            self.set(COMMON + 0x1c, Word, 1);
+        }
         self.set(COMMON + 0x16, Word, 0);
-        self.set(COMMON + 0x18, Word, u64::from(PLACE.entries));
-        self.set(COMMON + 0x20, Qword, PLACE.descriptors.0);
-        self.set(COMMON + 0x28, Dword, PLACE.driver.0);
-        self.set(COMMON + 0x2c, Dword, 0);
-        self.set(COMMON + 0x30, Qword, PLACE.device.0);
-        self.set(COMMON + 0x1c, Word, 1);
         self.set_status(15);
     }
 
@@ -210,13 +219,13 @@ impl Backend for Slow {
         0
     }
 
-    fn serve(&self, _queue: u16, _features: u64, chain: &Chain<'_>) -> u32 {
+    fn serve(&self, _queue: u16, _features: u64, chain: &Chain<'_>) -> Answer {
         self.begun.fetch_add(1, Ordering::SeqCst);
         let mut may_end = self.may_end.lock().unwrap();
         while !*may_end {
             may_end = self.changed.wait(may_end).unwrap();
         }
-        u32::from(chain.write(0, b"x"))
+        Answer::Done(u32::from(chain.write(0, b"x")))
     }
 }
 
