@@ -50,8 +50,9 @@ class Vm:
         """Read guest physical memory of a VM that is not started, paused or ended. Raises CoreError outside RAM."""
     def write_memory(self, address: int, data: Buffer) -> None:
         """Write guest physical memory, under the same conditions as `read_memory`."""
-    def remap_page(self, address: int) -> None:
-        """Move the page at `address` to another machine page while the guest runs; the guest does not notice."""
+    def remap_page(self, address: int) -> bool:
+        """Move the page at `address` to another machine page while the guest runs, which does not notice. False when the
+        guest used it all the time, so that it stayed."""
     def registers(self, cpu: int = 0) -> dict[str, int]:
         """Return the registers of a processor that is not running: rax..r15, rip, rflags, cr0, cr2, cr3, cr4, cr8,
         efer, and cs, ss, ds, es, fs, gs, tr, ldtr as NAME (selector), NAME_base, NAME_limit, NAME_attributes

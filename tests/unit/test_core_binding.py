@@ -275,10 +275,10 @@ def test_a_paused_machine_stands_still(looping: Vm) -> None:
 
 
 def test_a_page_moves_under_a_running_guest(looping: Vm) -> None:
-    last = 0
+    last, moved = 0, 0
     for _ in range(50):
         for page in (CODE, 0x3000):
-            looping.remap_page(page)
+            moved += looping.remap_page(page)
         now = counted(looping)
         looping.resume()
         assert now >= last
@@ -289,7 +289,7 @@ def test_a_page_moves_under_a_running_guest(looping: Vm) -> None:
         looping.resume()
         assert time.monotonic() < deadline
         time.sleep(0.01)
-    assert looping.stats()["memory.remappings"] == 100
+    assert looping.stats()["memory.moved"] == moved > 50, "a page stays only while it is in use all the time"
     with pytest.raises(CoreError, match="no guest RAM"):
         looping.remap_page(1 << 40)
 

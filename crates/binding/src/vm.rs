@@ -116,7 +116,7 @@ impl Vm {
         Ok(py_enter(py, || self.machine.write_memory(address, &bytes))?)
     }
 
-    fn remap_page(&self, py: Python<'_>, address: &Bound<'_, PyAny>) -> PyResult<()> {
+    fn remap_page(&self, py: Python<'_>, address: &Bound<'_, PyAny>) -> PyResult<bool> {
         let address = Gpa(fit(address, "an address")?);
         Ok(py_enter(py, || self.machine.remap_page(address))?)
     }

@@ -1,8 +1,9 @@
 //! The one raw accessor of guest memory.
 //!
 //! Contract: guest memory is shared with the guest (and, through devices, with other threads), so there are never
-//! references into it; every access is volatile or atomic, and every pointer is made here from a machine page of a pool
-//! that is still mapped. A [`PageRef`] borrows the pool, so it cannot outlive the mapping.
+//! references into it; every access is volatile or atomic, and every pointer is made here from a machine page of a file
+//! that is still mapped. A [`PageRef`] borrows that map, so it cannot outlive the mapping. Pages that others have, too, are
+//! mapped read-only, and there is no [`PageMut`] of them.
 //!
 //! Accesses of 1, 2, 4 and 8 bytes are one host instruction each. So they are as atomic, and as ordered against those of
 //! other processors, as the guest's own would be: Intel SDM (2024-12) Vol. 3A 9.1.1 "Guaranteed Atomic Operations" and
@@ -11,25 +12,48 @@
 use std::arch::asm;
 use std::marker::PhantomData;
 use std::ptr;
-use std::sync::atomic::{AtomicU64, Ordering};
 
 use host::map::Map;
-use x86::{Mpn, PAGE_SHIFT, PAGE_SIZE};
+use x86::{PAGE_SHIFT, PAGE_SIZE};
 
-/// One machine page.
+/// One machine page, to read.
 #[derive(Clone, Copy, Debug)]
-pub struct PageRef<'pool> {
+pub struct PageRef<'memory> {
     base: *mut u8,
-    pool: PhantomData<&'pool ()>,
+    memory: PhantomData<&'memory ()>,
 }
 
-impl<'pool> PageRef<'pool> {
-    /// The machine page of a pool's map, which is mapped readable and writable as long as the pool lives.
-    pub(crate) fn in_map(map: &'pool Map, mpn: Mpn) -> Self {
-        let offset = (mpn.0 as usize) << PAGE_SHIFT;
-        assert!(offset < map.size(), "machine page outside the pool");
+/// One machine page of the VM's own, to read and write.
+#[derive(Clone, Copy, Debug)]
+pub struct PageMut<'memory>(PageRef<'memory>);
+
+impl<'memory> PageRef<'memory> {
+    /// A page of a map, which is mapped as long as its owner lives, at least readable.
+    pub(crate) fn in_map(map: &'memory Map, page: u64) -> Self {
+        let offset = (page as usize) << PAGE_SHIFT;
+        assert!(offset < map.size(), "machine page outside its source");
         // SAFETY: inside the map (checked), and the result borrows the map.
-        PageRef { base: unsafe { map.base().as_ptr().add(offset) }, pool: PhantomData }
+        PageRef { base: unsafe { map.base().as_ptr().add(offset) }, memory: PhantomData }
+    }
+}
+
+impl<'memory> PageMut<'memory> {
+    /// A page of a map that is mapped readable and writable.
+    pub(crate) fn in_map(map: &'memory Map, page: u64) -> Self {
+        PageMut(PageRef::in_map(map, page))
+    }
+
+    #[must_use]
+    pub fn to_read(self) -> PageRef<'memory> {
+        self.0
+    }
+}
+
+impl<'memory> std::ops::Deref for PageMut<'memory> {
+    type Target = PageRef<'memory>;
+
+    fn deref(&self) -> &PageRef<'memory> {
+        &self.0
     }
 }
 
@@ -52,6 +76,14 @@ impl PageRef<'_> {
         unsafe { ptr::copy_nonoverlapping(from, buffer.as_mut_ptr(), buffer.len()) };
     }
 
+    /// The whole page, as it is now: others may write to it meanwhile.
+    #[must_use]
+    pub fn copy(self) -> [u8; PAGE_SIZE as usize] {
+        let mut content = [0; PAGE_SIZE as usize];
+        self.read(0, &mut content);
+        content
+    }
+
     /// Whether these bytes are there.
     #[must_use]
     pub fn holds(self, offset: u64, data: &[u8]) -> bool {
@@ -63,12 +95,6 @@ impl PageRef<'_> {
         })
     }
 
-    pub fn write(self, offset: u64, data: &[u8]) {
-        let to = self.at(offset, data.len());
-        // SAFETY: as in `read`, the other way.
-        unsafe { ptr::copy_nonoverlapping(data.as_ptr(), to, data.len()) };
-    }
-
     /// Loads 1, 2, 4 or 8 bytes in one go.
     #[must_use]
     pub fn load(self, offset: u64, size: usize) -> u64 {
@@ -77,44 +103,46 @@ impl PageRef<'_> {
         unsafe { load(from as u64, size) }
     }
 
+    /// Reads an aligned 8-byte word in one go, as a page-table walk must.
+    #[must_use]
+    pub fn read_u64(self, offset: u64) -> u64 {
+        self.load(offset & !7, 8)
+    }
+}
+
+impl PageMut<'_> {
+    pub fn write(self, offset: u64, data: &[u8]) {
+        let to = self.0.at(offset, data.len());
+        // SAFETY: as in `read`, the other way, and the page is writable.
+        unsafe { ptr::copy_nonoverlapping(data.as_ptr(), to, data.len()) };
+    }
+
     /// Stores the low 1, 2, 4 or 8 bytes of a value in one go.
     pub fn store(self, offset: u64, size: usize, value: u64) {
-        let to = self.at(offset, size);
-        // SAFETY: as in `load`, and pages of a pool are writable.
+        let to = self.0.at(offset, size);
+        // SAFETY: as in `load`, and the page is writable.
         unsafe { store(to as u64, size, value) }
     }
 
     /// Replaces 1, 2, 4 or 8 bytes if they equal `expected`, in one atomic step; gives back what was there.
     #[must_use]
     pub fn compare_exchange(self, offset: u64, size: usize, expected: u64, new: u64) -> u64 {
-        let at = self.at(offset, size);
+        let at = self.0.at(offset, size);
         // SAFETY: as in `store`.
         unsafe { compare_exchange(at as u64, size, expected, new) }
     }
 
-    /// As [`PageRef::compare_exchange`], of 16 bytes at a multiple of 16.
+    /// As [`PageMut::compare_exchange`], of 16 bytes at a multiple of 16.
     #[must_use]
     pub fn compare_exchange16(self, offset: u64, expected: u128, new: u128) -> u128 {
-        let at = self.at(offset & !15, 16);
+        let at = self.0.at(offset & !15, 16);
         // SAFETY: as in `store`, and aligned.
         unsafe { compare_exchange16(at as u64, expected, new) }
     }
 
-    /// Reads an aligned 8-byte word in one go, as a page-table walk must.
-    #[must_use]
-    pub fn read_u64(self, offset: u64) -> u64 {
-        self.word(offset).load(Ordering::Acquire)
-    }
-
-    /// Sets bits of an aligned 8-byte word if it still is `expected`; says whether it did.
+    /// Replaces an aligned 8-byte word if it still is `expected`; says whether it did.
     pub fn replace_u64(self, offset: u64, expected: u64, new: u64) -> bool {
-        self.word(offset).compare_exchange(expected, new, Ordering::AcqRel, Ordering::Relaxed).is_ok()
-    }
-
-    fn word(self, offset: u64) -> &'static AtomicU64 {
-        let place = self.at(offset & !7, 8);
-        // SAFETY: aligned, mapped, and only accessed atomically or volatile; the reference does not leave this file.
-        unsafe { AtomicU64::from_ptr(place.cast()) }
+        self.compare_exchange(offset & !7, 8, expected, new) == expected
     }
 }
 

@@ -8,6 +8,8 @@ pub enum Error {
     Size(u64),
     #[error("there is no guest RAM for {size} bytes at {address}")]
     NotRam { address: Gpa, size: u64 },
+    #[error("a machine's pages can come from {} files besides its own", crate::machine::MOST_SOURCES)]
+    Sources,
     #[error("the pool has no machine page left")]
     PoolEmpty,
 }

@@ -1,37 +1,123 @@
-//! One guest's physical memory: a pmap over a pool, read and written by guest physical address.
+//! One guest's physical memory: a pmap over machine pages, read and written by guest physical address.
+//!
+//! Contract: a processor's thread may ask for pages and use what it gets until its instruction ends, and hold translations
+//! that it asked for with [`GuestMemory::hold`] until it is asked to forget them ([`Seats`]). All others pin a page first
+//! ([`GuestMemory::pin`]); [`GuestMemory::read`] and [`GuestMemory::write`] do so themselves. So whoever takes a page's content
+//! elsewhere ([`crate::reclaim`]) knows when nobody uses the old place any more.
 
-use std::sync::atomic::{AtomicU64, Ordering, fence};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering, fence};
+use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 
 use x86::{Gpa, Mpn, PAGE_SHIFT, PAGE_SIZE, Ppn};
 
 use crate::Error;
-use crate::bytes::PageRef;
-use crate::pmap::Pmap;
+use crate::bytes::{PageMut, PageRef};
+use crate::machine::{Machine, source_of};
+use crate::pins::{Pin, Pins};
+use crate::pmap::{Entry, Pmap, State};
 use crate::pool::Pool;
 use crate::trace::CodeTraces;
 use crate::writers::{Processors, Seats};
 
-#[derive(Debug)]
+/// Called with a sentence when the guest's memory is lost.
+pub type OnLoss = Box<dyn Fn(String) + Send + Sync>;
+
 pub struct GuestMemory {
-    pool: Pool,
+    machine: Machine,
     pmap: Pmap,
+    pub(crate) pins: Pins,
     /// Pages whose code somebody holds in another form.
     pub code: CodeTraces,
-    /// Counts remappings: whoever keeps host addresses (a soft TLB) drops them when it changes.
-    epoch: AtomicU64,
     /// Which processors are in guest code, and what they are asked to forget.
     pub seats: Seats,
+    pub counts: Counts,
+    /// One at a time takes pages elsewhere.
+    pub(crate) taking: Mutex<()>,
+    /// Pages of other sources that are not used any more, for whoever counts them.
+    pub(crate) given_back: Mutex<Vec<Mpn>>,
     /// Held by a LOCKed instruction that no host instruction can do in one step.
     split: Mutex<()>,
+    is_lost: AtomicBool,
+    on_loss: OnceLock<OnLoss>,
+}
+
+/// What has become of pages, counted.
+#[derive(Debug, Default)]
+pub struct Counts {
+    broken: AtomicU64,
+    pub(crate) moved: AtomicU64,
+    pub(crate) refused: AtomicU64,
+    pub(crate) brought_back: AtomicU64,
+    pub(crate) used_while_ballooned: AtomicU64,
+    /// Sampled pages that were touched.
+    pub(crate) sampled_and_touched: AtomicU64,
+}
+
+impl Counts {
+    pub(crate) fn broken(&self) {
+        self.broken.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// By name: pages that a store has broken, that were moved, that were in use when they were to be moved, that came back from
+    /// the swap store, and that the guest used though its balloon had them.
+    #[must_use]
+    pub fn list(&self) -> [(&'static str, u64); 5] {
+        let load = |count: &AtomicU64| count.load(Ordering::Relaxed);
+        [
+            ("memory.broken", load(&self.broken)),
+            ("memory.moved", load(&self.moved)),
+            ("memory.in_use", load(&self.refused)),
+            ("memory.brought_back", load(&self.brought_back)),
+            ("memory.used_while_ballooned", load(&self.used_while_ballooned)),
+        ]
+    }
+}
+
+impl std::fmt::Debug for GuestMemory {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        formatter.debug_struct("GuestMemory").field("counts", &self.counts).finish_non_exhaustive()
+    }
+}
+
+/// What a processor may hold of a page.
+#[derive(Clone, Copy, Debug)]
+pub struct Held<'a> {
+    pub page: PageRef<'a>,
+    pub mpn: Mpn,
+    /// It may store there without a trap.
+    pub may_store: bool,
+}
+
+impl Held<'_> {
+    /// Whether the next store to the page, by whomever, makes the translation wrong.
+    #[must_use]
+    pub fn is_common(&self) -> bool {
+        source_of(self.mpn) != 0
+    }
+}
+
+/// A page that stays where it is, until this is dropped.
+#[derive(Debug)]
+pub struct Pinned<'a, Page> {
+    page: Page,
+    _pin: Pin<'a>,
+}
+
+impl<Page: Copy> Pinned<'_, Page> {
+    #[must_use]
+    pub fn page(&self) -> Page {
+        self.page
+    }
 }
 
 /// The pool is a little larger than the guest, so that a page can be moved while both copies exist.
 const SPARE_PAGES: u64 = 64;
+/// How often a page is looked for in the swap store.
+const MOST_FAILURES: u32 = 3;
 const SMALLEST: u64 = 1 << 20;
 const LARGEST: u64 = 512 << 30;
 
-const ZEROES: [u8; PAGE_SIZE as usize] = [0; PAGE_SIZE as usize];
+pub(crate) const ZEROES: [u8; PAGE_SIZE as usize] = [0; PAGE_SIZE as usize];
 
 impl GuestMemory {
     pub fn new(size: u64) -> Result<GuestMemory, Error> {
@@ -40,12 +126,17 @@ impl GuestMemory {
         }
         let pages = size >> PAGE_SHIFT;
         Ok(GuestMemory {
-            pool: Pool::new(pages + SPARE_PAGES)?,
+            machine: Machine::new(Pool::new(pages + SPARE_PAGES)?),
             pmap: Pmap::new(pages),
+            pins: Pins::new(pages),
             code: CodeTraces::default(),
-            epoch: AtomicU64::new(0),
             seats: Seats::default(),
+            counts: Counts::default(),
+            taking: Mutex::default(),
+            given_back: Mutex::default(),
             split: Mutex::default(),
+            is_lost: AtomicBool::new(false),
+            on_loss: OnceLock::new(),
         })
     }
 
@@ -55,8 +146,18 @@ impl GuestMemory {
     }
 
     #[must_use]
+    pub fn machine(&self) -> &Machine {
+        &self.machine
+    }
+
+    /// To add sources, before anybody else knows the memory.
+    pub fn machine_mut(&mut self) -> &mut Machine {
+        &mut self.machine
+    }
+
+    #[must_use]
     pub fn pool(&self) -> &Pool {
-        &self.pool
+        &self.machine.pool
     }
 
     #[must_use]
@@ -64,26 +165,147 @@ impl GuestMemory {
         self.pmap.get(ppn).is_some()
     }
 
-    /// The machine page behind a page of RAM, given on first touch. `None` when there is no RAM at `ppn`, or the pool is
-    /// exhausted (which its size excludes).
-    #[must_use]
-    pub fn machine_page(&self, ppn: Ppn) -> Option<Mpn> {
-        let entry = self.pmap.get(ppn)?;
-        if let Some(mpn) = entry.mpn() {
-            return Some(mpn);
+    /// Says what is done when content is lost. The first call counts.
+    pub fn set_on_loss(&self, action: OnLoss) {
+        let _ = self.on_loss.set(action);
+    }
+
+    /// Content of the guest's cannot be had any more: it must not run on, nor anything that it orders be done.
+    pub(crate) fn lose(&self, sentence: String) {
+        if !self.is_lost.swap(true, Ordering::SeqCst)
+            && let Some(action) = self.on_loss.get()
+        {
+            action(sentence);
         }
-        let fresh = self.pool.allocate(self.pmap.home(ppn)?).ok()?;
-        let winner = self.pmap.set_if_unbacked(ppn, fresh)?;
-        if winner != fresh {
-            // Another processor touched the page first. A failed release only loses one spare page.
-            let _ = self.pool.release(fresh);
-        }
-        Some(winner)
     }
 
     #[must_use]
+    pub fn is_lost(&self) -> bool {
+        self.is_lost.load(Ordering::SeqCst)
+    }
+
+    /// The entry of a page that has a machine page: it gets one if it had none. Whoever wanted to take it lets it go. `None`
+    /// when there is no RAM at `ppn`, or the pool is exhausted (which its size excludes).
+    fn touch(&self, ppn: Ppn) -> Option<Entry> {
+        let mut failures = 0;
+        loop {
+            let entry = self.pmap.get(ppn)?;
+            if entry.mpn().is_some() {
+                let touched = entry.touched();
+                if touched == entry {
+                    return Some(entry);
+                }
+                if self.pmap.change(ppn, entry, touched) {
+                    self.note_touched(entry);
+                    return Some(touched);
+                }
+                continue;
+            }
+            let fresh = self.machine.pool.allocate(self.pmap.home(ppn)?).ok()?;
+            let is_filled = match entry.slot() {
+                Some(slot) => self.bring_back(slot, self.machine.pool.page(fresh)),
+                None => true,
+            };
+            let backed = entry.moved(State::Private, fresh.0);
+            if is_filled && self.pmap.change(ppn, entry, backed) {
+                self.note_touched(entry);
+                self.note_backed(entry);
+                return Some(backed);
+            }
+            // Another processor touched the page first. A failed release only loses a spare page.
+            let _ = self.machine.pool.release(vec![fresh]);
+            // A slot that cannot be read may have been freed meanwhile, by whoever brought the page back.
+            failures += u32::from(!is_filled);
+            if failures > MOST_FAILURES {
+                self.lose(format!("the guest's page at {} cannot be brought back from the swap store", ppn.gpa()));
+                return None;
+            }
+        }
+    }
+
+    fn note_touched(&self, before: Entry) {
+        if before.is_sampled() {
+            self.counts.sampled_and_touched.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+
+    /// A page without a machine page has got one.
+    fn note_backed(&self, before: Entry) {
+        match before.state() {
+            State::Ballooned => self.counts.used_while_ballooned.fetch_add(1, Ordering::Relaxed),
+            State::Swapped => self.counts.brought_back.fetch_add(1, Ordering::Relaxed),
+            _ => return,
+        };
+        if let Some(slot) = before.slot() {
+            self.free_slot(slot);
+        }
+    }
+
+    /// The machine page behind a page of RAM, given on first touch.
+    #[must_use]
+    pub fn machine_page(&self, ppn: Ppn) -> Option<Mpn> {
+        self.touch(ppn)?.mpn()
+    }
+
+    /// A page, to read.
+    #[must_use]
     pub fn page(&self, ppn: Ppn) -> Option<PageRef<'_>> {
-        self.machine_page(ppn).map(|mpn| self.pool.page(mpn))
+        self.machine_page(ppn).map(|mpn| self.machine.page(mpn))
+    }
+
+    /// A page as far as it is in memory; looking at it counts as no touch.
+    #[must_use]
+    pub fn resident(&self, ppn: Ppn) -> Option<PageRef<'_>> {
+        self.pmap.get(ppn)?.mpn().map(|mpn| self.machine.page(mpn))
+    }
+
+    /// A page, to write, by a processor or somebody else. A processor looks at its requests afterwards ([`Seats::is_asked`]), before
+    /// it uses its TLB.
+    #[must_use]
+    pub fn page_to_write(&self, ppn: Ppn, by: Option<usize>) -> Option<PageMut<'_>> {
+        loop {
+            let entry = self.touch(ppn)?;
+            if entry.state() == State::Private {
+                return entry.mpn().map(|mpn| self.machine.page_to_write(mpn));
+            }
+            if !self.break_page(by, ppn, entry) {
+                return None;
+            }
+        }
+    }
+
+    /// A page of which a processor is about to hold a translation: to load, and to store if it may and `wants_store`; for a
+    /// store that is to be done now (`is_store`) the page is made the VM's own. The processor looks at its requests afterwards.
+    #[must_use]
+    pub fn hold(&self, ppn: Ppn, processor: usize, wants_store: bool, is_store: bool) -> Option<Held<'_>> {
+        loop {
+            let entry = self.touch(ppn)?;
+            let mpn = entry.mpn()?;
+            if entry.state() == State::Private {
+                let may_store = wants_store && self.pmap.grant_store(ppn, processor);
+                return Some(Held { page: self.machine.page(mpn), mpn, may_store });
+            } else if entry.is_breaking() || is_store {
+                if !self.break_page(Some(processor), ppn, entry) {
+                    return None;
+                }
+            } else if entry.holders().has(processor) || self.pmap.change(ppn, entry, entry.with_holder(processor)) {
+                return Some(Held { page: self.machine.page(mpn), mpn, may_store: false });
+            }
+        }
+    }
+
+    /// Pins a page that somebody outside the processors is about to read.
+    #[must_use]
+    pub fn pin(&self, ppn: Ppn) -> Option<Pinned<'_, PageRef<'_>>> {
+        let pin = self.pins.pin(self.pmap.index(ppn)?);
+        Some(Pinned { page: self.page(ppn)?, _pin: pin })
+    }
+
+    /// Pins a page that somebody outside the processors is about to write.
+    #[must_use]
+    pub fn pin_to_write(&self, ppn: Ppn) -> Option<Pinned<'_, PageMut<'_>>> {
+        let pin = self.pins.pin(self.pmap.index(ppn)?);
+        Some(Pinned { page: self.page_to_write(ppn, None)?, _pin: pin })
     }
 
     /// Calls `each` with every page piece of a range: (page, offset in page, range within the buffer).
@@ -111,7 +333,7 @@ impl GuestMemory {
 
     pub fn read(&self, address: Gpa, buffer: &mut [u8]) -> Result<(), Error> {
         self.pieces(address, buffer.len(), |ppn, offset, range| {
-            self.page(ppn).ok_or(Error::PoolEmpty)?.read(offset, &mut buffer[range]);
+            self.pin(ppn).ok_or(Error::PoolEmpty)?.page().read(offset, &mut buffer[range]);
             Ok(())
         })
     }
@@ -121,10 +343,10 @@ impl GuestMemory {
     pub fn write(&self, address: Gpa, data: &[u8]) -> Result<(), Error> {
         self.pieces(address, data.len(), |ppn, offset, range| {
             let data = &data[range];
-            if data == ZEROES && self.pmap.get(ppn).is_some_and(|entry| entry.mpn().is_none()) {
+            if data == ZEROES && self.pmap.get(ppn).is_some_and(|entry| entry.state() == State::Zero) {
                 return Ok(());
             }
-            self.page(ppn).ok_or(Error::PoolEmpty)?.write(offset, data);
+            self.pin_to_write(ppn).ok_or(Error::PoolEmpty)?.page().write(offset, data);
             self.note_store(ppn, offset, data.len() as u64, None);
             Ok(())
         })
@@ -156,26 +378,6 @@ impl GuestMemory {
     /// The lock of LOCKed instructions that no host instruction can do in one step.
     pub fn split_lock(&self) -> MutexGuard<'_, ()> {
         self.split.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// Moves a page to another machine page. The caller has stopped every processor of the VM between two instructions;
-    /// their TLBs must be emptied before they go on, as [`GuestMemory::epoch`] tells them.
-    pub fn remap(&self, ppn: Ppn) -> Result<(), Error> {
-        let old = self.machine_page(ppn).ok_or(Error::NotRam { address: ppn.gpa(), size: PAGE_SIZE })?;
-        // Not one that is another page's own.
-        let new = self.pool.allocate(Mpn(self.pmap.pages()))?;
-        let mut content = [0; PAGE_SIZE as usize];
-        self.pool.page(old).read(0, &mut content);
-        self.pool.page(new).write(0, &content);
-        self.pmap.replace(ppn, new);
-        self.epoch.fetch_add(1, Ordering::AcqRel);
-        self.pool.release(old)
-    }
-
-    #[inline]
-    #[must_use]
-    pub fn epoch(&self) -> u64 {
-        self.epoch.load(Ordering::Acquire)
     }
 }
 
@@ -221,12 +423,11 @@ mod tests {
         let memory = GuestMemory::new(1 << 20).unwrap();
         memory.write(Gpa(0x3008), b"here").unwrap();
         let before = memory.machine_page(Ppn(3)).unwrap();
-        memory.remap(Ppn(3)).unwrap();
+        assert!(memory.remap(Ppn(3)).unwrap());
         assert_ne!(memory.machine_page(Ppn(3)).unwrap(), before);
         let mut bytes = [0; 4];
         memory.read(Gpa(0x3008), &mut bytes).unwrap();
         assert_eq!(&bytes, b"here");
-        assert_eq!(memory.epoch(), 1);
     }
 
     #[test]

@@ -4,13 +4,19 @@
 //! One guest load: [`tlb`] hit -> bytes. On a miss: [`walk`] -> [`pmap`] -> [`pool`] -> the TLB is filled.
 
 pub mod bytes;
+mod copy_on_write;
 pub mod devices;
 mod error;
+mod evict;
 pub mod guest;
+pub mod machine;
+mod pins;
 pub mod pmap;
 pub mod pool;
 pub mod reach;
+pub mod reclaim;
 mod regions;
+mod reverse;
 pub mod shadow;
 pub mod tlb;
 pub mod trace;

@@ -5,10 +5,10 @@ use std::fs::File;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use host::map::{Map, Protection, memfd, punch_hole};
-use x86::{Mpn, PAGE_SHIFT, PAGE_SIZE};
+use x86::{Mpn, PAGE_SHIFT};
 
 use crate::Error;
-use crate::bytes::PageRef;
+use crate::bytes::PageMut;
 
 /// Pages that get their memory together, as a power of two: a page is given out because it is about to be used, most often
 /// with its neighbours, and one system call for many costs a third of their faults.
@@ -93,12 +93,41 @@ impl Pool {
         self.map.populate((start << PAGE_SHIFT) as usize, ((end - start) << PAGE_SHIFT) as usize, true);
     }
 
-    /// Takes a page back and returns its memory to the system. Nothing may refer to it any more.
-    pub fn release(&self, mpn: Mpn) -> Result<(), Error> {
-        punch_hole(&self.file, mpn.0 << PAGE_SHIFT, PAGE_SIZE)?;
-        self.given.clear(mpn.0);
-        self.in_use.fetch_sub(1, Ordering::Relaxed);
+    /// Takes pages back and returns their memory to the system. Nothing may refer to them any more.
+    pub fn release(&self, mut pages: Vec<Mpn>) -> Result<(), Error> {
+        pages.sort_unstable();
+        for run in pages.chunk_by(|one, next| one.0 + 1 == next.0) {
+            punch_hole(&self.file, run[0].0 << PAGE_SHIFT, (run.len() as u64) << PAGE_SHIFT)?;
+            for page in run {
+                self.given.clear(page.0);
+            }
+            self.in_use.fetch_sub(run.len() as u64, Ordering::Relaxed);
+        }
         Ok(())
+    }
+
+    /// Returns memory to the system that was got for pages nobody asked for since; gives how many pages that was.
+    pub fn trim(&self) -> Result<u64, Error> {
+        let mut trimmed = 0;
+        for block in 0..self.capacity.div_ceil(BLOCK) {
+            if !self.ready.has(block) {
+                continue;
+            }
+            let pages = block * BLOCK..((block + 1) * BLOCK).min(self.capacity);
+            // Nobody is given a page meanwhile that is about to lose its memory, and its content with it.
+            let free: Vec<u64> = pages.filter(|page| self.given.set(*page)).collect();
+            if free.is_empty() {
+                continue;
+            }
+            self.ready.clear(block);
+            let result: Result<(), Error> = free.chunk_by(|one, next| one + 1 == *next).try_for_each(|run| {
+                Ok(punch_hole(&self.file, run[0] << PAGE_SHIFT, (run.len() as u64) << PAGE_SHIFT)?)
+            });
+            free.iter().for_each(|page| self.given.clear(*page));
+            result?;
+            trimmed += free.len() as u64;
+        }
+        Ok(trimmed)
     }
 
     /// The file whose pages these are: machine page n is at n times 4096.
@@ -108,8 +137,8 @@ impl Pool {
     }
 
     #[must_use]
-    pub fn page(&self, mpn: Mpn) -> PageRef<'_> {
-        PageRef::in_map(&self.map, mpn)
+    pub fn page(&self, mpn: Mpn) -> PageMut<'_> {
+        PageMut::in_map(&self.map, mpn.0)
     }
 
     /// How many pages are given out.
@@ -135,7 +164,7 @@ mod tests {
         given.dedup();
         assert_eq!(given.len(), 97);
         pool.page(Mpn(7)).write(0, b"old");
-        pool.release(Mpn(7)).unwrap();
+        pool.release(vec![Mpn(7)]).unwrap();
         assert_eq!(pool.allocate(Mpn(50)).unwrap(), Mpn(7));
         let mut bytes = [1; 3];
         pool.page(Mpn(7)).read(0, &mut bytes);

@@ -2,16 +2,21 @@
 //!
 //! Contract: an entry whose tag matches promises that its page is mapped in the host at `page`, that it is RAM of
 //! this guest, and that the guest's tables and the traces allow the access. Entries are only made by [`SoftTlb::fill`] from
-//! a [`PageRef`], and are emptied before that page can be moved, traced or released ([`GuestMemory::epoch`]).
+//! a page that the processor holds, and are emptied before that page can be moved, traced or released
+//! ([`crate::writers::Seats`]).
 //!
 //! There is a bank for each kind of access right, so that the probe needs no check of privilege: its displacement in
 //! the translated code says which bank it reads.
 
-use x86::{Gva, PAGE_MASK, PAGE_SHIFT, PAGE_SIZE};
+use std::collections::HashSet;
+
+use x86::{Gva, Mpn, PAGE_MASK, PAGE_SHIFT, PAGE_SIZE, Ppn};
 
 use crate::bytes::{self, PageRef};
 use crate::devices::DevicePages;
+use crate::guest::Held;
 use crate::regions::Regions;
+use crate::reverse::{Known, Reverse};
 use crate::shadow::Shadow;
 
 /// Entries of a bank; a power of two. 1024 entries reach 4 MiB, and are 32 KiB to probe and empty.
@@ -86,6 +91,10 @@ pub struct SoftTlb {
     pub fills: u64,
     pub flushes: u64,
     pub dropped: Dropped,
+    /// The translations of pages that others have, too.
+    reverse: Reverse,
+    /// How often single pages, or many, were forgotten because they went elsewhere.
+    pub forgotten: u64,
 }
 
 /// Single pages that were dropped, for whoever fills tables of his own beside this TLB. All other changes give an address
@@ -98,10 +107,22 @@ pub struct Dropped {
     pub pages: Vec<(u64, Gva)>,
     /// Too many to be listed.
     pub are_many: bool,
+    /// Pages that went elsewhere, and the machine pages that they had.
+    pub moved: Vec<(Ppn, Mpn)>,
+    /// Of these there were too many.
+    pub all_moved: bool,
 }
 
 impl Dropped {
     const MOST: usize = 512;
+
+    /// Notes pages that went elsewhere.
+    pub fn note_moved(&mut self, pages: &[(Ppn, Mpn)]) {
+        if self.is_wanted && !self.all_moved {
+            self.moved.extend_from_slice(pages);
+            self.all_moved = self.moved.len() > 16 * Self::MOST;
+        }
+    }
 
     fn note(&mut self, generation: u64, page: Gva) {
         if self.pages.len() < Self::MOST {
@@ -152,19 +173,28 @@ impl SoftTlb {
             fills: 0,
             flushes: 0,
             dropped: Dropped::default(),
+            reverse: Reverse::default(),
+            forgotten: 0,
         }
     }
 
-    /// Remembers that `address` leads to `page`.
-    pub fn fill(&mut self, bank: Bank, address: Gva, page: PageRef<'_>, writable: bool, global: bool) {
+    /// Remembers that `address` leads to a page.
+    pub fn fill(&mut self, bank: Bank, address: Gva, held: &Held<'_>, global: bool) {
         self.fills += 1;
         let tag = address.page().0;
         let entry = TlbEntry {
             read: tag,
-            write: if writable { tag } else { never(tag) },
-            page: page.host_address(),
+            write: if held.may_store { tag } else { never(tag) },
+            page: held.page.host_address(),
             flags: if global { GLOBAL } else { 0 },
         };
+        if held.is_common() {
+            let place = (bank, self.generations[bank as usize], address.page());
+            if !self.reverse.note(entry.page, place) {
+                self.flush_all();
+                self.reverse.note(entry.page, (bank, self.generations[bank as usize], address.page()));
+            }
+        }
         self.halves[bank as usize] |= half(address);
         let place = index(address);
         self.dirty[bank as usize] |= 1 << (place / GROUP);
@@ -331,6 +361,7 @@ impl SoftTlb {
         }
         self.devices.forget_all();
         self.forget_shadow();
+        self.reverse.clear();
         self.large.clear();
         self.huge.clear();
         self.halves = [0; 3];
@@ -380,6 +411,42 @@ impl SoftTlb {
                 }
             }
         }
+    }
+
+    /// Drops the translations of a page that others have, too, by its host address.
+    pub fn forget_common(&mut self, page: u64) {
+        self.forgotten += 1;
+        match self.reverse.take(page) {
+            Known::Places(places) => {
+                for (bank, generation, address) in places {
+                    let entry = &mut self.banks[bank as usize].entries[index(address)];
+                    if entry.page == page {
+                        *entry = TlbEntry::empty(index(address));
+                    }
+                    self.shadow.drop_page(bank, generation, address.0);
+                }
+            }
+            Known::TooMany => self.forget_pages(&HashSet::from([page])),
+        }
+    }
+
+    /// Drops the translations of any pages, by their host addresses: all that the shadow has go with them.
+    pub fn forget_pages(&mut self, pages: &HashSet<u64>) {
+        self.forgotten += pages.len() as u64;
+        for bank in &mut self.banks {
+            for (place, entry) in bank.entries.iter_mut().enumerate() {
+                if pages.contains(&entry.page) {
+                    *entry = TlbEntry::empty(place);
+                }
+            }
+        }
+        self.forget_shadow();
+    }
+
+    /// Pages that others have, too, of which there are translations.
+    #[must_use]
+    pub fn common_pages(&self) -> usize {
+        self.reverse.pages()
     }
 
     /// Takes the right to store to pages away from every entry that leads to one of them.

@@ -114,6 +114,7 @@ impl CodeTraces {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::pmap::State;
 
     fn traced(pmap: &Pmap, ppn: Ppn) -> bool {
         pmap.get(ppn).unwrap().is_traced()
@@ -122,6 +123,7 @@ mod tests {
     #[test]
     fn only_stores_to_lines_with_code_count() {
         let (traces, pmap) = (CodeTraces::default(), Pmap::new(16));
+        pmap.update(Ppn(5), |entry| entry.moved(State::Private, 5));
         assert!(pmap.grant_store(Ppn(5), 0));
         assert_eq!(traces.add(&pmap, 0, Ppn(5), 0x100, 16), Processors::one(0));
         assert!(traced(&pmap, Ppn(5)) && !pmap.grant_store(Ppn(5), 1));

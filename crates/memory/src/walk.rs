@@ -98,14 +98,21 @@ pub struct Translation {
     pub page_size: u64,
 }
 
-/// Translates `address` for `access`; sets accessed and dirty bits as hardware would.
-pub fn walk(memory: &GuestMemory, paging: &Paging, address: Gva, access: Access) -> Result<Translation, GuestFault> {
+/// Translates `address` for `access` of a processor; sets accessed and dirty bits as hardware would. The processor looks at its
+/// requests afterwards.
+pub fn walk(
+    memory: &GuestMemory,
+    by: Option<usize>,
+    paging: &Paging,
+    address: Gva,
+    access: Access,
+) -> Result<Translation, GuestFault> {
     if !paging.enabled {
         let gpa = Gpa(address.0);
         return Ok(Translation { gpa, writable: true, global: false, user: true, page_size: PAGE_SIZE });
     }
     loop {
-        match attempt(memory, paging, address, access)? {
+        match attempt(memory, by, paging, address, access)? {
             Some(translation) => return Ok(translation),
             // An entry changed between its reading and the update of its accessed bit: another processor's doing.
             None => continue,
@@ -155,6 +162,7 @@ impl Rights {
 
 fn attempt(
     memory: &GuestMemory,
+    by: Option<usize>,
     paging: &Paging,
     address: Gva,
     access: Access,
@@ -196,7 +204,8 @@ fn attempt(
             updated |= entry::DIRTY;
         }
         if updated != value {
-            let replaced = memory.page(table.ppn()).is_some_and(|page| page.replace_u64(offset, value, updated));
+            let page = memory.page_to_write(table.ppn(), by);
+            let replaced = page.is_some_and(|page| page.replace_u64(offset, value, updated));
             if !replaced {
                 return Ok(None);
             }

@@ -1,16 +1,23 @@
-//! Who may store to a page without a trap: sets of processors, and how such a right is taken back from processors that run.
+//! What processors hold of pages, translations and rights to store: sets of processors, and how it is taken back from those
+//! that run.
 //!
 //! A processor that makes code of a page wants to hear of every store to it. It first marks the page as traced in the
 //! pmap, so that no TLB is filled with the right to store any more; the same word tells it which processors had the right
 //! before. Of these each gets a request. One that is outside guest code (halted, paused, or asking for something itself)
 //! obeys when it comes back; the others are kicked and waited for until they have left guest code once. Whoever waits counts
 //! as outside itself, so two that ask each other wait for nobody.
+//!
+//! There are two ways to wait. Who takes a page's content away waits until the others have left guest code ([`Seats::forget`]):
+//! then none of them is in the middle of an instruction, with the page's address in hand. Who only breaks a read-only page does
+//! so in the middle of an instruction of his own, and so may others whom he waits for; they are *aside* then, and look at their
+//! requests before they use their TLBs again ([`Seats::forget_translations`]). What they have in hand still has the content that
+//! the page had, which is all that the order of loads asks for.
 
 use std::collections::HashSet;
-use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering, fence};
+use std::sync::atomic::{AtomicBool, AtomicU16, AtomicU32, AtomicU64, Ordering, fence};
 use std::sync::{Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 
-use x86::Ppn;
+use x86::{Mpn, Ppn};
 
 /// Processors of a VM at most: the bits of [`Processors`].
 pub const MOST_PROCESSORS: usize = 16;
@@ -56,21 +63,65 @@ impl Processors {
     }
 }
 
+/// What a processor is to do before it uses its TLB again.
+#[derive(Debug, Default)]
+pub struct Requests {
+    /// Pages to which it may not store without a trap any more.
+    pub protect: HashSet<Ppn>,
+    /// Pages, and the machine pages that they have no more.
+    pub forget: Vec<(Ppn, Mpn)>,
+    /// There are too many to be listed.
+    pub forget_all: bool,
+}
+
+impl Requests {
+    /// A processor that was halted for long finds no more than this.
+    const MOST: usize = 4096;
+
+    fn forget(&mut self, pages: &[(Ppn, Mpn)]) {
+        if self.forget_all || self.forget.len() + pages.len() > Self::MOST {
+            (self.forget_all, self.forget) = (true, Vec::new());
+        } else {
+            self.forget.extend_from_slice(pages);
+        }
+    }
+}
+
 /// What concerns one processor; on cache lines of its own.
 #[derive(Debug, Default)]
 #[repr(align(128))]
 struct Seat {
     /// Odd while the processor may run guest code, or use its TLB. Only its own thread changes it.
     turns: AtomicU64,
+    /// Odd while it may use its TLB without another look at its requests.
+    looks: AtomicU64,
     /// Whether there are requests.
     asked: AtomicBool,
-    requests: Mutex<HashSet<Ppn>>,
+    requests: Mutex<Requests>,
+}
+
+/// What somebody who asked waits for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Until {
+    Left,
+    Looked,
+}
+
+impl Seat {
+    fn count(&self, until: Until) -> &AtomicU64 {
+        match until {
+            Until::Left => &self.turns,
+            Until::Looked => &self.looks,
+        }
+    }
 }
 
 /// The seats of a VM's processors.
 pub struct Seats {
     seats: [Seat; MOST_PROCESSORS],
     kick: OnceLock<Kick>,
+    /// Processors that were ever there.
+    present: AtomicU16,
     /// How many threads sleep until somebody leaves guest code.
     sleepers: AtomicU32,
     sleep: Mutex<()>,
@@ -107,6 +158,7 @@ impl Default for Seats {
         Seats {
             seats: std::array::from_fn(|_| Seat::default()),
             kick: OnceLock::new(),
+            present: AtomicU16::new(0),
             sleepers: AtomicU32::new(0),
             sleep: Mutex::default(),
             left: Condvar::new(),
@@ -135,24 +187,50 @@ impl Seats {
     /// The processor is about to run guest code. It must look at its requests first, see [`Seats::take`].
     #[must_use]
     pub fn enter(&self, number: usize) -> Running<'_> {
+        let me = Processors::one(number).0;
+        if self.present.load(Ordering::Relaxed) & me == 0 {
+            self.present.fetch_or(me, Ordering::SeqCst);
+        }
         self.come_back(number);
         Running { seats: self, number }
     }
 
     fn come_back(&self, number: usize) {
-        let turns = &self.seat(number).turns;
-        // Either we see the request when we look for it next, or it is seen in `ask` that we run.
-        turns.store(turns.load(Ordering::Relaxed) | 1, Ordering::SeqCst);
+        for count in [&self.seat(number).turns, &self.seat(number).looks] {
+            // Either we see the request when we look for it next, or it is seen by who asks that we run.
+            count.store(count.load(Ordering::Relaxed) | 1, Ordering::SeqCst);
+        }
     }
 
     fn leave(&self, number: usize) {
-        let turns = &self.seat(number).turns;
-        // Either we see the sleeper, or it sees that we have left.
-        turns.store((turns.load(Ordering::Relaxed) | 1) + 1, Ordering::SeqCst);
+        for count in [&self.seat(number).looks, &self.seat(number).turns] {
+            count.store((count.load(Ordering::Relaxed) | 1) + 1, Ordering::SeqCst);
+        }
+        self.wake();
+    }
+
+    /// Either we see the sleeper, or it sees what we did.
+    fn wake(&self) {
         if self.sleepers.load(Ordering::SeqCst) > 0 {
             drop(lock(&self.sleep));
             self.left.notify_all();
         }
+    }
+
+    /// Does something in the middle of an instruction that may take long or wait for other processors, and uses no TLB. The
+    /// processor must look at its requests afterwards, see [`Seats::is_asked`].
+    pub fn aside<T>(&self, number: usize, action: impl FnOnce() -> T) -> T {
+        let looks = &self.seat(number).looks;
+        let was_running = looks.load(Ordering::Relaxed) & 1 == 1;
+        if was_running {
+            looks.store(looks.load(Ordering::Relaxed) + 1, Ordering::SeqCst);
+            self.wake();
+        }
+        let result = action();
+        if was_running {
+            looks.store(looks.load(Ordering::Relaxed) | 1, Ordering::SeqCst);
+        }
+        result
     }
 
     /// Whether the processor has requests to obey.
@@ -162,27 +240,54 @@ impl Seats {
         self.seat(number).asked.load(Ordering::SeqCst)
     }
 
-    /// The pages to which the processor may not store without a trap any more: its TLB must forget the right.
-    pub fn take(&self, number: usize) -> HashSet<Ppn> {
+    /// What the processor has to forget.
+    pub fn take(&self, number: usize) -> Requests {
         let seat = self.seat(number);
         let mut requests = lock(&seat.requests);
         seat.asked.store(false, Ordering::Release);
         std::mem::take(&mut *requests)
     }
 
-    /// Takes the right to store to `ppn` away from `others`; returns when none of them can use it any more. `me`, between
-    /// two blocks of guest code, may find requests of its own afterwards.
-    pub fn ask(&self, me: usize, others: Processors, ppn: Ppn) {
-        for number in others.iter() {
+    fn request(&self, who: Processors, request: impl Fn(&mut Requests)) {
+        for number in who.iter() {
             let seat = self.seat(number);
-            lock(&seat.requests).insert(ppn);
+            request(&mut lock(&seat.requests));
             seat.asked.store(true, Ordering::SeqCst);
         }
         fence(Ordering::SeqCst);
+    }
+
+    /// Takes the right to store to `ppn` away from `others`; returns when none of them can use it any more. `me`, between
+    /// two blocks of guest code, may find requests of its own afterwards.
+    pub fn ask(&self, me: usize, others: Processors, ppn: Ppn) {
+        self.request(others, |requests| {
+            requests.protect.insert(ppn);
+        });
+        self.wait_for(Some((me, Until::Left)), others, Until::Left);
+    }
+
+    /// Has all processors forget pages; returns when none of them is in an instruction any more that was begun before. For
+    /// threads that are no processor's.
+    pub fn forget(&self, pages: &[(Ppn, Mpn)]) {
+        let everybody = Processors(self.present.load(Ordering::SeqCst));
+        self.request(everybody, |requests| requests.forget(pages));
+        self.wait_for(None, everybody, Until::Left);
+    }
+
+    /// Has processors forget a page; returns when no other than `me` can use a translation that it has. Between or in the middle
+    /// of instructions. `me` has a request of its own afterwards, if it is one of `who`, and perhaps others.
+    pub fn forget_translations(&self, me: Option<usize>, who: Processors, ppn: Ppn, mpn: Mpn) {
+        self.request(who, |requests| requests.forget(&[(ppn, mpn)]));
+        let others = me.map_or(who, |me| who.without(me));
+        self.wait_for(me.map(|me| (me, Until::Looked)), others, Until::Looked);
+    }
+
+    /// Waits until each of `others` has left, or looked, once, if it is there. Meanwhile we count as having done so ourselves.
+    fn wait_for(&self, me: Option<(usize, Until)>, others: Processors, until: Until) {
         let mut running = [(0, 0); MOST_PROCESSORS];
         let mut count = 0;
         for number in others.iter() {
-            let turn = self.seat(number).turns.load(Ordering::SeqCst);
+            let turn = self.seat(number).count(until).load(Ordering::SeqCst);
             if turn & 1 == 1 {
                 running[count] = (number, turn);
                 count += 1;
@@ -196,13 +301,16 @@ impl Seats {
         for (number, _) in running {
             self.kick(Processors::one(*number));
         }
-        let was_running = self.seat(me).turns.load(Ordering::Relaxed) & 1 == 1;
-        if was_running {
-            self.leave(me);
-        }
-        self.wait(|| running.iter().all(|(number, turn)| self.seat(*number).turns.load(Ordering::SeqCst) != *turn));
-        if was_running {
-            self.come_back(me);
+        let is_done =
+            || running.iter().all(|(number, turn)| self.seat(*number).count(until).load(Ordering::SeqCst) != *turn);
+        match me {
+            Some((me, Until::Left)) if self.seat(me).turns.load(Ordering::Relaxed) & 1 == 1 => {
+                self.leave(me);
+                self.wait(is_done);
+                self.come_back(me);
+            }
+            Some((me, Until::Looked)) => self.aside(me, || self.wait(is_done)),
+            _ => self.wait(is_done),
         }
     }
 
@@ -241,7 +349,7 @@ mod tests {
         seats.ask(0, Processors::one(1), Ppn(7));
         assert!(seats.is_asked(1) && !seats.is_asked(2));
         seats.ask(0, Processors::one(1), Ppn(7));
-        assert_eq!(seats.take(1).into_iter().collect::<Vec<_>>(), [Ppn(7)]);
+        assert_eq!(seats.take(1).protect.into_iter().collect::<Vec<_>>(), [Ppn(7)]);
         assert!(!seats.is_asked(1));
         assert_eq!(seats.waits(), 0);
     }
@@ -260,7 +368,7 @@ mod tests {
                 let (seats, kicked, rights) = (Arc::clone(&seats), Arc::clone(&kicked), Arc::clone(&rights));
                 std::thread::spawn(move || {
                     let obey = || {
-                        if !seats.take(me).is_empty() {
+                        if !seats.take(me).protect.is_empty() {
                             rights.fetch_and(!(1 << me), Ordering::SeqCst);
                         }
                     };
@@ -288,5 +396,43 @@ mod tests {
             thread.join().unwrap();
         }
         assert!((0..4).all(|number| seats.seat(number).turns.load(Ordering::SeqCst) & 1 == 0));
+    }
+
+    #[test]
+    fn processors_that_break_pages_of_each_other_do_not_wait_for_ever() {
+        let seats = Arc::new(Seats::default());
+        let threads: Vec<_> = (0..4)
+            .map(|me| {
+                let seats = Arc::clone(&seats);
+                std::thread::spawn(move || {
+                    for round in 0..300 {
+                        let _running = seats.enter(me);
+                        for page in 0..5 {
+                            // In the middle of an instruction: nobody leaves guest code.
+                            seats.forget_translations(Some(me), Processors(0xf), Ppn(page), Mpn(round));
+                            let requests = seats.take(me);
+                            assert!(requests.forget_all || requests.forget.contains(&(Ppn(page), Mpn(round))));
+                        }
+                    }
+                })
+            })
+            .collect();
+        while threads.iter().any(|thread| !thread.is_finished()) {
+            seats.forget(&[(Ppn(1), Mpn(1))]);
+        }
+        for thread in threads {
+            thread.join().unwrap();
+        }
+    }
+
+    #[test]
+    fn a_processor_that_is_halted_for_long_finds_one_request_for_all() {
+        let seats = Seats::default();
+        let pages = [(Ppn(1), Mpn(1)); 100];
+        drop(seats.enter(3));
+        (0..100).for_each(|_| seats.forget(&pages));
+        let requests = seats.take(3);
+        assert!(requests.forget_all && requests.forget.is_empty());
+        assert!(!seats.is_asked(3));
     }
 }

@@ -62,7 +62,7 @@ fn memfd_works() -> bool {
 }
 
 fn tracing_works() -> bool {
-    memfd(c"ringzero-doctor", PAGE as u64).and_then(|file| Tracee::new(&file)).is_ok()
+    memfd(c"ringzero-doctor", PAGE as u64).and_then(|file| Tracee::new(&[&file])).is_ok()
 }
 
 /// Everything that decides what can run here and how fast, by name.

@@ -145,12 +145,6 @@ fn turn(hall: &Hall, number: usize, processor: &mut Processor) -> Outcome {
     if hall.control.is_ordered() {
         return Outcome::GoOn;
     }
-    let epoch = hall.memory.epoch();
-    if vcpu.memory_epoch != epoch {
-        // A page was moved while we stood still: host addresses that we keep are stale.
-        vcpu.memory_epoch = epoch;
-        vcpu.flush_all();
-    }
     if vcpu.cpu.tsc_offset != *tsc_ahead {
         // The guest has written its time stamp counter: its deadlines mean other moments now.
         *tsc_ahead = vcpu.cpu.tsc_offset;

@@ -190,6 +190,10 @@ impl Vm {
         let control = Arc::new(Control::new(kickers));
         let kicked = Arc::clone(&control);
         memory.seats.set_kick(Box::new(move |number| kicked.kick(number)));
+        let ended = Arc::clone(&control);
+        memory.set_on_loss(Box::new(move |sentence| {
+            ended.end(format!("error: {sentence}"));
+        }));
         // 4. The platform: interrupt hardware, timers, ports; it wakes processors and ends the machine.
         let (kicked, ended) = (Arc::clone(&control), Arc::clone(&control));
         let clock = Clock::new();
@@ -352,17 +356,13 @@ impl Vm {
         self.control.wait(timeout)
     }
 
-    /// Moves a page to another machine page, between two instructions of the guest.
+    /// Moves a page to another machine page while the guest runs; false when it is in use all the time.
     ///
     /// # Errors
     /// [`Error::Memory`] where there is no RAM, [`Error::FromDevice`].
-    pub fn remap_page(&self, address: Gpa) -> Result<(), Error> {
+    pub fn remap_page(&self, address: Gpa) -> Result<bool, Error> {
         self.not_from_device("remap_page")?;
-        let hall = self.hall();
-        Ok(self.control.between_instructions(|| {
-            let _still = hall.platform.still();
-            hall.memory.remap(address.ppn())
-        })?)
+        Ok(self.hall().memory.remap(address.ppn())?)
     }
 
     /// Drives an ISA interrupt line.
@@ -484,7 +484,7 @@ impl Vm {
             self.counters.all().into_iter().map(|(name, value)| (name.into(), value)).collect();
         list.push(("memory.ram_bytes".into(), hall.memory.pmap().pages() * PAGE_SIZE));
         list.push(("memory.touched_bytes".into(), hall.memory.pool().in_use() * PAGE_SIZE));
-        list.push(("memory.remappings".into(), hall.memory.epoch()));
+        list.extend(hall.memory.counts.list().map(|(name, value)| (name.into(), value)));
         list.push(("memory.waits_for_processors".into(), hall.memory.seats.waits()));
         list
     }

@@ -38,12 +38,13 @@ impl Core<'_> {
             }
             guess = seen;
         }
-        if let Some(page) = self.memory.page(gpa.ppn()) {
+        if let Some(page) = self.memory.page_to_write(gpa.ppn(), Some(self.vcpu.number)) {
             // A traced page.
             loop {
                 let seen = page.compare_exchange16(gpa.offset(), guess, change(guess));
                 if seen == guess {
                     self.note_store(gpa, 16);
+                    self.obey();
                     return Ok(seen);
                 }
                 guess = seen;

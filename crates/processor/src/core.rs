@@ -1,10 +1,12 @@
 //! What an instruction works on: one VCPU, the guest's memory, and the machine outside. Every access to guest virtual
 //! memory by either engine's slow path goes through here: soft TLB, else walk, pmap, pool, else MMIO.
 
-use memory::bytes::in_line;
+use memory::bytes::{PageMut, in_line};
+use memory::machine::source_of;
 use memory::tlb::Bank;
+use memory::writers::Requests;
 use memory::{Access, GuestMemory, Paging, Translation, walk};
-use x86::{Gpa, GuestFault, Gva, PAGE_SIZE, Ppn, vector};
+use x86::{Gpa, GuestFault, Gva, Mpn, PAGE_SIZE, Ppn, vector};
 
 use crate::engine::Outside;
 use crate::profile::Doing;
@@ -63,20 +65,26 @@ impl Core<'_> {
     }
 
     fn walk(&mut self, address: Gva, access: Access) -> Result<Translation, GuestFault> {
+        let translation = self.walk_and_fill(address, access);
+        // Pages may have been broken on the way, tables among them.
+        self.obey();
+        translation
+    }
+
+    fn walk_and_fill(&mut self, address: Gva, access: Access) -> Result<Translation, GuestFault> {
         let paging = Paging::of(&self.vcpu.cpu);
-        let translation = walk(self.memory, &paging, address, access)?;
+        let translation = walk(self.memory, Some(self.vcpu.number), &paging, address, access)?;
         let ppn = translation.gpa.ppn();
         if access.fetch {
             return Ok(translation);
         }
         let bank = self.bank_of(access);
-        let Some(page) = self.memory.page(ppn) else {
+        let Some(held) = self.memory.hold(ppn, self.vcpu.number, translation.writable, access.write) else {
             let Translation { gpa, writable, global, .. } = translation;
             self.vcpu.tlb.devices.fill(bank, address, gpa, writable, global);
             return Ok(translation);
         };
-        let writable = translation.writable && self.memory.pmap().grant_store(ppn, self.vcpu.number);
-        self.vcpu.tlb.fill(bank, address, page, writable, translation.global);
+        self.vcpu.tlb.fill(bank, address, &held, translation.global);
         if translation.page_size > PAGE_SIZE {
             self.vcpu.tlb.note_large(address, translation.page_size);
         }
@@ -174,7 +182,7 @@ impl Core<'_> {
             Some(gpa) => gpa,
             None => self.translate(address, access)?.gpa,
         };
-        match self.memory.page(gpa.ppn()) {
+        match self.page_to_write(gpa) {
             Some(page) => {
                 page.store(gpa.offset(), size, value);
                 self.note_store(gpa, size);
@@ -182,6 +190,14 @@ impl Core<'_> {
             None => self.device_write(gpa, size, value),
         }
         Ok(())
+    }
+
+    /// A page for a store that goes past the TLB.
+    pub(crate) fn page_to_write(&mut self, gpa: Gpa) -> Option<PageMut<'_>> {
+        let memory = self.memory;
+        let page = memory.page_to_write(gpa.ppn(), Some(self.vcpu.number));
+        self.obey();
+        page
     }
 
     /// Tells the code trace of a store that went past the TLB.
@@ -232,14 +248,37 @@ impl Core<'_> {
         }
     }
 
-    /// Gives up the right to store to pages of which other processors make code. Called before guest code runs, and
-    /// whenever others were let pass meanwhile.
+    /// Forgets what others have asked for: pages that are elsewhere now, the right to store to pages of which other processors
+    /// make code. Called before guest code runs, whenever others were let pass meanwhile, and in the middle of instructions
+    /// where a page may have been broken. Whoever keeps addresses from the TLB looks whether [`Vcpu::obeyed`] has changed.
     pub fn obey(&mut self) {
         let me = self.vcpu.number;
-        if self.memory.seats.is_asked(me) {
-            let pages = self.memory.seats.take(me);
-            self.forget_stores(pages);
+        if !self.memory.seats.is_asked(me) {
+            return;
         }
+        let Requests { protect, forget, forget_all } = self.memory.seats.take(me);
+        self.vcpu.obeyed += 1;
+        if !protect.is_empty() {
+            self.forget_stores(protect);
+        }
+        if forget_all {
+            self.vcpu.tlb.flush_all();
+            self.vcpu.tlb.dropped.all_moved = true;
+        } else {
+            self.forget_pages(&forget);
+        }
+    }
+
+    fn forget_pages(&mut self, pages: &[(Ppn, Mpn)]) {
+        let host = |mpn: Mpn| self.memory.machine().page(mpn).host_address();
+        let (own, common): (Vec<_>, Vec<_>) = pages.iter().map(|(_, mpn)| *mpn).partition(|mpn| source_of(*mpn) == 0);
+        for mpn in common {
+            self.vcpu.tlb.forget_common(host(mpn));
+        }
+        if !own.is_empty() {
+            self.vcpu.tlb.forget_pages(&own.into_iter().map(host).collect());
+        }
+        self.vcpu.tlb.dropped.note_moved(pages);
     }
 
     fn forget_stores(&mut self, pages: impl IntoIterator<Item = Ppn>) {
@@ -247,7 +286,7 @@ impl Core<'_> {
         if pages.len() > MANY_PAGES {
             self.vcpu.tlb.flush_all();
         } else {
-            self.vcpu.tlb.protect(pages.iter().filter_map(|ppn| self.memory.page(*ppn)));
+            self.vcpu.tlb.protect(pages.iter().filter_map(|ppn| self.memory.resident(*ppn)));
         }
         for ppn in pages {
             self.memory.pmap().withdraw_store(ppn, self.vcpu.number);
@@ -273,12 +312,13 @@ impl Core<'_> {
         }
         let gpa = self.translate(address, access)?.gpa;
         if in_line(address.0, size)
-            && let Some(page) = self.memory.page(gpa.ppn())
+            && let Some(page) = self.memory.page_to_write(gpa.ppn(), Some(self.vcpu.number))
         {
             loop {
                 let old = page.load(gpa.offset(), size);
                 if page.compare_exchange(gpa.offset(), size, old, change(old)) == old {
                     self.note_store(gpa, size);
+                    self.obey();
                     return Ok(old);
                 }
             }
@@ -395,12 +435,18 @@ impl Core<'_> {
     /// Reads a register that is not RAM; it may be one of the local APIC.
     pub(crate) fn device_read(&mut self, address: Gpa, size: usize) -> u64 {
         self.tell_priority();
-        self.outside.mmio_read(address, size as u8) & mask(size)
+        let outside = &mut self.outside;
+        // It may wait for a thread of the device's, which may wait for us to forget a page.
+        let value = self.memory.seats.aside(self.vcpu.number, || outside.mmio_read(address, size as u8));
+        self.obey();
+        value & mask(size)
     }
 
     pub(crate) fn device_write(&mut self, address: Gpa, size: usize, value: u64) {
         self.tell_priority();
-        self.outside.mmio_write(address, size as u8, value & mask(size));
+        let outside = &mut self.outside;
+        self.memory.seats.aside(self.vcpu.number, || outside.mmio_write(address, size as u8, value & mask(size)));
+        self.obey();
         self.learn_priority();
     }
 

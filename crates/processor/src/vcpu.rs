@@ -177,8 +177,8 @@ pub struct Vcpu {
     pub behind_stack_load: bool,
     /// Counts changes of the guest's mappings: who remembers where code is compares it.
     pub mappings: u64,
-    /// The epoch of guest memory that the TLB belongs to.
-    pub memory_epoch: u64,
+    /// How often something was forgotten because others asked for it: addresses from the TLB that were kept are stale then.
+    pub obeyed: u64,
     /// Which of the machine's processors this is.
     pub number: usize,
     /// PAUSE instructions that ran, where the machine has several processors.
@@ -223,7 +223,7 @@ impl Vcpu {
             mappings: 0,
             hits: 0,
             behind_stack_load: false,
-            memory_epoch: 0,
+            obeyed: 0,
             number: 0,
             pauses: 0,
             has_direct: false,

@@ -117,16 +117,16 @@ impl Order {
         Order { number: number as u64, arguments }
     }
 
-    /// Maps `size` bytes of the file at `offset`, in place of what was there.
+    /// Maps `size` bytes at `offset` of one of the tracee's files, in place of what was there.
     #[must_use]
-    pub fn map(address: u64, size: u64, rights: Rights, offset: u64) -> Order {
+    pub fn map(address: u64, size: u64, rights: Rights, file: usize, offset: u64) -> Order {
         let rights = match rights {
             Rights::Read => libc::PROT_READ,
             Rights::Write => libc::PROT_READ | libc::PROT_WRITE,
             Rights::Execute => libc::PROT_READ | libc::PROT_EXEC,
         };
         let flags = libc::MAP_SHARED | libc::MAP_FIXED | libc::MAP_POPULATE;
-        let arguments = [address, size, rights as u64, flags as u64, start::FILE as u64, offset];
+        let arguments = [address, size, rights as u64, flags as u64, start::descriptor(file), offset];
         Order::new(libc::SYS_mmap, arguments)
     }
 
@@ -163,12 +163,12 @@ pub struct Tracee {
 }
 
 impl Tracee {
-    /// Makes a tracee that can map pages of `file`.
+    /// Makes a tracee that can map pages of these files, as each was opened.
     ///
     /// # Errors
     /// When the host allows no such process: no tracing of children, no executable files in memory, no more processes.
-    pub fn new(file: &std::fs::File) -> io::Result<Tracee> {
-        start::start(file)
+    pub fn new(files: &[&std::fs::File]) -> io::Result<Tracee> {
+        start::start(files)
     }
 
     /// Pages that the tracee's own machinery takes: nothing of the owner's may be mapped there.

@@ -10,9 +10,13 @@ use super::{Order, Registers, Tracee, VECTORS, XSTATE_BV};
 use crate::map::{Map, PAGE, Protection, memfd};
 use crate::random;
 
-/// The tracee's descriptors: the file whose pages it maps, and that of its orders.
-pub const FILE: i32 = 0;
-const ORDERS: i32 = 1;
+/// The tracee's descriptors: that of its orders, which it closes, and behind it the files whose pages it maps.
+const ORDERS: i32 = 0;
+
+/// The descriptor of a file, as an argument of a system call.
+pub fn descriptor(file: usize) -> u64 {
+    file as u64 + 1
+}
 
 /// Our own pages in it: the program, and the orders.
 pub const PAGES: u64 = 2;
@@ -120,13 +124,13 @@ fn run_program(process: libc::pid_t, registers: &mut Registers) -> io::Result<()
     if registers.r12 == 0 { Ok(()) } else { Err(io::Error::from_raw_os_error(-(registers.rax as i32))) }
 }
 
-pub fn start(file: &File) -> io::Result<Tracee> {
+pub fn start(files: &[&File]) -> io::Result<Tracee> {
     let base = base();
     let mut program = memfd(c"ringzero-user", 0)?;
     program.write_all(&image(base))?;
     let orders_file = memfd(c"ringzero-orders", PAGE as u64)?;
     let orders = Map::shared(&orders_file, PAGE, Protection::ReadWrite)?;
-    let process = spawn::spawn(&program, &[file, &orders_file])?;
+    let process = spawn::spawn(&program, &[&[&orders_file], files].concat())?;
     // From here on the process goes when the tracee is dropped.
     let mut tracee = Tracee {
         process,

@@ -15,7 +15,7 @@ const DATA: u64 = 0x7f12_3456_7000;
 fn with_code(code: &[u8]) -> Option<(Tracee, File, Registers)> {
     let file = memfd(c"test", 2 * PAGE as u64).unwrap();
     file.write_all_at(code, 0).unwrap();
-    let mut tracee = match Tracee::new(&file) {
+    let mut tracee = match Tracee::new(&[&file]) {
         Ok(tracee) => tracee,
         Err(error) => {
             eprintln!("skipped: the host allows no tracee: {error}");
@@ -23,7 +23,9 @@ fn with_code(code: &[u8]) -> Option<(Tracee, File, Registers)> {
         }
     };
     let page = PAGE as u64;
-    tracee.order(&[Order::map(AT, page, Rights::Execute, 0), Order::map(DATA, page, Rights::Write, page)]).unwrap();
+    tracee
+        .order(&[Order::map(AT, page, Rights::Execute, 0, 0), Order::map(DATA, page, Rights::Write, 0, page)])
+        .unwrap();
     let mut registers = start::no_registers();
     registers.rip = AT;
     registers.eflags = 0x202;
@@ -196,9 +198,9 @@ fn no_other_call_of_its_kind_passes_the_filter() {
 fn an_order_that_the_host_refuses_is_an_error() {
     let Some((mut tracee, _file, _)) = with_code(&[0x90]) else { return };
     let page = PAGE as u64;
-    let error = tracee.order(&[Order::unmap(DATA, page), Order::map(AT + 1, page, Rights::Read, 0)]).unwrap_err();
+    let error = tracee.order(&[Order::unmap(DATA, page), Order::map(AT + 1, page, Rights::Read, 0, 0)]).unwrap_err();
     assert_eq!(error.raw_os_error(), Some(libc::EINVAL));
-    let many = vec![Order::map(DATA, page, Rights::Read, 0); Tracee::most_orders()];
+    let many = vec![Order::map(DATA, page, Rights::Read, 0, 0); Tracee::most_orders()];
     tracee.order(&many).unwrap();
 }
 

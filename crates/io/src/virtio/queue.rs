@@ -112,12 +112,12 @@ fn is_ram(memory: &GuestMemory, address: Gpa, size: u64) -> bool {
 
 /// A naturally aligned value of 2, 4 or 8 bytes, read in one go.
 fn load(memory: &GuestMemory, address: Gpa, size: usize) -> Result<u64, Broken> {
-    let page = memory.page(address.ppn()).ok_or(Broken::Place(address))?;
-    Ok(page.load(address.offset(), size))
+    let pinned = memory.pin(address.ppn()).ok_or(Broken::Place(address))?;
+    Ok(pinned.page().load(address.offset(), size))
 }
 
 fn store(memory: &GuestMemory, address: Gpa, size: usize, value: u64) -> Result<(), Broken> {
-    memory.page(address.ppn()).ok_or(Broken::Place(address))?.store(address.offset(), size, value);
+    memory.pin_to_write(address.ppn()).ok_or(Broken::Place(address))?.page().store(address.offset(), size, value);
     memory.note_store(address.ppn(), address.offset(), size as u64, None);
     Ok(())
 }

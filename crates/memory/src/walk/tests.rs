@@ -39,12 +39,12 @@ fn word(memory: &GuestMemory, address: u64) -> u64 {
 #[test]
 fn a_read_sets_accessed_and_a_write_sets_dirty() {
     let memory = memory_with(0x9000 | P | W | U);
-    let read = walk(&memory, &paging(), Gva(0x123), Access::read(true)).unwrap();
+    let read = walk(&memory, None, &paging(), Gva(0x123), Access::read(true)).unwrap();
     assert_eq!(read.gpa, Gpa(0x9123));
     assert!(!read.writable, "the dirty bit must be set before stores may skip the walk");
     assert_eq!(word(&memory, 0x4000), 0x9000 | P | W | U | entry::ACCESSED);
     assert_eq!(word(&memory, 0x1000) & entry::ACCESSED, entry::ACCESSED);
-    let write = walk(&memory, &paging(), Gva(0x123), Access::write(true)).unwrap();
+    let write = walk(&memory, None, &paging(), Gva(0x123), Access::write(true)).unwrap();
     assert!(write.writable);
     assert_eq!(word(&memory, 0x4000) & entry::DIRTY, entry::DIRTY);
 }
@@ -52,7 +52,8 @@ fn a_read_sets_accessed_and_a_write_sets_dirty() {
 #[test]
 fn faults_carry_the_right_code() {
     let absent = memory_with(0);
-    let error = |memory: &GuestMemory, access| walk(memory, &paging(), Gva(0), access).unwrap_err().error.unwrap();
+    let error =
+        |memory: &GuestMemory, access| walk(memory, None, &paging(), Gva(0), access).unwrap_err().error.unwrap();
     assert_eq!(error(&absent, Access::write(true)), code::WRITE | code::USER);
     let kernel = memory_with(0x9000 | P | W);
     assert_eq!(error(&kernel, Access::read(true)), code::PRESENT | code::USER);
@@ -69,7 +70,7 @@ fn faults_carry_the_right_code() {
 #[test]
 fn a_faulting_access_leaves_the_leaf_untouched() {
     let memory = memory_with(0x9000 | P | W);
-    walk(&memory, &paging(), Gva(0), Access::read(true)).unwrap_err();
+    walk(&memory, None, &paging(), Gva(0), Access::read(true)).unwrap_err();
     assert_eq!(word(&memory, 0x4000), 0x9000 | P | W);
 }
 
@@ -77,12 +78,12 @@ fn a_faulting_access_leaves_the_leaf_untouched() {
 fn large_pages_map_whole_ranges() {
     let memory = memory_with(0);
     memory.write(Gpa(0x3000), &(0x20_0000 | P | W | entry::LARGE | entry::GLOBAL).to_le_bytes()).unwrap();
-    let translation = walk(&memory, &paging(), Gva(0x12_3456), Access::read(false)).unwrap();
+    let translation = walk(&memory, None, &paging(), Gva(0x12_3456), Access::read(false)).unwrap();
     assert_eq!(translation.gpa, Gpa(0x32_3456));
     assert_eq!(translation.page_size, 2 << 20);
     assert!(translation.global);
     memory.write(Gpa(0x3000), &(0x20_2000 | P | W | entry::LARGE).to_le_bytes()).unwrap();
-    let misplaced = walk(&memory, &paging(), Gva(0), Access::read(false)).unwrap_err();
+    let misplaced = walk(&memory, None, &paging(), Gva(0), Access::read(false)).unwrap_err();
     assert_eq!(misplaced.error.unwrap() & code::RESERVED, code::RESERVED);
 }
 
@@ -97,7 +98,7 @@ fn protection_keys_take_rights_away_from_data_accesses() {
     let pkru = |keys| Paging { user_keys: keys, ..free };
     let pkrs = |keys| Paging { supervisor_keys: keys, ..free };
     let error = |memory: &GuestMemory, paging: Paging, access: Access| {
-        walk(memory, &paging, Gva(0), access).err().and_then(|fault| fault.error).unwrap_or(0)
+        walk(memory, None, &paging, Gva(0), access).err().and_then(|fault| fault.error).unwrap_or(0)
     };
     let locked = code::PRESENT | code::KEY;
     assert_eq!(error(&user, pkru(AD), Access::read(true)), locked | code::USER);
@@ -113,7 +114,7 @@ fn protection_keys_take_rights_away_from_data_accesses() {
     assert_eq!(error(&supervisor, pkrs(WD), Access::write(false)), locked | code::WRITE);
     assert_eq!(error(&supervisor, pkrs(AD), Access::read(true)), locked | code::USER, "two reasons");
     // What a read learns must not let a store pass.
-    let read = |memory: &GuestMemory, paging: Paging| walk(memory, &paging, Gva(0), Access::read(false)).unwrap();
+    let read = |memory: &GuestMemory, paging: Paging| walk(memory, None, &paging, Gva(0), Access::read(false)).unwrap();
     assert!(read(&user, free).writable && !read(&user, pkru(WD)).writable);
     assert!(read(&user, Paging { write_protect: false, ..pkru(WD) }).writable);
 }

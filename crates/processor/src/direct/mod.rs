@@ -302,12 +302,19 @@ impl Direct {
         let dropped = &mut core.vcpu.tlb.dropped;
         let are_many = std::mem::take(&mut dropped.are_many);
         let pages = std::mem::take(&mut dropped.pages);
+        let moved = std::mem::take(&mut dropped.moved);
+        let all_moved = std::mem::take(&mut dropped.all_moved);
         for space in &mut self.spaces {
             if are_many {
                 space.doubt();
             }
             for (generation, page) in &pages {
                 space.drop_page(*generation, *page);
+            }
+            if all_moved {
+                space.unmap_all();
+            } else if !moved.is_empty() {
+                space.drop_moved(&moved);
             }
             if self.codes.all_are_stale {
                 space.drop_code(|_| true);

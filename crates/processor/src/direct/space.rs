@@ -6,16 +6,17 @@
 //! allow. It rests on the soft TLB's word: what the guest has invalidated is listed there page by page, or the address
 //! space has got another generation, upon which everything is compared with the guest's tables again.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::io;
 use std::sync::Arc;
 
 use host::clock::host_tsc;
 use host::tracee::{Order, Rights, Tracee, USER};
+use memory::machine::{page_of, source_of};
 use memory::reach::{self, PAGES, REGION, Reached, Region};
 use memory::tlb::Bank;
 use memory::{GuestMemory, Paging};
-use x86::{Gva, PAGE_SIZE, Ppn};
+use x86::{Gva, Mpn, PAGE_SIZE, Ppn};
 
 use super::exact::Exact;
 use super::scan::{self, Telling, Verdict};
@@ -65,7 +66,8 @@ pub struct Space {
     pub filled: u64,
     /// Of the soft TLB: rounds and generation.
     generation: (u64, u64),
-    epoch: u64,
+    /// Where pages are mapped that others have, too.
+    common: HashMap<Ppn, Vec<Gva>>,
     orders: Vec<Order>,
 }
 
@@ -80,20 +82,9 @@ fn generation(core: &Core<'_>) -> (u64, u64) {
 
 impl Space {
     pub fn new(root: u64, memory: &GuestMemory, exact: Exact) -> io::Result<Space> {
-        let tracee = Tracee::new(memory.pool().file())?;
-        let (regions, orders) = Default::default();
-        Ok(Space {
-            root,
-            used: 0,
-            tracee,
-            exact,
-            regions,
-            mappings: 0,
-            filled: 0,
-            generation: (0, 0),
-            epoch: memory.epoch(),
-            orders,
-        })
+        let tracee = Tracee::new(&memory.machine().files().collect::<Vec<_>>())?;
+        let (regions, common, orders) = Default::default();
+        Ok(Space { root, used: 0, tracee, exact, regions, mappings: 0, filled: 0, generation: (0, 0), common, orders })
     }
 
     pub fn is_gone(&mut self) -> bool {
@@ -111,8 +102,10 @@ impl Space {
         self.meet_demand().map(drop)
     }
 
-    fn unmap_all(&mut self) {
+    /// Leaves nothing mapped.
+    pub fn unmap_all(&mut self) {
         self.regions.clear();
+        self.common.clear();
         self.mappings = 0;
         self.orders.clear();
         let own = self.tracee.reserved();
@@ -156,13 +149,30 @@ impl Space {
         }
     }
 
+    /// These pages went elsewhere, from the machine pages that they had.
+    pub fn drop_moved(&mut self, moved: &[(Ppn, Mpn)]) {
+        let (own, common): (Vec<_>, Vec<_>) = moved.iter().partition(|(_, mpn)| source_of(*mpn) == 0);
+        for (ppn, _) in common {
+            for page in self.common.remove(&ppn).unwrap_or_default() {
+                self.unmap(page);
+            }
+        }
+        if !own.is_empty() {
+            let own: HashSet<Ppn> = own.into_iter().map(|(ppn, _)| ppn).collect();
+            self.unmap_where(|_, ppn| own.contains(&ppn));
+        }
+    }
+
     /// Unmaps code of the pages that `is_stale` names.
     pub fn drop_code(&mut self, is_stale: impl Fn(Ppn) -> bool) {
+        self.unmap_where(|rights, ppn| rights == Rights::Execute && is_stale(ppn));
+    }
+
+    fn unmap_where(&mut self, is_stale: impl Fn(Rights, Ppn) -> bool) {
         let mut stale = Vec::new();
         for (first, held) in &self.regions {
-            for index in 0..PAGES {
-                if held.rights[index] == Some(Rights::Execute) && is_stale(held.region.reached(held.entries[index]).ppn)
-                {
+            for (index, rights) in held.rights.iter().enumerate() {
+                if rights.is_some_and(|rights| is_stale(rights, held.region.reached(held.entries[index]).ppn)) {
                     stale.push(Gva(first + index as u64 * PAGE_SIZE));
                 }
             }
@@ -175,11 +185,7 @@ impl Space {
     pub fn bring_up_to_date(&mut self, core: &Core<'_>) -> io::Result<bool> {
         let now = generation(core);
         let is_doubtful = self.generation != now;
-        if self.epoch != core.memory.epoch() {
-            // Pages were moved to other machine pages.
-            self.epoch = core.memory.epoch();
-            self.unmap_all();
-        } else if is_doubtful {
+        if is_doubtful {
             self.compare(core);
         }
         self.generation = now;
@@ -272,7 +278,7 @@ impl Space {
             let mut last = None;
             let mut count = 0;
             for (rights, entry) in held.rights.iter().zip(held.entries) {
-                let mpn = core.memory.machine_page(held.region.reached(entry).ppn).map(|mpn| mpn.0);
+                let mpn = machine_page(core, held.region.reached(entry).ppn).map(|mpn| mpn.0);
                 let here = rights.and_then(|rights| Some((rights, mpn?)));
                 count += usize::from(here.is_some() && here != last);
                 last = here.map(|(rights, mpn)| (rights, mpn + 1));
@@ -356,21 +362,21 @@ impl Space {
     /// What tells of the host on a page of code that is to be run exactly.
     fn runs_exactly(&mut self, core: &Core<'_>, reached: Reached, codes: &Codes) -> Option<Arc<Telling>> {
         let telling = codes.refused.get(&reached.ppn)?.as_ref()?;
-        let may_run = reached.executable && core.memory.machine_page(reached.ppn).is_some();
+        let may_run = reached.executable && core.memory.hold(reached.ppn, core.vcpu.number, false, false).is_some();
         (may_run && self.exact.is_hot(reached.ppn, host_tsc())).then(|| Arc::clone(telling))
     }
 
     /// What a page may be mapped for.
     fn rights_of(&self, core: &mut Core<'_>, region: Region, entry: u64, want: Want, codes: &Codes) -> Option<Rights> {
         let reached = region.reached(entry);
-        // Not RAM: whoever is there must be asked.
-        core.memory.machine_page(reached.ppn)?;
         if want == Want::Code {
             let is_code = reached.executable && codes.plain.contains(&reached.ppn);
+            core.memory.hold(reached.ppn, core.vcpu.number, false, false)?;
             return is_code.then_some(Rights::Execute);
         }
-        let may_store = reached.writable && core.memory.pmap().grant_store(reached.ppn, core.vcpu.number);
-        Some(if may_store { Rights::Write } else { Rights::Read })
+        // Not RAM: whoever is there must be asked.
+        let held = core.memory.hold(reached.ppn, core.vcpu.number, reached.writable, false)?;
+        Some(if held.may_store { Rights::Write } else { Rights::Read })
     }
 
     /// Maps pages of one region, neighbours that are neighbours in the pool, too, together.
@@ -383,25 +389,43 @@ impl Space {
             .regions
             .entry(first)
             .or_insert_with(|| Box::new(Held { region, entries: [0; PAGES], rights: [None; PAGES] }));
-        let mut runs: Vec<(u64, u64, Rights, u64)> = Vec::new();
+        let mut runs: Vec<(u64, u64, Rights, Mpn)> = Vec::new();
         let mut count = 0;
         for (index, entry, rights) in chosen {
-            let Some(mpn) = core.memory.machine_page(region.reached(*entry).ppn) else { continue };
-            let (page, offset) = (first + *index as u64 * PAGE_SIZE, mpn.0 * PAGE_SIZE);
+            let ppn = region.reached(*entry).ppn;
+            let Some(mpn) = machine_page(core, ppn) else { continue };
+            let page = first + *index as u64 * PAGE_SIZE;
+            if source_of(mpn) != 0 {
+                let places = self.common.entry(ppn).or_default();
+                if !places.contains(&Gva(page)) {
+                    places.push(Gva(page));
+                }
+            }
             (held.entries[*index], held.rights[*index]) = (*entry, Some(*rights));
             count += 1;
             match runs.last_mut() {
-                Some((at, size, same, from)) if at == &(page - *size) && same == rights && *from + *size == offset => {
+                Some((at, size, same, from))
+                    if at == &(page - *size) && same == rights && from.0 + *size / PAGE_SIZE == mpn.0 =>
+                {
                     *size += PAGE_SIZE;
                 }
-                _ => runs.push((page, PAGE_SIZE, *rights, offset)),
+                _ => runs.push((page, PAGE_SIZE, *rights, mpn)),
             }
         }
-        self.orders.extend(runs.into_iter().map(|(at, size, rights, from)| Order::map(at, size, rights, from)));
+        self.orders.extend(
+            runs.into_iter().map(|(at, size, rights, from)| {
+                Order::map(at, size, rights, source_of(from), page_of(from) * PAGE_SIZE)
+            }),
+        );
         self.flush()?;
         self.filled += count;
         Ok(count)
     }
+}
+
+/// The machine page that a page has now; to look is no touch.
+fn machine_page(core: &Core<'_>, ppn: Ppn) -> Option<Mpn> {
+    core.memory.pmap().get(ppn)?.mpn()
 }
 
 fn executes(regions: &Regions, address: Gva) -> bool {
@@ -458,7 +482,7 @@ mod tests {
         assert_eq!(unmap_region(0x40_0000), Order::unmap(0x40_0000, REGION));
         assert_eq!(unmap_region(0x7fff_ffe0_0000), Order::unmap(0x7fff_ffe0_0000, REGION - PAGE_SIZE));
         let file = host::map::memfd(c"test", PAGE_SIZE).unwrap();
-        match Tracee::new(&file) {
+        match Tracee::new(&[&file]) {
             Ok(mut tracee) => tracee.order(&[unmap_region(0), unmap_region(0x7fff_ffe0_0000)]).unwrap(),
             Err(error) => eprintln!("skipped: the host allows no tracee: {error}"),
         }

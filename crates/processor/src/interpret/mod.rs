@@ -229,10 +229,6 @@ impl Engine for Interpreter {
     }
 
     fn run(&mut self, core: &mut Core<'_>) -> Exit {
-        if core.vcpu.memory_epoch != core.memory.epoch() {
-            core.vcpu.memory_epoch = core.memory.epoch();
-            core.vcpu.flush_all();
-        }
         core.vcpu.sampler.now(Doing::Interpret.word());
         loop {
             if core.vcpu.attention.is_raised() {

@@ -466,6 +466,7 @@ impl Translator {
     /// Runs translated code from `target` until something needs the monitor.
     fn execute(&mut self, core: &mut Core<'_>, mut target: u64) -> Option<Exit> {
         loop {
+            let obeyed = core.vcpu.obeyed;
             let vcpu = &mut *core.vcpu;
             vcpu.hot.flags = vcpu.cpu.rflags;
             vcpu.hot.mode = self.mode(&vcpu.cpu).0.into();
@@ -475,6 +476,8 @@ impl Translator {
             self.simd = Mode(vcpu.hot.mode as u8).is_simd();
             match self.left(core) {
                 Next::Dispatch => return None,
+                // The block may keep the address of a page that is elsewhere by now: RIP stands where it would go on.
+                Next::Enter(_) if core.vcpu.obeyed != obeyed => return None,
                 Next::Enter(again) => target = again,
                 Next::Step => return self.interpret(core),
                 Next::Fault(fault) => return deliver::fault(core, fault),
@@ -482,7 +485,7 @@ impl Translator {
                     if let Some(exit) = self.interpret(core) {
                         return Some(exit);
                     }
-                    if !self.may_resume(core, next) {
+                    if core.vcpu.obeyed != obeyed || !self.may_resume(core, next) {
                         return None;
                     }
                     target = resume;
