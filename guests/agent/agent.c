@@ -5,6 +5,7 @@
  * environment, so they are read from /proc/cmdline):
  *   ringzero.shell      a login shell on the console; the machine powers off when it ends
  *   ringzero.agent      commands from the host over the second serial port (frame.h)
+ *   ringzero.disks      the drivers of disks, before anything else
  *   ringzero.poweroff   power off at once: what the boot bench measures
  * With none of them: a shell, so that the image also works in another machine.
  *
@@ -14,7 +15,7 @@
 
 static char command_line[4096];
 static int console_pid;
-static int modules_loaded;
+static int others_loaded;
 
 void *memcpy(void *to, const void *from, usize size)
 {
@@ -102,21 +103,52 @@ static void prepare(void)
     sys_sethostname("ringzero", 8);
 }
 
-static void load(const char *path)
+static int load(const char *path)
 {
     int fd = (int)sys_open(path, O_RDONLY | O_CLOEXEC);
-    if (fd >= 0) {
-        sys_finit_module(fd);
-        sys_close(fd);
-    }
+    if (fd < 0)
+        return 0;
+    long result = sys_finit_module(fd);
+    sys_close(fd);
+    return result == 0;
 }
 
-/* Tell the machine of a panic through its pvpanic port. Done when the machine first idles: nobody waits for it. */
-static void load_modules(void)
+/* Each after those that it needs. What is built into the kernel has no file here. */
+static const char *const virtio_modules[] = {
+    "/lib/modules/virtio_ring.ko",
+    "/lib/modules/virtio.ko",
+    "/lib/modules/virtio_pci_legacy_dev.ko",
+    "/lib/modules/virtio_pci_modern_dev.ko",
+    "/lib/modules/virtio_pci.ko",
+    0,
+};
+static const char *const disk_modules[] = {"/lib/modules/virtio_blk.ko", 0};
+/* The first two tell the machine of a panic through its pvpanic port. */
+static const char *const other_modules[] = {
+    "/lib/modules/pvpanic.ko",
+    "/lib/modules/pvpanic-mmio.ko",
+    "/lib/modules/virtio_balloon.ko",
+    "/lib/modules/virtio-rng.ko",
+    0,
+};
+
+/* The files go when they are loaded: they are memory, and nobody loads them again. */
+static void load_all(const char *const *paths)
 {
-    modules_loaded = 1;
-    load("/lib/modules/pvpanic.ko");
-    load("/lib/modules/pvpanic-mmio.ko");
+    for (; *paths; paths++)
+        if (load(*paths))
+            sys_unlink(*paths);
+}
+
+/* What nobody waits for, when the machine first idles: a child does it, and commands go on meanwhile. */
+static void load_others(void)
+{
+    others_loaded = 1;
+    if (sys_fork() != 0)
+        return;
+    load_all(virtio_modules);
+    load_all(other_modules);
+    sys_exit(0);
 }
 
 static void start_shell(void)
@@ -213,8 +245,8 @@ static void serve(int signals)
         if (line_fd >= 0)
             list[count++] = (struct pollfd){line_fd, (short)(POLLIN | (line_pending() ? POLLOUT : 0)), 0};
         count += process_poll_list(list + count);
-        if (sys_poll(list, count, modules_loaded ? -1 : 50) == 0) {
-            load_modules();
+        if (sys_poll(list, count, others_loaded ? -1 : 50) == 0) {
+            load_others();
             continue;
         }
         if (line_fd >= 0)
@@ -247,6 +279,10 @@ __attribute__((used)) static void agent_main(void)
         end(REBOOT_POWER_OFF);
     }
     prepare();
+    if (asked("ringzero.disks")) {
+        load_all(virtio_modules);
+        load_all(disk_modules);
+    }
     sys_mask(SIG_BLOCK, &watched);
     int signals = (int)sys_signalfd(&watched, O_NONBLOCK | O_CLOEXEC);
     agent = asked("ringzero.agent");

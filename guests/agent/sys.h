@@ -103,6 +103,7 @@ static inline long sys_kill(int pid, int number) { return SYS(62, pid, number, 0
 static inline long sys_fcntl(int fd, int command, long argument) { return SYS(72, fd, command, argument, 0, 0); }
 static inline long sys_chdir(const char *path) { return SYS(80, path, 0, 0, 0, 0); }
 static inline long sys_mkdir(const char *path, int mode) { return SYS(83, path, mode, 0, 0, 0); }
+static inline long sys_unlink(const char *path) { return SYS(87, path, 0, 0, 0, 0); }
 static inline long sys_setsid(void) { return SYS(112, 0, 0, 0, 0, 0); }
 static inline long sys_sync(void) { return SYS(162, 0, 0, 0, 0, 0); }
 static inline long sys_mount(const char *what, const char *where, const char *type, const char *options)

@@ -4,7 +4,6 @@ from pathlib import Path
 
 import pytest
 
-from ringzero import Machine
 from ringzero._core import CoreError, Vm
 from ringzero.errors import InputError
 from ringzero.machine.disk import Disk
@@ -35,11 +34,6 @@ def test_what_is_no_file_is_refused(tmp_path: Path, name: str) -> None:
 def test_impossible_serial_numbers(image: Path, serial: str) -> None:
     with pytest.raises(InputError, match="serial number"):
         Disk(image, serial=serial)
-
-
-def test_images_without_the_driver_say_so(image: Path) -> None:
-    with pytest.raises(InputError, match="virtio_blk"):
-        Machine("debian", disks=[image])
 
 
 def find_disks(vm: Vm) -> list[int]:

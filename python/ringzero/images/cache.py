@@ -23,7 +23,7 @@ from ringzero.errors import FetchError, InputError
 
 MANIFEST = "manifest.json"
 # Raised whenever what a recipe puts into an image changes, so that older copies are built again.
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True)

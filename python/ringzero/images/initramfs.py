@@ -17,9 +17,20 @@ PS1='\\u@\\h:\\w\\$ '
 echo "Linux $(uname -r), unmodified, in an ordinary process. Ctrl-] leaves at once; exit or poweroff ends."
 """
 
-# The agent loads these two, in this order, to have a panic reported through the pvpanic port. Both are
-# modules in Debian's cloud kernels (CONFIG_PVPANIC_MMIO=m, 6.1.192 and 6.12.117).
-MODULES = ("pvpanic.ko", "pvpanic-mmio.ko")
+# The agent loads these (guests/agent/agent.c), unless they are built into the kernel: Debian's cloud kernel 6.12.95 has
+# virtio, its rings and its PCI transport built in, 6.1.192 has them as modules.
+MODULES = (
+    "pvpanic.ko",
+    "pvpanic-mmio.ko",
+    "virtio_ring.ko",
+    "virtio.ko",
+    "virtio_pci_legacy_dev.ko",
+    "virtio_pci_modern_dev.ko",
+    "virtio_pci.ko",
+    "virtio_balloon.ko",
+    "virtio_blk.ko",
+    "virtio-rng.ko",
+)
 
 
 def agent_path() -> Path:

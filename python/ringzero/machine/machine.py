@@ -85,8 +85,9 @@ class Machine:
         kernel's command line. `memory` is bytes, or a size like "512M". `cpu` adds features to the processors, each of
         which makes a guest that uses it slower: "+pku,+pks". `devices` are slow devices in Python
         (ringzero.devices.Device), or names of ours ("debug-exit"). `disks` are raw files ("FILE", "FILE,ro", or a
-        Disk), virtio disks in the guest, in this order. `console` is given every piece of console
-        output. `agent` and `shell` choose what an image with our agent starts: commands for `run`, and a
+        Disk), virtio disks in the guest, in this order: our images have /dev/vda and so on before the first
+        command, with the kernel that belongs to them. `console` is given every piece of console output.
+        `agent` and `shell` choose what an image with our agent starts: commands for `run`, and a
         login shell on the console. Without `quiet` the kernel's messages show. With `kaslr` a bzImage unpacks
         itself, at a random address, and no translations are kept; otherwise it is unpacked before it starts,
         and runs where it was linked to run. `trace` names a file for a trace of every instruction. With
@@ -111,10 +112,6 @@ class Machine:
         self._append = append or ""
         self._devices = list(devices)
         self._disks = [Disk.parse(disk) for disk in disks]
-        if self._disks and initrd is None:
-            raise InputError(
-                "disks need an initramfs that loads virtio_blk, and the images have none yet: give one as initrd"
-            )
         if names := [device for device in self._devices if isinstance(device, str)]:
             from ringzero.devices import check_names
 
@@ -418,6 +415,7 @@ class Machine:
             words += ["quiet"] if self._quiet else []
             words += ["ringzero.agent"] if self._with_agent else []
             words += ["ringzero.shell"] if self._with_shell else []
+            words += ["ringzero.disks"] if self._disks else []
         return " ".join(word for word in [*words, self._append] if word)
 
     def _resolved_image(self) -> Image:
