@@ -2,11 +2,13 @@
 //! counters. Knows nothing of guests.
 
 pub mod affinity;
+pub mod arena;
 pub mod clock;
 pub mod counters;
 pub mod events;
 pub mod lock;
 pub mod map;
+pub mod nameless;
 pub mod private;
 pub mod random;
 pub mod sampler;

@@ -28,6 +28,8 @@ pub enum Rank {
     Wiring,
     /// One processor's local APIC. No two are ever held at once.
     LocalApic,
+    /// The swap store of one VM. A page can come back under almost any lock, so it is late.
+    SwapStore,
     /// The deadlines of a VM's timer thread. Anything may arm a timer, so it is late.
     Timers,
     /// What one thread sleeps on until another wakes it. Anything may wake, so it is last: nothing is taken under it.

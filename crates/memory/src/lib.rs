@@ -13,11 +13,14 @@ pub mod machine;
 mod pins;
 pub mod pmap;
 pub mod pool;
+#[cfg(test)]
+mod random;
 pub mod reach;
 pub mod reclaim;
 mod regions;
 mod reverse;
 pub mod shadow;
+pub mod swap;
 pub mod tlb;
 pub mod trace;
 pub mod walk;
