@@ -19,9 +19,10 @@ pub use store::{Statistics, Store};
 /// A page of the guest: what goes in and comes out.
 pub type Page = [u8; x86::PAGE_SIZE as usize];
 
-/// Names a page in the store, from the `put` that gave it to its `free`.
+/// Names a page in the store, from the `put` that gave it to its `free`, and long after that no other page. 40 bits, so that it
+/// has room in an entry of the pmap: which entry of the store's table, and the count of pages that this entry has had.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub struct Slot(pub u32);
+pub struct Slot(pub u64);
 
 /// Why a page cannot be taken in. Nothing is lost: whoever wanted to put it still has it.
 #[derive(Debug, thiserror::Error)]

@@ -125,7 +125,6 @@ impl Store {
     /// When the slot holds none, or it is not what was put there.
     pub fn get(&self, slot: Slot) -> Result<Page, Lost> {
         let mut table = self.table.lock();
-        let tenant = table.tenant(slot);
         let result = match table.place(slot).ok_or(Lost::Empty(slot))? {
             Where::Memory(place) => {
                 table.statistics.memory_loads += 1;
@@ -140,7 +139,7 @@ impl Store {
                     return result;
                 }
                 table = self.table.lock();
-                if table.tenant(slot) != tenant {
+                if table.place(slot).is_none() {
                     // Another thread freed the slot meanwhile, and the block is somebody else's by now.
                     return Err(Lost::Empty(slot));
                 }
@@ -180,7 +179,7 @@ impl Store {
     /// Says whether there was one.
     fn spill_one(&self, vault: &Vault) -> Result<bool, Full> {
         let mut table = self.table.lock();
-        let Some(Leaving { slot, tenant, mut page }) = table.begin_to_leave() else { return Ok(false) };
+        let Some(Leaving { slot, mut page }) = table.begin_to_leave() else { return Ok(false) };
         let taken = table.take_block();
         drop(table);
         let result = taken.and_then(|(block, count)| {
@@ -192,7 +191,7 @@ impl Store {
             })
         });
         let mut table = self.table.lock();
-        if let Some(block) = table.end_to_leave(slot, tenant, result.as_ref().ok().copied()) {
+        if let Some(block) = table.end_to_leave(slot, result.as_ref().ok().copied()) {
             table.give_back(vault, block);
         }
         result.map(|_| true)

@@ -16,8 +16,19 @@ use super::{Full, Page, Slot};
 const LEVEL: i32 = 1;
 /// Bytes to which a page must shrink to be worth its place in memory.
 const WORTH_IT: usize = PAGE_SIZE as usize * 3 / 4;
-/// No slot: the end of a list.
+/// No entry: the end of a list.
 const NONE: u32 = u32::MAX;
+/// Bits of a slot that number its entry: 1 TiB of pages. The others, up to 40, count who had the entry.
+const NUMBER_BITS: u32 = 28;
+const TENANTS: u16 = 1 << (40 - NUMBER_BITS);
+
+fn slot_of(number: u32, tenant: u16) -> Slot {
+    Slot(u64::from(tenant) << NUMBER_BITS | u64::from(number))
+}
+
+fn number_of(slot: Slot) -> usize {
+    (slot.0 & ((1 << NUMBER_BITS) - 1)) as usize
+}
 
 #[derive(Clone, Copy, Debug)]
 pub enum Where {
@@ -28,8 +39,9 @@ pub enum Where {
 #[derive(Clone, Copy, Debug)]
 struct Entry {
     place: Option<Where>,
-    /// Counts the pages that had this slot: who looked away sees that it was freed meanwhile.
-    tenant: u32,
+    /// Counts the pages that had this entry, so that their slots are different ones: a processor that still has the slot of
+    /// a page which another brought back, changed, and lost again, must not take the old content for the new.
+    tenant: u16,
     /// Whether it is in the list by age: it is in memory, and not on its way to the file.
     listed: bool,
     /// The page put before it and the one put after it; of a free entry, `older` is the next that is free.
@@ -41,7 +53,6 @@ struct Entry {
 #[derive(Debug)]
 pub struct Leaving {
     pub slot: Slot,
-    pub tenant: u32,
     pub page: Page,
 }
 
@@ -104,54 +115,56 @@ impl Table {
 
     /// `None` when there is no memory left for it.
     pub fn put_into_memory(&mut self, packed: &[u8]) -> Option<Slot> {
-        let slot = self.next_slot();
+        let number = self.next_number();
         let entries = &mut self.entries;
-        let place = self.log.append(slot.0, packed, |owner, place| moved(entries, owner, place))?;
+        let place = self.log.append(number, packed, |owner, place| moved(entries, owner, place))?;
         let slot = self.occupy(Where::Memory(place));
-        self.list_as_youngest(slot.0);
+        self.list_as_youngest(number);
         Some(slot)
     }
 
-    /// The slot that [`Table::occupy`] gives out next.
-    fn next_slot(&self) -> Slot {
-        if self.free == NONE { Slot(self.entries.len() as u32) } else { Slot(self.free) }
+    /// The entry that [`Table::occupy`] gives out next.
+    fn next_number(&self) -> u32 {
+        if self.free == NONE { self.entries.len() as u32 } else { self.free }
     }
 
     /// Gives out a slot.
     pub fn occupy(&mut self, place: Where) -> Slot {
-        let slot = self.next_slot();
+        let number = self.next_number();
         if self.free == NONE {
             self.entries.push(Entry { place: None, tenant: 0, listed: false, older: NONE, younger: NONE });
         }
-        let entry = &mut self.entries[slot.0 as usize];
+        let entry = &mut self.entries[number as usize];
         if self.free != NONE {
             self.free = entry.older;
         }
         entry.place = Some(place);
+        let slot = slot_of(number, entry.tenant);
         self.count(place, 1);
         slot
+    }
+
+    fn entry(&self, slot: Slot) -> Option<&Entry> {
+        let entry = self.entries.get(number_of(slot))?;
+        (slot_of(number_of(slot) as u32, entry.tenant) == slot).then_some(entry)
     }
 
     /// Takes a slot back; gives where its page was.
     pub fn vacate(&mut self, slot: Slot) -> Option<Where> {
         let place = self.place(slot)?;
-        self.unlist(slot.0);
-        let free = self.free;
-        let entry = &mut self.entries[slot.0 as usize];
+        let number = number_of(slot);
+        self.unlist(number as u32);
+        let entry = &mut self.entries[number];
         entry.place = None;
-        entry.tenant = entry.tenant.wrapping_add(1);
-        entry.older = free;
-        self.free = slot.0;
+        entry.tenant = (entry.tenant + 1) % TENANTS;
+        entry.older = std::mem::replace(&mut self.free, number as u32);
         self.count(place, -1);
         Some(place)
     }
 
+    /// `None` when the slot was freed.
     pub fn place(&self, slot: Slot) -> Option<Where> {
-        self.entries.get(slot.0 as usize)?.place
-    }
-
-    pub fn tenant(&self, slot: Slot) -> u32 {
-        self.entries.get(slot.0 as usize).map_or(0, |entry| entry.tenant)
+        self.entry(slot)?.place
     }
 
     /// Lets go of a page's bytes in memory.
@@ -163,12 +176,13 @@ impl Table {
     /// The oldest page in memory. It stays there, and in no list, until [`Table::end_to_leave`].
     pub fn begin_to_leave(&mut self) -> Option<Leaving> {
         while self.oldest != NONE {
-            let slot = Slot(self.oldest);
-            self.unlist(slot.0);
-            if let Some(Where::Memory(place)) = self.place(slot)
+            let number = self.oldest;
+            self.unlist(number);
+            let entry = self.entries[number as usize];
+            if let Some(Where::Memory(place)) = entry.place
                 && let Some(page) = self.unpack(place)
             {
-                return Some(Leaving { slot, tenant: self.tenant(slot), page });
+                return Some(Leaving { slot: slot_of(number, entry.tenant), page });
             }
             // Damaged: who asks for it is told so; it does not go on to be sealed as if it were whole.
         }
@@ -177,15 +191,15 @@ impl Table {
 
     /// A page has arrived in the file, or (`None`) it has not and stays the oldest in memory. Gives the block back when the
     /// page was freed meanwhile.
-    pub fn end_to_leave(&mut self, slot: Slot, tenant: u32, arrived: Option<(u32, Seal)>) -> Option<u32> {
-        let here = if self.tenant(slot) == tenant { self.place(slot) } else { None };
-        let Some(Where::Memory(place)) = here else { return arrived.map(|(block, _)| block) };
+    pub fn end_to_leave(&mut self, slot: Slot, arrived: Option<(u32, Seal)>) -> Option<u32> {
+        let number = number_of(slot);
+        let Some(Where::Memory(place)) = self.place(slot) else { return arrived.map(|(block, _)| block) };
         let Some((block, seal)) = arrived else {
-            self.list_as_oldest(slot.0);
+            self.list_as_oldest(number as u32);
             return None;
         };
         let there = Where::File(block, seal);
-        self.entries[slot.0 as usize].place = Some(there);
+        self.entries[number].place = Some(there);
         self.count(Where::Memory(place), -1);
         self.count(there, 1);
         self.statistics.spills += 1;

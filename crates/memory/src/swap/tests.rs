@@ -181,14 +181,18 @@ fn a_disk_without_room_refuses_and_pages_stay_in_memory() {
 fn wrong_slots_hold_nothing() {
     let store = Store::new(MIB, None).unwrap();
     let slot = store.put(&[1; SIZE]).unwrap();
-    for wrong in [Slot(slot.0 + 1), Slot(u32::MAX)] {
+    for wrong in [Slot(slot.0 + 1), Slot(slot.0 + (1 << 28)), Slot(u64::MAX)] {
         assert!(matches!(store.get(wrong), Err(Lost::Empty(_))));
         store.free(wrong);
     }
     store.free(slot);
     store.free(slot);
-    assert_eq!(store.put(&[2; SIZE]).unwrap(), slot, "freed once, given out once");
-    assert_ne!(store.put(&[2; SIZE]).unwrap(), slot);
+    let next = [(); 3].map(|()| store.put(&[2; SIZE]).unwrap());
+    assert!(next[0] != next[1] && next[1] != next[2] && next[0] != next[2], "freed once, given out once");
+    assert!(!next.contains(&slot), "a freed slot stays one that holds nothing");
+    assert!(matches!(store.get(slot), Err(Lost::Empty(_))));
+    store.free(slot);
+    assert!(next.iter().all(|slot| slot.0 < 1 << 40 && store.get(*slot).unwrap() == [2; SIZE]));
 }
 
 #[test]
