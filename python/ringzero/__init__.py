@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         RingzeroError,
         UnsupportedError,
     )
+    from ringzero.host.client import Host
     from ringzero.machine.console import Console
     from ringzero.machine.machine import Machine
 
@@ -34,6 +35,7 @@ __all__ = [
     "FetchError",
     "GuestEnded",
     "GuestError",
+    "Host",
     "ImageError",
     "InputError",
     "InternalError",
@@ -43,7 +45,11 @@ __all__ = [
     "__version__",
 ]
 
-_HOMES = {"Machine": "ringzero.machine.machine", "Console": "ringzero.machine.console"}
+_HOMES = {
+    "Machine": "ringzero.machine.machine",
+    "Console": "ringzero.machine.console",
+    "Host": "ringzero.host.client",
+}
 
 
 def __getattr__(name: str) -> Any:

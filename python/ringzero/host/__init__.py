@@ -1,7 +1,13 @@
-"""A host with many guests: so far, which memory policy it follows and how two of them compare.
+"""A host with many guests: a daemon, a process a VM, and the memory policy that they follow.
 
+client       the Python API, `Host`
+daemon       starts VMs and watches over them; `guest` is one VM as it sees it, `fork_link` its fork server
+fork_server  has everything loaded that a VM needs, and becomes one
+vm_process   one VM: guest, console, control socket; `vm_memory` is its memory
+wire, loop   how these processes talk, and wait
+runtime      the folder where they find each other; `state` is the database in it
+facts        what /proc says of a process and the host; `memory` makes a policy's counters of it
 policy       the protocol of a memory policy, our own one, and one that a user's file gives
 trace        recorded counters, as JSON lines
-simulate     what would have been, had a policy decided over a trace
-picture      the same as a PNG
+simulate     what would have been, had a policy decided over a trace; `picture` draws it
 """

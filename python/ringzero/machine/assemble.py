@@ -20,7 +20,26 @@ if TYPE_CHECKING:
     from ringzero import _core
     from ringzero.devices import Device
 
-__all__ = ["assemble"]
+__all__ = ["BootFiles", "assemble", "read_boot_files"]
+
+
+@dataclasses.dataclass(frozen=True)
+class BootFiles:
+    """A machine's boot files in memory: read once, they start any number of machines."""
+
+    kernel: bytes
+    initrd: bytes | None
+    vmlinux: memoryview | None
+    """What a bzImage unpacks to, unless it shall unpack itself."""
+
+
+def read_boot_files(spec: MachineSpec) -> BootFiles:
+    """Read the files that a spec names. Raises InputError and ImageError for those that cannot be used."""
+    if spec.kernel is None:
+        raise InputError("a machine needs a kernel to start")
+    kernel = read_file(spec.kernel, "kernel")
+    initrd = read_file(spec.initrd, "initramfs") if spec.initrd is not None else None
+    return BootFiles(kernel, initrd, None if spec.kaslr else unpacked_vmlinux(kernel, str(spec.kernel)))
 
 
 def assemble(
@@ -33,31 +52,30 @@ def assemble(
     translations: str | None = None,
     translation_bytes: int | None = None,
     disks: Iterable[Disk] = (),
+    files: BootFiles | None = None,
 ) -> _core.Vm:
     """Return a VM that is ready to start, with the PC's slow devices and `devices` on its bus.
 
+    `files` are those that the spec names, when they have been read already.
     `profile` samples what the processors do, for the counters named profile; `trace` is the path of an
     instruction trace, `translations` that of the folder of kept translations; `translation_bytes` limits what
     translated code takes, where the default does not suit. Raises InputError for what cannot be used, and the
     core's own CoreError when that refuses.
     """
-    if spec.kernel is None:
-        raise InputError("a machine needs a kernel to start")
-    kernel = read_file(spec.kernel, "kernel")
-    initrd = read_file(spec.initrd, "initramfs") if spec.initrd is not None else None
+    files = files or read_boot_files(spec)
     # Only now is it known whether this is a Linux, which needs more memory.
-    linux = spec.linux or bzimage.looks_like(kernel)
+    linux = spec.linux or bzimage.looks_like(files.kernel)
     spec = MachineSpec.checked(**(dataclasses.asdict(spec) | {"linux": linux}))
     name = str(spec.kernel)
     plan = plan_boot(
-        kernel,
+        files.kernel,
         memory=spec.memory,
         cpus=spec.cpus,
         command_line=spec.command_line,
-        initrd=initrd,
+        initrd=files.initrd,
         name=name,
         initrd_name=str(spec.initrd) if spec.initrd is not None else "initramfs",
-        vmlinux=None if spec.kaslr else unpacked_vmlinux(kernel, name),
+        vmlinux=files.vmlinux,
     )
     core = _load_core()
     if spec.engine not in core.engines():

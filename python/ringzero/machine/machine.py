@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
     from ringzero import _core
     from ringzero.images import Image
+    from ringzero.machine.assemble import BootFiles
     from ringzero.machine.exec import AgentLink, GuestProcess
 
 CONSOLE_PORT, AGENT_PORT = 0, 1
@@ -145,19 +146,8 @@ class Machine:
             if self._core_vm is not None:
                 raise InputError("this machine was started already: make another one")
             image = self._resolved_image()
-            from ringzero.machine.assemble import assemble
-
             with core_errors():
-                vm = assemble(
-                    self._completed_spec(image),
-                    self._devices,
-                    count_instructions=self._count_instructions,
-                    profile=self._profile,
-                    trace=self._trace,
-                    translations=self._translations,
-                    translation_bytes=self._translation_bytes,
-                    disks=self._disks,
-                )
+                vm = self._assembled(image)
                 self._console = Console(_line(vm, CONSOLE_PORT), self._sink)
                 if image.agent and self._with_agent:
                     from ringzero.machine.exec import AgentLink
@@ -401,6 +391,40 @@ class Machine:
 
     # --- inside
     # -----------------------------------------------------------------------------------------------
+
+    def _assembled(self, image: Image, files: BootFiles | None = None) -> _core.Vm:
+        """Put the machine together. Raises the core's own errors, too."""
+        from ringzero.machine.assemble import assemble
+
+        return assemble(
+            self._completed_spec(image),
+            self._devices,
+            count_instructions=self._count_instructions,
+            profile=self._profile,
+            trace=self._trace,
+            translations=self._translations,
+            translation_bytes=self._translation_bytes,
+            disks=self._disks,
+            files=files,
+        )
+
+    def file_names(self) -> tuple[Path | None, Path | None]:
+        """Return the kernel and the initramfs that this machine starts from; the image is fetched if need be."""
+        image = self._resolved_image()
+        return (image.kernel, image.initrd)
+
+    def boot_files(self) -> BootFiles:
+        """Read the files that this machine starts from, for `assembled`; they fit other machines of this image."""
+        from ringzero.machine.assemble import read_boot_files
+
+        return read_boot_files(self._completed_spec(self._resolved_image()))
+
+    def assembled(self, files: BootFiles | None = None) -> _core.Vm:
+        """Return the core VM of this machine, ready to start, for who looks after it himself: its console, its
+        agent's line (serial ports 0 and 1) and its end. No thread is started, and this object stays unused.
+        """
+        with core_errors():
+            return self._assembled(self._resolved_image(), files)
 
     def _completed_spec(self, image: Image) -> MachineSpec:
         words = self._command_line(image)

@@ -1,0 +1,406 @@
+"""The Python API of a host with many guests: `Host`, and the VMs it has.
+
+    from ringzero import Host
+    with Host.connect(start=True) as host:
+        vm = host.up("debian", memory="128M")
+        print(vm.run(["uname", "-a"], check=True, text=True).stdout)
+        print(vm.memory.pages)
+
+A `Host` is a connection to the daemon of this user (ringzero.host.daemon); a `HostVm` is a name on it, and talks to
+the VM's own process where it can, so that consoles and commands go on when the daemon does not.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import subprocess
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, overload
+
+from ringzero.errors import GuestEnded, GuestError, InputError, InternalError
+from ringzero.host.runtime import Runtime
+from ringzero.host.spec import DEFAULT_GROUP, DEFAULT_SHARES, GuestSpec
+from ringzero.host.state import Event
+from ringzero.host.wire import Channel, connect
+
+__all__ = ["Event", "Host", "HostVm"]
+
+_BOOT_LIMIT = 600.0
+
+
+class Host:
+    """A connection to the host daemon. One thread at a time; make another one for another thread."""
+
+    def __init__(self, channel: Channel, runtime: Runtime) -> None:
+        self._channel = channel
+        self._runtime = runtime
+
+    @classmethod
+    def connect(
+        cls, root: str | os.PathLike[str] | None = None, *, start: bool = False, **options: Any
+    ) -> Host:
+        """Connect to the daemon whose runtime folder is `root`; this user's own without.
+
+        With `start` one is started where none runs, with the options of `start_daemon`. Raises InputError when no
+        daemon runs.
+        """
+        runtime = Runtime.default() if root is None else Runtime(Path(root).absolute())
+        try:
+            return cls(Channel(connect(runtime.socket, timeout=None)), runtime)
+        except OSError:
+            if not start:
+                raise InputError(
+                    f"no host daemon runs (with the runtime folder {runtime.root}): `ringzero host start` starts one"
+                ) from None
+        from ringzero.host.launch import start_daemon
+
+        start_daemon(runtime, **options)
+        return cls(Channel(connect(runtime.socket, timeout=None)), runtime)
+
+    def close(self) -> None:
+        """Close the connection; the daemon and its VMs go on."""
+        self._channel.close()
+
+    def __enter__(self) -> Host:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def ask(self, do: str, **fields: Any) -> dict[str, Any]:
+        """Ask the daemon for anything (ringzero.host.daemon has the list). Raises InputError, InternalError."""
+        try:
+            return self._channel.ask(do, **fields)
+        except OSError as error:
+            raise InputError(f"the host daemon has ended: {error}; its vms go on") from error
+
+    # --- VMs
+
+    def up(
+        self,
+        image: str | None = None,
+        *,
+        name: str | None = None,
+        memory: str | int = "128M",
+        min: str | int | None = None,
+        max: str | int | None = None,
+        shares: int = DEFAULT_SHARES,
+        share_group: str = DEFAULT_GROUP,
+        wait: bool = True,
+        **machine: Any,
+    ) -> HostVm:
+        """Start a VM; with `wait`, wait until its guest has booted (or, without our agent in it, has started).
+
+        Sizes are bytes, or text like "128M". `min` is what it can always have of the host's memory (a quarter of
+        `memory` if nothing is said), `max` what it never has more of. VMs of one `share_group` share pages of equal
+        content. `machine` are `cpus`, `engine`, `kernel`, `initrd`, `append` as `Machine` has them. Raises InputError
+        when the host cannot keep what it would promise, with the sum.
+        """
+        (vm,) = self.up_many(
+            1,
+            image,
+            name=name,
+            memory=memory,
+            min=min,
+            max=max,
+            shares=shares,
+            share_group=share_group,
+            wait=wait,
+            **machine,
+        )
+        return vm
+
+    def up_many(
+        self,
+        count: int,
+        image: str | None = None,
+        *,
+        name: str | None = None,
+        share_group: str = DEFAULT_GROUP,
+        wait: bool = True,
+        **options: Any,
+    ) -> list[HostVm]:
+        """Start `count` VMs, all of them or none; options as `up` has them. Their names are NAME-1, NAME-2 ..."""
+        specs = self.specs(count, image, name=name, group=share_group, **options)
+        answer = self.ask("up", specs=[spec.as_json() for spec in specs], wait=wait)
+        vms = [HostVm(self, row["name"]) for row in answer["vms"]]
+        for row in answer["vms"]:
+            if row["phase"] == "ended":
+                raise GuestEnded(f"vm {row['name']!r} ended as it started: {row['reason']}", row["reason"])
+        return vms
+
+    def specs(
+        self, count: int, image: str | None = None, *, name: str | None = None, **options: Any
+    ) -> list[GuestSpec]:
+        """Return the specs of `count` VMs with names that are free; the image is fetched if need be."""
+        if not 1 <= count <= 1000:
+            raise InputError(f"{count} vms cannot be started: give a number from 1 to 1000")
+        if image is None and options.get("kernel") is None:
+            image = "debian"
+        if image is not None:
+            from ringzero import images
+
+            if images.find(image) is None:
+                images.pull(image)
+        for file in ("kernel", "initrd"):
+            if options.get(file) is not None:
+                options[file] = os.path.abspath(options[file])
+                if not os.path.isfile(options[file]):
+                    raise InputError(f"{file} {options[file]} is not a regular file: check the path")
+        base = name or ((image or "vm").replace(":", "-"))
+        if count == 1 and name is not None:
+            names = [name]
+        else:
+            taken = {row["name"] for row in self.ask("list")["vms"]}
+            free = (one for number in range(1, 1_000_000) if (one := f"{base}-{number}") not in taken)
+            names = [next(free) for _ in range(count)]
+        return [GuestSpec.checked(name=one, image=image, **options) for one in names]
+
+    def vms(self) -> list[HostVm]:
+        """Return all VMs, those that have ended and were not taken down as well."""
+        return [HostVm(self, row["name"]) for row in self.ask("list")["vms"]]
+
+    def vm(self, name: str) -> HostVm:
+        """Return a VM by its name. Raises InputError when there is none."""
+        self.ask("list", names=[name])
+        return HostVm(self, name)
+
+    def down(self, *names: str, now: bool = False) -> None:
+        """Take VMs down: ask them to power off, and pull their plugs after 10 s; at once with `now`."""
+        if names:
+            self.ask("down", names=list(names), now=now)
+
+    # --- what happens
+
+    def events(self, after: int = 0, *, most: int = 1000) -> list[Event]:
+        """Return what happened, the newest `most` behind event number `after`, the oldest first."""
+        return [Event(**one) for one in self.ask("events", after=after, most=most)["events"]]
+
+    def watch(self, timeout: float | None = None) -> Iterator[Event]:
+        """Give each event as it happens, on a connection of its own; ends when none came for `timeout` seconds, or
+        the daemon has ended.
+        """
+        with Channel(connect(self._runtime.socket, timeout=None)) as channel:
+            channel.ask("watch")
+            channel.connection.settimeout(timeout)
+            while True:
+                try:
+                    got = channel.receive()
+                except TimeoutError:
+                    return
+                if got is None:
+                    return
+                message = dict(got[0])
+                if message.pop("event", None) == "event":
+                    yield Event(**message)
+
+    def status(self) -> dict[str, Any]:
+        """Return what the daemon says of itself: pid, fork server, memory (bytes), VMs by phase."""
+        return self.ask("status")
+
+    def stop(self) -> int:
+        """End the daemon, and return how many VMs go on without it."""
+        living = int(self.ask("stop")["vms"])
+        with contextlib.suppress(OSError, InternalError):
+            self._channel.connection.settimeout(10.0)
+            while self._channel.receive() is not None:
+                pass
+        return living
+
+
+@dataclass(frozen=True)
+class HostVm:
+    """A VM of a host."""
+
+    host: Host
+    name: str
+
+    def row(self) -> dict[str, Any]:
+        """Return what the daemon knows of it: phase, pid, began and ended (seconds since 1970), reason, spec."""
+        (row,) = self.host.ask("list", names=[self.name])["vms"]
+        return dict(row)
+
+    @property
+    def phase(self) -> str:
+        """How it goes: "waiting", "booting", "running", or "ended"."""
+        return str(self.row()["phase"])
+
+    @property
+    def reason(self) -> str | None:
+        """Why it ended; None while it has not."""
+        reason = self.row()["reason"]
+        return None if reason is None else str(reason)
+
+    def wait_ready(self, timeout: float = _BOOT_LIMIT) -> None:
+        """Wait until its guest has booted. Raises GuestEnded, and GuestError after `timeout` seconds."""
+        end = time.monotonic() + timeout
+        while (row := self.row())["phase"] != "running":
+            if row["phase"] == "ended":
+                raise GuestEnded(f"vm {self.name!r} has ended: {row['reason']}", row["reason"])
+            if time.monotonic() > end:
+                raise GuestError(f"vm {self.name!r} has not booted within {timeout:g} s")
+            time.sleep(0.05)
+
+    def down(self, *, now: bool = False) -> None:
+        """Take it down; see `Host.down`."""
+        self.host.down(self.name, now=now)
+
+    def channel(self) -> Channel:
+        """Return a connection to its process (ringzero.host.vm_process). Raises GuestEnded when there is none."""
+        try:
+            return Channel(connect(self.host._runtime.control(self.name)))
+        except OSError:
+            raise GuestEnded(f"vm {self.name!r} has no process", None) from None
+
+    def open_console(self) -> tuple[socket.socket, bytes]:
+        """Return a stream joined to the guest's console, both ways, and what was read from it already; it begins with
+        what the guest last printed. Many may have it open at once. The caller closes it.
+        """
+        channel = self.channel()
+        try:
+            channel.ask("console")
+        except BaseException:
+            channel.close()
+            raise
+        channel.connection.settimeout(None)
+        return channel.connection, channel.rest()
+
+    @overload
+    def run(
+        self,
+        args: Sequence[str],
+        *,
+        input: bytes | str | None = None,
+        check: bool = False,
+        timeout: float | None = None,
+        text: Literal[True],
+        env: Mapping[str, str] | None = None,
+        cwd: str | None = None,
+    ) -> subprocess.CompletedProcess[str]: ...
+    @overload
+    def run(
+        self,
+        args: Sequence[str],
+        *,
+        input: bytes | str | None = None,
+        check: bool = False,
+        timeout: float | None = None,
+        text: Literal[False] | None = None,
+        env: Mapping[str, str] | None = None,
+        cwd: str | None = None,
+    ) -> subprocess.CompletedProcess[bytes]: ...
+    def run(
+        self,
+        args: Sequence[str],
+        *,
+        input: bytes | str | None = None,
+        check: bool = False,
+        timeout: float | None = None,
+        text: bool | None = None,
+        env: Mapping[str, str] | None = None,
+        cwd: str | None = None,
+    ) -> subprocess.CompletedProcess[Any]:
+        """Run a command in the guest and return its result with its output, as `subprocess.run` does on the host.
+
+        The guest must have booted. Raises CalledProcessError with `check`, TimeoutExpired after `timeout` seconds (the
+        command runs on), FileNotFoundError or PermissionError when there is no such command, and GuestEnded when the
+        guest ends.
+        """
+        parts: tuple[list[bytes], list[bytes]] = ([], [])
+        data = input.encode() if isinstance(input, str) else input or b""
+        reads, writes = zip(*(os.pipe() for _ in range(3)), strict=True)
+        threads = [threading.Thread(target=_feed, args=(writes[0], data), daemon=True)]
+        threads += [
+            threading.Thread(target=_drain, args=(reads[1 + number], part), daemon=True)
+            for number, part in enumerate(parts)
+        ]
+        try:
+            channel = self.channel()
+        except BaseException:
+            for fd in (*reads, *writes):
+                os.close(fd)
+            raise
+        with channel:
+            try:
+                channel.connection.settimeout(timeout)
+                number = 1
+                channel.send(
+                    {
+                        "do": "run",
+                        "id": number,
+                        "args": list(args),
+                        "env": None if env is None else dict(env),
+                        "cwd": cwd,
+                    },
+                    (reads[0], writes[1], writes[2]),
+                )
+            finally:
+                for fd in (reads[0], writes[1], writes[2]):
+                    os.close(fd)
+                for thread in threads:
+                    thread.start()
+            answer = self._answer(channel, number, args, timeout)
+        for thread in threads[1:]:
+            thread.join(5.0)
+        out, err = (b"".join(part) for part in parts)
+        if answer.get("errno") is not None:
+            raise OSError(answer["errno"], os.strerror(answer["errno"]), args[0])
+        if text:
+            shown: tuple[Any, Any] = (out.decode("utf-8", "replace"), err.decode("utf-8", "replace"))
+        else:
+            shown = (out, err)
+        result = subprocess.CompletedProcess(list(args), int(answer["status"]), *shown)
+        if check:
+            result.check_returncode()
+        return result
+
+    def _answer(
+        self, channel: Channel, number: int, args: Sequence[str], timeout: float | None
+    ) -> dict[str, Any]:
+        from ringzero.host.wire import checked
+
+        while True:
+            try:
+                got = channel.receive()
+            except TimeoutError:
+                raise subprocess.TimeoutExpired(list(args), timeout or 0.0) from None
+            except OSError:
+                got = None
+            if got is None:
+                raise GuestEnded(f"vm {self.name!r} ended while {args[0]!r} ran in it", None)
+            message = got[0]
+            if message.get("event") == "ended":
+                raise GuestEnded(
+                    f"vm {self.name!r} ended while {args[0]!r} ran in it: {message['reason']}",
+                    message["reason"],
+                )
+            if message.get("id") == number:
+                return checked(message)
+
+
+def _feed(fd: int, data: bytes) -> None:
+    try:
+        view = memoryview(data)
+        while view:
+            view = view[os.write(fd, view) :]
+    except OSError:
+        pass  # the command does not read
+    finally:
+        os.close(fd)
+
+
+def _drain(fd: int, parts: list[bytes]) -> None:
+    try:
+        while data := os.read(fd, 65536):
+            parts.append(data)
+    finally:
+        os.close(fd)

@@ -1,0 +1,131 @@
+"""What the operator asked of one VM: `GuestSpec`, checked, and as JSON for sockets and the database."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Self
+
+from ringzero.errors import InputError
+from ringzero.host.runtime import checked_name
+from ringzero.machine.machine import Machine
+from ringzero.machine.spec import MachineSpec, format_size, parse_size
+from ringzero.policy import PAGE
+from ringzero.policy.counters import MOST_SHARES
+
+__all__ = ["DEFAULT_GROUP", "DEFAULT_SHARES", "GuestSpec"]
+
+DEFAULT_SHARES = 1000
+DEFAULT_GROUP = "default"
+LEAST_PART = 4
+"""Without a min, a VM can always have this part of its size in machine memory."""
+
+
+@dataclass(frozen=True)
+class GuestSpec:
+    """A VM of a host. Make one with `checked`. Sizes are bytes, whole pages."""
+
+    name: str
+    image: str | None
+    memory: int
+    min: int
+    max: int
+    shares: int = DEFAULT_SHARES
+    group: str = DEFAULT_GROUP
+    """Pages are shared by content within a group only."""
+    cpus: int = 1
+    engine: str = "direct"
+    kernel: str | None = None
+    initrd: str | None = None
+    append: str | None = None
+    shell: bool = True
+
+    @classmethod
+    def checked(
+        cls,
+        *,
+        name: str,
+        image: str | None = None,
+        memory: str | int = "128M",
+        min: str | int | None = None,
+        max: str | int | None = None,
+        shares: int = DEFAULT_SHARES,
+        group: str = DEFAULT_GROUP,
+        cpus: int = 1,
+        engine: str = "direct",
+        kernel: str | None = None,
+        initrd: str | None = None,
+        append: str | None = None,
+        shell: bool = True,
+    ) -> Self:
+        """Return a spec of which every field makes sense; sizes are bytes, or text like "128M".
+
+        Without `min` a VM can always have a quarter of its memory, without `max` all of it. Raises InputError.
+        """
+        if image is None and kernel is None:
+            image = "debian"
+        machine = MachineSpec.checked(memory=memory, cpus=cpus, engine=engine, linux=False)
+        size = machine.memory
+        least = size // LEAST_PART if min is None else parse_size(min, "min")
+        most = size if max is None else parse_size(max, "max")
+        least, most = least - least % PAGE, most - most % PAGE
+        if not 0 < least <= most <= size:
+            raise InputError(
+                f"min {format_size(least)}, max {format_size(most)} and memory {format_size(size)} must rise from one"
+                " to the next"
+            )
+        if isinstance(shares, bool) or not isinstance(shares, int) or not 1 <= shares <= MOST_SHARES:
+            raise InputError(f"{shares!r:.40} shares cannot be: give a number from 1 to {MOST_SHARES}")
+        for file in (kernel, initrd):
+            if file is not None and not Path(file).is_absolute():
+                raise InputError(
+                    f"{file} is a relative path, and the daemon is elsewhere: give an absolute one"
+                )
+        return cls(
+            name=checked_name(name),
+            image=image,
+            memory=size,
+            min=least,
+            max=most,
+            shares=shares,
+            group=checked_name(group),
+            cpus=cpus,
+            engine=engine,
+            kernel=kernel,
+            initrd=initrd,
+            append=append,
+            shell=bool(shell),
+        )
+
+    @classmethod
+    def from_json(cls, values: Any) -> Self:
+        """Return the spec that `as_json` made, or that a client sent. Raises InputError for anything else."""
+        if not isinstance(values, dict) or not isinstance(values.get("name"), str):
+            raise InputError(f"a vm is described by an object with a name, not by {values!r:.60}")
+        known = {field.name: field.type for field in fields(cls)}
+        for key, value in values.items():
+            if key not in known:
+                raise InputError(f"a vm has no {key!r:.40}: there is {', '.join(known)}")
+            if key in ("image", "kernel", "initrd", "append", "group", "engine"):
+                if value is not None and not isinstance(value, str):
+                    raise InputError(f"{key} is {value!r:.40}, and must be text")
+            elif key in ("memory", "min", "max") and isinstance(value, bool | float | list | dict):
+                raise InputError(f"{key} is {value!r:.40}, and must be a size")
+        return cls.checked(**{key: value for key, value in values.items() if value is not None})
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the fields, as JSON knows them."""
+        return asdict(self)
+
+    def machine(self) -> Machine:
+        """Return the machine, not started. Raises InputError for what cannot be."""
+        return Machine(
+            self.image,
+            memory=self.memory,
+            cpus=self.cpus,
+            engine=self.engine,
+            kernel=self.kernel,
+            initrd=self.initrd,
+            append=self.append,
+            shell=self.shell,
+        )

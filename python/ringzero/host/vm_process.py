@@ -1,0 +1,401 @@
+"""The process of one VM: the guest, its console, and a control socket. It depends on no other process.
+
+One thread of Python, which sleeps unless somebody asks for something. On the control socket everybody who may open it
+(the operator: the runtime folder is his alone) can ask, the daemon and `ringzero host console` alike:
+
+    describe     the spec, and how it goes: booting, ready, ended
+    memory       pages by state, and what the monitor itself takes
+    console      from here on the connection is the guest's console, both ways; first comes what it last printed
+    run          run a command in the guest; its standard input, output and error come as descriptors
+    power_off    ask the guest to power itself off
+    stop         end it, as if its plug were pulled
+
+Whoever is connected is told the end, {"event": "ended", "reason": ...}, and it is the last line of the VM's log, too:
+so it is known even if nobody was there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import json
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from ringzero.errors import InputError, InternalError, RingzeroError
+from ringzero.host.loop import READ, WRITE, Loop, Timer
+from ringzero.host.spec import GuestSpec
+from ringzero.host.vm_memory import GuestMemory
+from ringzero.host.wire import Message, Peer, failure
+from ringzero.machine.assemble import BootFiles
+from ringzero.machine.exec import DEFAULT_ENVIRONMENT, AgentLink, GuestProcess
+from ringzero.machine.machine import AGENT_PORT, CONSOLE_PORT, PANIC_END, PANIC_LINE, PANIC_SILENCE, write_all
+
+__all__ = ["VmProcess", "run_vm"]
+
+SCROLLBACK = 64 << 10
+"""Bytes of the console's last output that are kept for who attaches."""
+_PIECE = 64 << 10
+_MOST_WAITING = 1 << 20
+"""Bytes for a console that does not read: older ones are lost to it."""
+_END_PATIENCE = 10.0
+_LAST_WORDS = 256
+"""Bytes: longer than the line that ends a kernel's panic."""
+
+
+class _Console:
+    """The guest's console line, and everybody who is attached to it."""
+
+    def __init__(
+        self, loop: Loop, line: socket.socket, printed: Callable[[], None], ended: Callable[[], None]
+    ) -> None:
+        self._loop = loop
+        self._line = line
+        self._printed = printed
+        self._ended = ended
+        self._typed = bytearray()
+        self._attached: dict[socket.socket, bytearray] = {}
+        self.last = bytearray()
+        line.setblocking(False)
+        loop.watch(line, READ, self._line_ready)
+
+    def attach(self, connection: socket.socket, typed: bytes) -> None:
+        connection.setblocking(False)
+        self._attached[connection] = bytearray(self.last)
+        self._typed += typed
+        self._flush(connection)
+        self._type()
+
+    def close(self) -> None:
+        """Give what was printed last to those who read, and end their connections."""
+        for connection in list(self._attached):
+            with contextlib.suppress(OSError):
+                connection.settimeout(1.0)
+                connection.sendall(self._attached[connection])
+            self._detach(connection)
+        self._line.close()
+
+    def _line_ready(self, events: int) -> None:
+        if events & WRITE:
+            self._type()
+        if not events & READ:
+            return
+        try:
+            data = self._line.recv(_PIECE)
+        except BlockingIOError:
+            return
+        except OSError:
+            data = b""
+        if not data:
+            self._loop.forget(self._line)
+            self._ended()
+            return
+        self.last += data
+        if len(self.last) > 2 * SCROLLBACK:
+            del self.last[:-SCROLLBACK]
+        self._printed()
+        for connection, waiting in list(self._attached.items()):
+            waiting += data
+            if len(waiting) > _MOST_WAITING:
+                del waiting[: -_MOST_WAITING // 2]
+            self._flush(connection)
+
+    def _flush(self, connection: socket.socket) -> None:
+        waiting = self._attached[connection]
+        try:
+            while waiting:
+                del waiting[: connection.send(waiting, socket.MSG_NOSIGNAL)]
+        except BlockingIOError:
+            pass
+        except OSError:
+            self._detach(connection)
+            return
+        # Who types faster than the guest reads is read again when that has caught up.
+        events = (WRITE if waiting else 0) | (READ if len(self._typed) < _PIECE else 0)
+        if events:
+            self._loop.watch(connection, events, lambda now: self._peer_ready(connection, now))
+        else:
+            self._loop.forget(connection)
+
+    def _peer_ready(self, connection: socket.socket, events: int) -> None:
+        if events & READ:
+            try:
+                data = connection.recv(_PIECE)
+            except BlockingIOError:
+                data = None
+            except OSError:
+                data = b""
+            if data == b"":
+                self._detach(connection)
+                return
+            if data:
+                self._typed += data
+                self._type()
+        self._flush(connection)
+
+    def _type(self) -> None:
+        was_full = len(self._typed) >= _PIECE
+        try:
+            while self._typed:
+                del self._typed[: self._line.send(self._typed, socket.MSG_NOSIGNAL)]
+        except BlockingIOError:
+            pass
+        except OSError:  # the guest has ended; the reading side tells
+            self._typed.clear()
+        if self._line.fileno() >= 0:
+            self._loop.watch(self._line, READ | (WRITE if self._typed else 0), self._line_ready)
+        if was_full and len(self._typed) < _PIECE:
+            for connection in list(self._attached):
+                self._flush(connection)
+
+    def _detach(self, connection: socket.socket) -> None:
+        self._loop.forget(connection)
+        self._attached.pop(connection, None)
+        connection.close()
+
+
+class VmProcess:
+    """A VM with its loop. `run` returns why the guest ended."""
+
+    def __init__(self, spec: GuestSpec, listener: socket.socket, files: BootFiles | None = None) -> None:
+        """Put the machine together. Raises RingzeroError when it cannot be."""
+        self.spec = spec
+        self._began = time.time()
+        machine = spec.machine()
+        self._vm = machine.assembled(files)
+        self._memory = GuestMemory(self._vm, spec.memory)
+        self._loop = Loop()
+        self._peers: set[Peer] = set()
+        self._listener = listener
+        self._console = _Console(self._loop, _line(self._vm, CONSOLE_PORT), self._printed, self._line_ended)
+        self._agent_line: socket.socket | None = None
+        self._agent: AgentLink | None = None
+        self._ready = False
+        if spec.image is not None and spec.image.partition(":")[0] == "debian" and spec.initrd is None:
+            self._agent_line = _line(self._vm, AGENT_PORT)
+        self._reason: str | None = None
+        self._silence: Timer | None = None
+
+    def run(self) -> str:
+        """Run the guest to its end and return the reason."""
+        if self._agent_line is not None:
+            # The agent's first words say that the guest has booted. Nobody reads them until it is needed.
+            self._loop.watch(self._agent_line, READ, self._agent_speaks)
+        # Again, although it listens already: so the socket tells who asks that it is this process.
+        self._listener.listen(64)
+        self._loop.watch(self._listener, READ, self._accept)
+        self._vm.start()
+        self._loop.run()
+        assert self._reason is not None
+        return self._reason
+
+    def finish(self) -> None:
+        """Tell everybody who is connected how it ended."""
+        for peer in list(self._peers):
+            peer.connection.settimeout(1.0)
+            with contextlib.suppress(OSError):
+                peer.connection.sendall(
+                    json.dumps({"event": "ended", "reason": self._reason}).encode() + b"\n"
+                )
+            peer.close()
+        self._console.close()
+        self._listener.close()
+
+    # --- the guest
+
+    def _agent_speaks(self, _: int) -> None:
+        assert self._agent_line is not None
+        self._loop.forget(self._agent_line)
+        self._ready = True
+        self._tell({"event": "ready"})
+
+    def _printed(self) -> None:
+        """A kernel that stands still for ever after a panic says so last: it is ended when it stays silent."""
+        if self._silence is not None:
+            self._silence.cancel()
+            self._silence = None
+        if PANIC_END.search(bytes(self._console.last[-_LAST_WORDS:])):
+            self._silence = self._loop.call_later(PANIC_SILENCE, lambda: self._vm.request_end("panic"))
+
+    def _line_ended(self) -> None:
+        """The console is at its end, and so is the guest."""
+        reason = self._vm.wait(_END_PATIENCE) or "error: the guest did not end"
+        panicked = PANIC_LINE.findall(self._console.last)
+        if reason == "reboot" and panicked:
+            reason = "panic"
+        if reason == "panic" and panicked:
+            reason = f"panic: {panicked[-1].decode('utf-8', 'replace')}"
+        self._reason = reason
+        self._loop.stop()
+
+    # --- who asks
+
+    def _accept(self, _: int) -> None:
+        with contextlib.suppress(OSError):
+            connection, _address = self._listener.accept()
+            self._peers.add(Peer(self._loop, connection, self._received, self._closed))
+
+    def _closed(self, peer: Peer, _why: str) -> None:
+        self._peers.discard(peer)
+
+    def _tell(self, event: Message) -> None:
+        for peer in list(self._peers):
+            peer.send(event)
+
+    def _received(self, peer: Peer, message: Message, fds: list[int]) -> None:
+        requests: Mapping[str, Callable[[Peer, Message, list[int]], Message | None]] = {
+            "describe": self._describe,
+            "memory": self._describe_memory,
+            "console": self._attach,
+            "run": self._run,
+            "power_off": self._power_off,
+            "stop": self._stop,
+        }
+        answer: Message | None
+        try:
+            what = requests.get(str(message.get("do")))
+            if what is None:
+                raise InputError(f"a vm's process does not know {message.get('do')!r:.40}")
+            answer = what(peer, message, fds)
+        except RingzeroError as error:
+            answer = failure(error)
+        except Exception as error:  # a defect of ours must not take the guest with it
+            answer = failure(InternalError(f"{type(error).__name__}: {error}"))
+        finally:
+            for fd in fds:
+                os.close(fd)
+        if answer is not None:
+            peer.send(answer | {"id": message.get("id")})
+
+    def _describe(self, *_: Any) -> Message:
+        return {
+            "ok": True,
+            "spec": self.spec.as_json(),
+            "ready": self._ready,
+            "began": self._began,
+        }
+
+    def _describe_memory(self, *_: Any) -> Message:
+        return {"ok": True, "counts": self._memory.counts()}
+
+    def _attach(self, peer: Peer, message: Message, _: list[int]) -> None:
+        peer.send({"ok": True, "id": message.get("id")})
+        self._peers.discard(peer)
+        self._console.attach(*peer.detach())
+
+    def _link(self) -> AgentLink:
+        if self._agent_line is None:
+            raise InputError(
+                f"vm {self.spec.name!r} has no agent in it, so it cannot run commands: use its console"
+            )
+        if not self._ready:
+            raise InputError(
+                f"vm {self.spec.name!r} has not booted yet, so it cannot run commands: wait until it is ready"
+            )
+        if self._agent is None:
+            self._loop.accept_posts()
+            self._agent = AgentLink(self._agent_line)
+        return self._agent
+
+    def _run(self, peer: Peer, message: Message, fds: list[int]) -> None:
+        link = self._link()
+        words, environment = message.get("args"), message.get("env")
+        if not isinstance(words, list) or not words or not all(isinstance(word, str) for word in words):
+            raise InputError("a command is a list of words")
+        if environment is None:
+            environment = DEFAULT_ENVIRONMENT
+        if not isinstance(environment, dict) or not all(
+            isinstance(value, str) for value in environment.values()
+        ):
+            raise InputError("an environment is an object of texts")
+        if len(fds) != 3:
+            raise InputError("a command needs three descriptors: standard input, output and error")
+        cwd = message.get("cwd")
+        number = message.get("id")
+        streams = [os.dup(fd) for fd in fds]
+        try:
+            process = link.start(
+                words,
+                env=environment,
+                cwd=str(cwd) if cwd is not None else None,
+                stdout=lambda data: write_all(streams[1], data),
+                stderr=lambda data: write_all(streams[2], data),
+            )
+        except BaseException:
+            for fd in streams:
+                os.close(fd)
+            raise
+        threading.Thread(target=_feed, args=(process, streams[0]), name="stdin", daemon=True).start()
+
+        def wait() -> None:
+            answer: Message
+            try:
+                answer = {"ok": True, "status": process.wait()}
+            except OSError as error:
+                answer = {"ok": True, "errno": error.errno}
+            except Exception as error:
+                answer = {"error": str(error), "status": 1}
+            for fd in streams[1:]:
+                os.close(fd)
+            self._loop.post(lambda: peer.send(answer | {"id": number}))
+
+        threading.Thread(target=wait, name="command", daemon=True).start()
+
+    def _power_off(self, *_: Any) -> Message:
+        self._link().power_off()
+        return {"ok": True}
+
+    def _stop(self, *_: Any) -> Message:
+        self._vm.stop()
+        return {"ok": True}
+
+
+def _feed(process: GuestProcess, fd: int) -> None:
+    """Pass on what is read from a descriptor to a command, until either ends."""
+    try:
+        while data := os.read(fd, _PIECE):
+            process.write(data)
+    except OSError:
+        pass
+    finally:
+        os.close(fd)
+    process.close_stdin()
+
+
+def _line(vm: Any, port: int) -> socket.socket:
+    return socket.socket(fileno=vm.serial_fd(port))
+
+
+def run_vm(spec: GuestSpec, listener: socket.socket, log: int, files: BootFiles | None = None) -> int:
+    """Be the process of a VM: run it, write how it ended to `log`, and return the exit status."""
+    gc.disable()
+    reason = "error: it did not start"
+    status = 1
+    try:
+        process = VmProcess(spec, listener, files)
+
+        def stop(_number: int, _frame: object) -> None:
+            process._vm.stop()
+
+        signal.signal(signal.SIGTERM, stop)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        reason = process.run()
+        status = 1 if reason.startswith("error") else 0
+        process.finish()
+    except RingzeroError as error:
+        reason = f"error: {error}"
+    except BaseException as error:
+        import traceback
+
+        traceback.print_exception(error)
+        reason = f"error: {type(error).__name__}: {error}"
+    with contextlib.suppress(OSError):
+        sys.stderr.flush()
+        os.write(log, json.dumps({"ended": reason, "at": time.time()}).encode() + b"\n")
+    return status

@@ -1,0 +1,301 @@
+"""The host daemon: VMs come, go and die, its processes are killed, its clients misbehave, and nobody else minds."""
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from ringzero import Host
+from ringzero.errors import GuestEnded, InputError
+from ringzero.host.client import HostVm
+from ringzero.host.runtime import Runtime
+from ringzero.host.wire import Channel, connect
+
+pytestmark = pytest.mark.needs_debian
+
+SMALL = {"memory": "96M"}
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Iterator[Path]:
+    """A runtime folder, of which nothing is left running in the end."""
+    folder = tmp_path / "host"
+    yield folder
+    with contextlib.suppress(InputError), Host.connect(folder) as host:
+        host.down(*(vm.name for vm in host.vms()), now=True)
+        host.stop()
+    assert eventually(lambda: not processes(folder)), "processes are left"
+
+
+@pytest.fixture
+def host(root: Path) -> Iterator[Host]:
+    with Host.connect(root, start=True, memory="8G") as host:
+        yield host
+
+
+def eventually(condition: Callable[[], bool], seconds: float = 10.0) -> bool:
+    """Say whether a condition comes true in time."""
+    end = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.02)
+    return True
+
+
+def processes(root: Path) -> list[int]:
+    """Return the processes that have a file below a runtime folder open, or name it."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            links = [os.readlink(link) for link in (process / "fd").iterdir()]
+            if int(process.name) != os.getpid() and any(link.startswith(str(root)) for link in links):
+                found.append(int(process.name))
+    return found
+
+
+def ringzero(root: Path, *words: str, **options: object) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"RINGZERO_HOST": str(root)}
+    options.setdefault("stdin", subprocess.DEVNULL)
+    command = [sys.executable, "-m", "ringzero", "host", *words]
+    return subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=60, check=False, **options
+    )
+
+
+def kill(pid: int | None) -> None:
+    assert pid is not None
+    os.kill(pid, signal.SIGKILL)
+
+
+def says(vm: HostVm, word: str = "alive") -> bool:
+    return vm.run(["echo", word], text=True, check=True).stdout == f"{word}\n"
+
+
+def test_up_list_and_down(host: Host, root: Path) -> None:
+    vms = host.up_many(3, "debian", **SMALL)
+    assert [vm.name for vm in vms] == ["debian-1", "debian-2", "debian-3"]
+    assert all(says(vm, vm.name) for vm in vms)
+    rows = json.loads(ringzero(root, "list", "--json").stdout)
+    assert [row["phase"] for row in rows] == ["running"] * 3
+    listed = ringzero(root, "list").stdout
+    assert "debian-2" in listed and "96M" in listed
+    done = ringzero(root, "exec", "debian-3", "--", "sh", "-c", "cat; exit 7", input="typed", stdin=None)
+    assert (done.returncode, done.stdout) == (7, "typed")
+    pids = [row["pid"] for row in rows]
+    assert ringzero(root, "down", "debian-1").returncode == 0
+    assert [vm.name for vm in host.vms()] == ["debian-2", "debian-3"]
+    assert ringzero(root, "down", "--all", "--now").returncode == 0
+    assert host.vms() == []
+    assert eventually(lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids))
+    assert list((root / "vms").iterdir()) == []
+
+
+def test_what_a_command_in_a_guest_does(host: Host) -> None:
+    vm = host.up("debian", **SMALL)
+    done = vm.run(["sh", "-c", "cat; echo bad >&2; exit 3"], input=b"x" * 300_000)
+    assert (done.returncode, len(done.stdout), done.stderr) == (3, 300_000, b"bad\n")
+    with pytest.raises(FileNotFoundError):
+        vm.run(["no-such-command"])
+    with pytest.raises(subprocess.TimeoutExpired):
+        vm.run(["sleep", "60"], timeout=0.2)
+    assert vm.run(["pwd"], cwd="/tmp", text=True).stdout == "/tmp\n"
+    with pytest.raises(GuestEnded):
+        vm.run(["sh", "-c", "poweroff -f; sleep 60"])
+    assert eventually(lambda: vm.phase == "ended")
+    assert vm.reason == "poweroff"
+
+
+def test_the_console_of_a_guest(host: Host, root: Path) -> None:
+    vm = host.up("debian", **SMALL)
+    line, seen = vm.open_console()
+    other, other_seen = vm.open_console()
+    with line, other:
+        line.settimeout(20)
+        other.settimeout(20)
+        line.sendall(b"echo $((6 * 7))42\n")
+        while b"4242" not in seen:
+            seen += line.recv(4096)
+        while b"4242" not in other_seen:
+            other_seen += other.recv(4096)
+    # Who comes later sees what was printed before.
+    again = ringzero(root, "console", "debian-1", input="exit\n", stdin=None)
+    assert "4242" in again.stdout
+    assert eventually(lambda: vm.phase == "ended") and vm.reason == "poweroff"
+    with pytest.raises(GuestEnded):
+        vm.open_console()
+
+
+def test_a_vm_that_is_killed_takes_nobody_with_it(host: Host) -> None:
+    first, second = host.up_many(2, "debian", **SMALL)
+    after = host.events()[-1].number
+    kill(first.row()["pid"])
+    assert eventually(lambda: first.phase == "ended")
+    assert first.reason is not None and "SIGKILL" in first.reason
+    assert says(second)
+    assert ("ended", first.name) in [(event.kind, event.vm) for event in host.events(after)]
+    with pytest.raises(InputError, match="already"):
+        host.up("debian", name=second.name, **SMALL)
+    # Its name is free again.
+    assert says(host.up("debian", name=first.name, **SMALL))
+
+
+def test_the_daemon_is_killed_and_finds_its_vms_again(host: Host, root: Path) -> None:
+    first, second, third = host.up_many(3, "debian", min="24M", shares=7, share_group="a", **SMALL)
+    pids = {vm.name: vm.row()["pid"] for vm in (first, second, third)}
+    kill(host.status()["pid"])
+    with pytest.raises(InputError, match="ended"):
+        host.vms()
+    kill(pids[third.name])
+    assert eventually(lambda: not connects(root, third.name))
+    with Host.connect(root, start=True, memory="8G") as again:
+        rows = {row["name"]: row for row in again.ask("list")["vms"]}
+        assert rows[first.name]["pid"] == pids[first.name]
+        assert rows[second.name]["phase"] == "running"
+        assert rows[third.name]["phase"] == "ended" and "killed" in rows[third.name]["reason"]
+        spec = rows[first.name]["spec"]
+        assert (spec["min"], spec["shares"], spec["group"]) == (24 << 20, 7, "a")
+        assert says(again.vm(first.name))
+        # It watches over VMs that it did not start.
+        kill(pids[first.name])
+        assert eventually(lambda: again.vm(first.name).phase == "ended")
+        # And it finds them without its database.
+        again.stop()
+    for file in root.glob("state.db*"):
+        file.unlink()
+    with Host.connect(root, start=True, memory="8G") as third_host:
+        assert [vm.name for vm in third_host.vms()] == [second.name]
+        assert says(third_host.vm(second.name))
+
+
+def connects(root: Path, name: str) -> bool:
+    try:
+        connect(Runtime(root).control(name)).close()
+    except OSError:
+        return False
+    return True
+
+
+def test_the_fork_server_is_killed(host: Host) -> None:
+    first = host.up("debian", **SMALL)
+    before = host.status()["fork_server"]
+    kill(before)
+    assert eventually(lambda: host.status()["fork_server"] != before)
+    assert says(first)
+    second = host.up("debian", **SMALL)
+    assert says(second)
+    assert host.status()["fork_server"] not in (None, before)
+    # A VM that no fork server can tell about is still missed.
+    kill(first.row()["pid"])
+    assert eventually(lambda: first.phase == "ended")
+
+
+def test_a_vm_is_refused_when_the_mins_cannot_be_kept(root: Path) -> None:
+    with Host.connect(root, start=True, memory="400M") as host:
+        first = host.up("debian", min="96M", **SMALL)
+        refused = ringzero(root, "up", "--memory", "320M", "--min", "320M")
+        assert refused.returncode == 2
+        assert "its min of 320 MiB, the mins of 1 other vm (96 MiB)" in refused.stderr
+        assert "than the host has (400 MiB)" in refused.stderr
+        # All of them or none.
+        with pytest.raises(InputError, match="refused"):
+            host.up_many(8, "debian", **SMALL)
+        assert [vm.name for vm in host.vms()] == [first.name]
+        assert [event.kind for event in host.events()].count("refused") == 2
+
+
+def test_starting_what_cannot_be(root: Path, tmp_path: Path) -> None:
+    bad = tmp_path / "bad.py"
+    bad.write_text("def decide(host): pass\n")
+    refused = ringzero(root, "start", "--policy", str(bad))
+    assert refused.returncode == 2 and "three arguments" in refused.stderr
+    assert ringzero(root, "status").returncode == 2
+    assert ringzero(root, "start", "--memory", "4G").returncode == 0
+    second = ringzero(root, "start")
+    assert second.returncode == 2 and "runs already" in second.stderr
+    assert "4096 MiB" in ringzero(root, "status").stdout
+    for words, expected in (
+        (["up", "--memory", "banana"], "not a size"),
+        (["up", "--min", "200M", "--memory", "128M"], "must rise"),
+        (["up", "--name", "../up"], "cannot be called"),
+        (["up", "--count", "0"], "from 1"),
+        (["up", "windows"], "no image"),
+        (["up", "--kernel", "/dev/null"], "not a regular file"),
+        (["down"], "--all"),
+        (["down", "nobody"], "no vm 'nobody'"),
+        (["console", "nobody"], "no vm 'nobody'"),
+    ):
+        refused = ringzero(root, *words)
+        assert refused.returncode == 2 and expected in refused.stderr, (words, refused.stderr)
+        assert len(refused.stderr.splitlines()) == 1
+    root.chmod(0o755)
+    assert "chmod 700" in ringzero(root, "start").stderr
+    root.chmod(0o700)
+
+
+def test_clients_that_send_rubbish(host: Host, root: Path) -> None:
+    vm = host.up("debian", **SMALL)
+    pieces = (
+        b"\0\xff\n",
+        b"[1, 2]\n",
+        b'{"do": {}}\n',
+        b'{"do": "up", "specs": 3}\n',
+        b'{"do": "up", "specs": [{"name": "x", "memory": [1]}]}\n',
+        b'{"do": "up", "specs": [{"name": "../../x"}]}\n',
+        b'{"do": "events", "after": 99999999999999999999}\n',
+        b'{"do": "down", "names": [[]]}\n',
+        b'{"do": "list", "fds": 3}\n',
+        b"[" * 100_000 + b"\n",
+        b"x" * (5 << 20),
+    )
+    for path in (Runtime(root).socket, Runtime(root).control(vm.name)):
+        for piece in pieces:
+            with connect(path) as connection, contextlib.suppress(OSError):
+                connection.sendall(piece)
+                assert b'"error"' in connection.recv(65536), piece
+        # Descriptors that nobody announced are closed.
+        with connect(path) as connection, open(os.devnull) as null, contextlib.suppress(OSError):
+            for _ in range(100):
+                socket.send_fds(connection, [b" "], [null.fileno()] * 10)
+    assert says(vm)
+    pid = host.status()["pid"]
+    assert eventually(
+        lambda: not any(os.readlink(link) == os.devnull for link in links(pid) if link.name != "0")
+    )
+
+
+def links(pid: int) -> list[Path]:
+    return list(Path(f"/proc/{pid}/fd").iterdir())
+
+
+def test_stale_sockets_and_a_damaged_database(root: Path) -> None:
+    runtime = Runtime(root)
+    runtime.prepare()
+    for path in (runtime.socket, runtime.control("old")):
+        with socket.socket(socket.AF_UNIX) as stale:
+            stale.bind(str(path))
+    runtime.control("file").write_bytes(b"")
+    runtime.database.write_bytes(b"no database" * 1000)
+    with Host.connect(root, start=True, memory="4G") as host:
+        assert host.vms() == []
+        assert "damaged" in [event.kind for event in host.events()]
+        assert list(runtime.vms.iterdir()) == []
+        assert says(host.up("debian", name="old", **SMALL))
+
+
+def test_events_are_told_as_they_happen(host: Host) -> None:
+    vm = host.up("debian", name="seen", **SMALL)
+    with Channel(connect(host._runtime.socket)) as watcher:
+        watcher.ask("watch")
+        vm.down()
+        watcher.connection.settimeout(10)
+        got = watcher.receive()
+        assert got is not None and (got[0]["kind"], got[0]["vm"]) == ("ended", "seen")
