@@ -80,10 +80,11 @@ class Daemon:
         self.tell("daemon", None, f"the daemon began, with {self._living()} vms")
         self.loop.run()
         self.tell("daemon", None, f"the daemon ended; {self._living()} vms go on")
-        for peer in list(self._clients):
-            peer.close_when_sent()
+        # Who connects from here on finds nobody, and not one who is about to go.
         with contextlib.suppress(FileNotFoundError):
             self.runtime.socket.unlink()
+        self.loop.forget(self._listener)
+        self._listener.close()
         self.fork.close()
         for guest in self.guests.values():
             guest.close()
@@ -434,6 +435,8 @@ def main() -> None:
         os._exit(1)
     _say({"ok": True, "pid": os.getpid()})
     daemon.run()
+    # First another daemon may begin; then whoever asked for the end sees it, by the end of his connection.
+    os.close(lock)
     os._exit(0)
 
 
