@@ -86,6 +86,23 @@ class Vm:
         """End the VM from a device, with the reason that `wait` returns."""
     def raise_irq(self, line: int, level: bool) -> None:
         """Drive an ISA interrupt line (0-15) from a Python device."""
+    def balloon_target(self, pages: int) -> None:
+        """Ask the guest to have `pages` pages (4096 bytes each) in its balloon, all of its RAM at most; 0 gives all back.
+        Returns at once. A guest whose driver is not loaded is asked when it is; one may give less than it is asked for."""
+    def balloon_stats(self, ask: bool = True) -> dict[str, int]:
+        """Return what is known of the balloon, and with `ask` have the guest send fresh statistics of its own, which a
+        later call returns (they come within milliseconds of a guest that is not busy; `updates` counts them).
+
+        target, actual: pages wanted, and pages that the driver says are in it; driver: 1 when a driver is there.
+        inflated, deflated: pages that went in and out since the start; unasked: those of `deflated` that the guest took
+        because it was out of memory. reported, discarded: pages that the guest told of as free, and those of them that
+        had content, which went back to the host. refused_inflations, refused_deflations, malformed: page numbers that
+        made no sense (no RAM, there already, never given), and requests that did not.
+
+        Of the guest, as far as it sends them: guest_free, guest_total, guest_available, guest_caches, guest_swap_in and
+        guest_swap_out in bytes; numbers of guest_major_faults, guest_minor_faults, guest_huge_allocations and
+        guest_huge_failures, and since Linux 6.12 of guest_oom_kills, guest_allocation_stalls, and pages of
+        guest_background_scans, guest_direct_scans, guest_background_reclaims and guest_direct_reclaims."""
     def stats(self) -> dict[str, int]:
         """Return the counters, by dotted name. A VM that runs is stopped for it, between two instructions."""
 

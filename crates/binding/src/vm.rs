@@ -217,6 +217,24 @@ impl Vm {
         })?)
     }
 
+    fn balloon_target(&self, py: Python<'_>, pages: &Bound<'_, PyAny>) -> PyResult<()> {
+        let pages = fit(pages, "a number of pages")?;
+        Ok(py_enter(py, || {
+            self.machine.set_balloon_target(pages);
+            Ok(())
+        })?)
+    }
+
+    #[pyo3(signature = (ask = true), text_signature = "($self, ask=True)")]
+    fn balloon_stats<'py>(&self, py: Python<'py>, ask: bool) -> PyResult<Bound<'py, PyDict>> {
+        let stats = py_enter(py, || Ok(self.machine.balloon_stats(ask)))?;
+        let result = PyDict::new(py);
+        for (name, value) in stats {
+            result.set_item(name, value)?;
+        }
+        Ok(result)
+    }
+
     fn raise_irq(&self, py: Python<'_>, line: &Bound<'_, PyAny>, level: bool) -> PyResult<()> {
         let line = fit(line, "an interrupt line")?;
         Ok(py_enter(py, || self.machine.raise_irq(line, level))?)

@@ -10,6 +10,7 @@ use host::clock::Clock;
 use host::counters::Counters;
 use host::lock::{Rank, RankedMutex};
 use io::platform::{Config, Platform};
+use io::virtio::balloon::Balloon;
 use io::virtio::block::{self, Block};
 use io::virtio::entropy::Entropy;
 use memory::GuestMemory;
@@ -105,6 +106,7 @@ pub struct Vm {
     /// Changed only before the start, when nobody else knows it.
     hall: RankedMutex<Arc<Hall>>,
     dispatcher: Dispatcher,
+    balloon: Arc<Balloon>,
     threads: RankedMutex<Vec<JoinHandle<()>>>,
     counters: Arc<Counters>,
 }
@@ -215,6 +217,8 @@ impl Vm {
         )?;
         // 5. Devices on the PCI bus.
         platform.add_virtio(Arc::new(Entropy), Arc::clone(&memory))?;
+        let balloon = Arc::new(Balloon::new(memory.clone(), memory.pmap().pages()));
+        platform.add_virtio(balloon.clone(), Arc::clone(&memory))?;
         for disk in &options.disks {
             let (read_only, serial) = (disk.read_only, disk.serial.clone());
             let traits = block::Disk { read_only, serial, queues: options.processors as u16 };
@@ -235,6 +239,7 @@ impl Vm {
             control,
             hall: RankedMutex::new(Rank::Machine, hall),
             dispatcher,
+            balloon,
             threads: RankedMutex::new(Rank::Waiting, Vec::new()),
             counters,
         })
@@ -363,6 +368,22 @@ impl Vm {
     pub fn remap_page(&self, address: Gpa) -> Result<bool, Error> {
         self.not_from_device("remap_page")?;
         Ok(self.hall().memory.remap(address.ppn())?)
+    }
+
+    /// Asks the guest to put this many pages into its balloon; a guest with a driver does it when it can.
+    pub fn set_balloon_target(&self, pages: u64) {
+        self.balloon.set_target(pages);
+    }
+
+    /// What is known of the balloon, by name; with `ask`, the guest's own statistics are asked for, for the next time.
+    #[must_use]
+    pub fn balloon_stats(&self, ask: bool) -> Vec<(&'static str, u64)> {
+        // Looked at first: the answer may come before this returns, and whoever waits for it must see a change.
+        let stats = self.balloon.stats();
+        if ask {
+            self.balloon.ask();
+        }
+        stats
     }
 
     /// Drives an ISA interrupt line.

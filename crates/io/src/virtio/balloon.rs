@@ -10,6 +10,7 @@ use std::borrow::Cow;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 
+use memory::GuestMemory;
 use x86::{PAGE_SIZE, Ppn};
 
 use super::line::Line;
@@ -76,8 +77,22 @@ pub trait Reclaim: Send + Sync {
     /// The guest will use these pages again. Counts those that were in the balloon.
     fn unballoon(&self, pages: &[Ppn]) -> usize;
 
-    /// The guest does not need what is in these pages now, and may use them at any time. Counts those that are RAM.
+    /// The guest does not need what is in these pages now, and may use them at any time. Counts those that had content.
     fn discard(&self, pages: &[Ppn]) -> usize;
+}
+
+impl Reclaim for GuestMemory {
+    fn balloon(&self, pages: &[Ppn]) -> usize {
+        GuestMemory::balloon(self, pages)
+    }
+
+    fn unballoon(&self, pages: &[Ppn]) -> usize {
+        GuestMemory::unballoon(self, pages)
+    }
+
+    fn discard(&self, pages: &[Ppn]) -> usize {
+        GuestMemory::discard(self, pages)
+    }
 }
 
 /// What a saved machine keeps of a balloon; which pages are in it, the memory knows.
@@ -93,11 +108,12 @@ struct Counts {
     deflated: AtomicU64,
     /// Deflated although the host did not want it: the guest was out of memory.
     unasked: AtomicU64,
+    /// Told of as free, and how many of them had content.
     reported: AtomicU64,
+    discarded: AtomicU64,
     /// Numbers in requests that did nothing.
     refused_inflations: AtomicU64,
     refused_deflations: AtomicU64,
-    refused_reports: AtomicU64,
     /// Requests that are no list of numbers, or longer than any driver's.
     malformed: AtomicU64,
     /// Statistics that the guest sent, in all.
@@ -179,9 +195,9 @@ impl Balloon {
                 ("deflated", &counts.deflated),
                 ("unasked", &counts.unasked),
                 ("reported", &counts.reported),
+                ("discarded", &counts.discarded),
                 ("refused_inflations", &counts.refused_inflations),
                 ("refused_deflations", &counts.refused_deflations),
-                ("refused_reports", &counts.refused_reports),
                 ("malformed", &counts.malformed),
                 ("updates", &counts.updates),
             ]
@@ -243,7 +259,7 @@ impl Balloon {
 
     /// 5.5.6.7 "Free Page Reporting": the buffers are the pages themselves.
     fn report(&self, chain: &Chain<'_>) {
-        let (mut good, mut bad, mut left) = (0, 0, MOST_PAGES as u64);
+        let mut left = MOST_PAGES as u64;
         for (address, size) in chain.writable() {
             // Only pages that are free as a whole.
             let first = address.0.div_ceil(PAGE_SIZE);
@@ -251,16 +267,13 @@ impl Balloon {
             left -= end - first;
             for start in (first..end).step_by(PIECE) {
                 let pages: Vec<Ppn> = (start..end.min(start + PIECE as u64)).map(Ppn).collect();
-                let done = self.memory.discard(&pages);
-                good += done;
-                bad += pages.len() - done;
+                count(&self.counts.reported, pages.len());
+                count(&self.counts.discarded, self.memory.discard(&pages));
             }
         }
         if chain.readable_bytes() > 0 || left == MOST_PAGES as u64 || left == 0 {
             count(&self.counts.malformed, 1);
         }
-        count(&self.counts.reported, good);
-        count(&self.counts.refused_reports, bad);
     }
 
     /// 5.5.6.3 "Memory Statistics": the driver leaves a buffer with statistics here. It gets it back when fresh ones are wanted,
