@@ -8,8 +8,8 @@ pub enum Error {
     Size(u64),
     #[error("there is no guest RAM for {size} bytes at {address}")]
     NotRam { address: Gpa, size: u64 },
-    #[error("a machine's pages can come from {} files besides its own", crate::machine::MOST_SOURCES)]
-    Sources,
+    #[error("source {0} of the machine's pages is taken, or there is no such")]
+    Source(usize),
     #[error("the pool has no machine page left")]
     PoolEmpty,
 }

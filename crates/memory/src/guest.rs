@@ -16,6 +16,7 @@ use crate::machine::{Machine, source_of};
 use crate::pins::{Pin, Pins};
 use crate::pmap::{Entry, Pmap, State};
 use crate::pool::Pool;
+use crate::swap::Store;
 use crate::trace::CodeTraces;
 use crate::writers::{Processors, Seats};
 
@@ -35,6 +36,8 @@ pub struct GuestMemory {
     pub(crate) taking: Mutex<()>,
     /// Pages of other sources that are not used any more, for whoever counts them.
     pub(crate) given_back: Mutex<Vec<Mpn>>,
+    /// Pages that have no machine page.
+    pub(crate) swap: OnceLock<Store>,
     /// Held by a LOCKed instruction that no host instruction can do in one step.
     split: Mutex<()>,
     is_lost: AtomicBool,
@@ -49,8 +52,6 @@ pub struct Counts {
     pub(crate) refused: AtomicU64,
     pub(crate) brought_back: AtomicU64,
     pub(crate) used_while_ballooned: AtomicU64,
-    /// Sampled pages that were touched.
-    pub(crate) sampled_and_touched: AtomicU64,
 }
 
 impl Counts {
@@ -134,6 +135,7 @@ impl GuestMemory {
             counts: Counts::default(),
             taking: Mutex::default(),
             given_back: Mutex::default(),
+            swap: OnceLock::new(),
             split: Mutex::default(),
             is_lost: AtomicBool::new(false),
             on_loss: OnceLock::new(),
@@ -150,9 +152,14 @@ impl GuestMemory {
         &self.machine
     }
 
-    /// To add sources, before anybody else knows the memory.
-    pub fn machine_mut(&mut self) -> &mut Machine {
-        &mut self.machine
+    /// Gives the guest's pages a place to go when memory is short; false when there was one before.
+    pub fn set_swap(&self, store: Store) -> bool {
+        self.swap.set(store).is_ok()
+    }
+
+    #[must_use]
+    pub fn swap(&self) -> Option<&Store> {
+        self.swap.get()
     }
 
     #[must_use]
@@ -196,7 +203,6 @@ impl GuestMemory {
                     return Some(entry);
                 }
                 if self.pmap.change(ppn, entry, touched) {
-                    self.note_touched(entry);
                     return Some(touched);
                 }
                 continue;
@@ -208,7 +214,6 @@ impl GuestMemory {
             };
             let backed = entry.moved(State::Private, fresh.0);
             if is_filled && self.pmap.change(ppn, entry, backed) {
-                self.note_touched(entry);
                 self.note_backed(entry);
                 return Some(backed);
             }
@@ -220,12 +225,6 @@ impl GuestMemory {
                 self.lose(format!("the guest's page at {} cannot be brought back from the swap store", ppn.gpa()));
                 return None;
             }
-        }
-    }
-
-    fn note_touched(&self, before: Entry) {
-        if before.is_sampled() {
-            self.counts.sampled_and_touched.fetch_add(1, Ordering::Relaxed);
         }
     }
 

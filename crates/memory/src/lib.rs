@@ -7,7 +7,6 @@ pub mod bytes;
 mod copy_on_write;
 pub mod devices;
 mod error;
-mod evict;
 pub mod guest;
 pub mod machine;
 mod pins;
@@ -24,6 +23,7 @@ pub mod swap;
 pub mod tlb;
 pub mod trace;
 pub mod walk;
+pub mod worker;
 pub mod writers;
 
 pub use error::Error;

@@ -1,9 +1,10 @@
 //! Machine pages: the VM's own pool, and the files that it shares with others and can only read.
 //!
 //! An [`Mpn`] has a source in bits 39 to 32, and the page within it in the bits below. Source 0 is the pool of the VM. The
-//! others are fixed when the machine is put together: the pool of its sharing group, and images.
+//! others are there before the guest starts: the pool of its sharing group, and images.
 
 use std::fs::File;
+use std::sync::OnceLock;
 
 use host::map::{Map, Protection};
 use x86::{Mpn, PAGE_SHIFT};
@@ -17,6 +18,8 @@ const PAGE: u64 = (1 << SOURCE_SHIFT) - 1;
 
 /// Sources besides the pool, at most.
 pub const MOST_SOURCES: usize = 7;
+/// The source that is the pool of the sharing group.
+pub const SHARED: usize = 1;
 
 /// A file of machine pages that others have, too.
 #[derive(Debug)]
@@ -28,7 +31,7 @@ struct Source {
 #[derive(Debug)]
 pub struct Machine {
     pub pool: Pool,
-    sources: Vec<Source>,
+    sources: [OnceLock<Source>; MOST_SOURCES],
 }
 
 /// Which source a machine page is of: 0 for the VM's own pool.
@@ -46,21 +49,29 @@ pub fn page_of(mpn: Mpn) -> u64 {
 impl Machine {
     #[must_use]
     pub fn new(pool: Pool) -> Machine {
-        Machine { pool, sources: Vec::new() }
+        Machine { pool, sources: Default::default() }
     }
 
-    /// Adds a file of up to `pages` pages, which may grow to that; gives its source. The file must not shrink while the VM is
-    /// there: it is one in memory, sealed or written by a process of ours.
+    /// Adds a file of up to `pages` pages, which may grow to that, as a source that is none yet. The file must not shrink while
+    /// the VM is there: it is one in memory, sealed or written by a process of ours.
     ///
     /// # Errors
-    /// When the host does not map it, or there are too many.
-    pub fn add_source(&mut self, file: File, pages: u64) -> Result<usize, Error> {
-        if self.sources.len() == MOST_SOURCES || pages > PAGE {
-            return Err(Error::Sources);
-        }
+    /// When the host does not map it, or there is such a source already.
+    pub fn add_source(&self, source: usize, file: File, pages: u64) -> Result<(), Error> {
+        let place = source.checked_sub(1).and_then(|place| self.sources.get(place));
+        let place = place.filter(|place| pages <= PAGE && place.get().is_none()).ok_or(Error::Source(source))?;
         let map = Map::shared(&file, (pages << PAGE_SHIFT) as usize, Protection::Read)?;
-        self.sources.push(Source { file, map });
-        Ok(self.sources.len())
+        place.set(Source { file, map }).map_err(|_| Error::Source(source))
+    }
+
+    /// Whether a source is there.
+    #[must_use]
+    pub fn has_source(&self, source: usize) -> bool {
+        self.source(source).is_some()
+    }
+
+    fn source(&self, source: usize) -> Option<&Source> {
+        self.sources.get(source.checked_sub(1)?)?.get()
     }
 
     /// The machine page of a source.
@@ -69,9 +80,10 @@ impl Machine {
         Mpn((source as u64) << SOURCE_SHIFT | page & PAGE)
     }
 
-    /// The files of all sources, in their order.
+    /// The files of all sources, in their order; the pool's stands for those that are not there, of which there are no pages.
     pub fn files(&self) -> impl Iterator<Item = &File> {
-        std::iter::once(self.pool.file()).chain(self.sources.iter().map(|source| &source.file))
+        let last = (1..=MOST_SOURCES).rev().find(|source| self.has_source(*source)).unwrap_or(0);
+        (0..=last).map(|source| self.source(source).map_or(self.pool.file(), |source| &source.file))
     }
 
     /// A machine page, to read.
@@ -79,7 +91,10 @@ impl Machine {
     pub fn page(&self, mpn: Mpn) -> PageRef<'_> {
         match source_of(mpn) {
             0 => self.pool.page(mpn).to_read(),
-            source => PageRef::in_map(&self.sources[source - 1].map, page_of(mpn)),
+            source => match self.source(source) {
+                Some(source) => PageRef::in_map(&source.map, page_of(mpn)),
+                None => panic!("a machine page of a source that is not there: {mpn}"),
+            },
         }
     }
 

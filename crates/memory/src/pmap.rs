@@ -162,6 +162,12 @@ impl Entry {
         Entry(self.0 | SAMPLED)
     }
 
+    /// As [`Entry::moved`], by somebody whose doing counts as no touch.
+    #[must_use]
+    pub fn moved_unseen(self, state: State, payload: u64) -> Entry {
+        Entry(self.moved(state, payload).0 | self.0 & SAMPLED)
+    }
+
     /// In another state, with a machine page or a slot. Nobody holds it, and nobody wants it; it stays traced.
     #[must_use]
     pub fn moved(self, state: State, payload: u64) -> Entry {
