@@ -5,6 +5,7 @@
 mod device;
 mod enter;
 mod features;
+mod memory;
 mod vm;
 
 /// The core of ringzero; see `_core.pyi`.

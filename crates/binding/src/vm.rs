@@ -24,7 +24,7 @@ const SIGNAL_CHECK: Duration = Duration::from_millis(250);
 /// A virtual machine: its memory, processors, and devices. Not started until `start`.
 #[pyclass(frozen, module = "ringzero._core")]
 pub struct Vm {
-    machine: Arc<monitor::Vm>,
+    pub(crate) machine: Arc<monitor::Vm>,
 }
 
 /// Ends all machines of this process and waits for their threads.

@@ -3,6 +3,7 @@
 //!
 //! One guest load: [`tlb`] hit -> bytes. On a miss: [`walk`] -> [`pmap`] -> [`pool`] -> the TLB is filled.
 
+pub mod audit;
 pub mod bytes;
 mod copy_on_write;
 pub mod devices;

@@ -80,6 +80,15 @@ impl Machine {
         Mpn((source as u64) << SOURCE_SHIFT | page & PAGE)
     }
 
+    /// Whether there is such a machine page.
+    #[must_use]
+    pub fn has(&self, mpn: Mpn) -> bool {
+        match source_of(mpn) {
+            0 => self.pool.has(mpn),
+            source => self.source(source).is_some_and(|source| page_of(mpn) < (source.map.size() >> PAGE_SHIFT) as u64),
+        }
+    }
+
     /// The files of all sources, in their order; the pool's stands for those that are not there, of which there are no pages.
     pub fn files(&self) -> impl Iterator<Item = &File> {
         let last = (1..=MOST_SOURCES).rev().find(|source| self.has_source(*source)).unwrap_or(0);

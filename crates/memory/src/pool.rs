@@ -141,6 +141,17 @@ impl Pool {
         PageMut::in_map(&self.map, mpn.0)
     }
 
+    #[must_use]
+    pub fn has(&self, mpn: Mpn) -> bool {
+        mpn.0 < self.capacity
+    }
+
+    /// Whether a page is given out.
+    #[must_use]
+    pub fn is_given(&self, mpn: Mpn) -> bool {
+        self.has(mpn) && self.given.has(mpn.0)
+    }
+
     /// How many pages are given out.
     #[must_use]
     pub fn in_use(&self) -> u64 {

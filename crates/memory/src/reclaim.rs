@@ -158,7 +158,8 @@ impl Taken<'_> {
         // Tracing, and a look at what is sampled, are no touch.
         let mut is_done = false;
         if !is_pinned {
-            let result = pmap.update(ppn, |now| if is_same(now, entry) { now.moved_unseen(state, payload) } else { now });
+            let result =
+                pmap.update(ppn, |now| if is_same(now, entry) { now.moved_unseen(state, payload) } else { now });
             is_done = result.is_some_and(|now| is_same(now, entry));
         }
         if !is_done {

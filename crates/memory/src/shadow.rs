@@ -119,6 +119,17 @@ impl Shadow {
         self.tables[bank as usize][index(page, generation)][0] == page | generation
     }
 
+    /// The translations of a bank that have a generation.
+    pub fn entries(&self, bank: Bank, generation: u64) -> impl Iterator<Item = TlbEntry> {
+        let entries = self.tables[bank as usize].iter().filter(move |entry| entry[0] & LAST_GENERATION == generation);
+        entries.map(|entry| TlbEntry {
+            read: entry[0] & !LAST_GENERATION,
+            write: entry[1],
+            page: entry[2],
+            flags: entry[3],
+        })
+    }
+
     /// The host address of a bank's table, for translated code.
     #[must_use]
     pub fn table_address(&self, bank: Bank) -> u64 {

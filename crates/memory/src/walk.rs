@@ -120,6 +120,29 @@ pub fn walk(
     }
 }
 
+/// Where an address leads, as the guest's tables say now, whatever may be done there: nothing is touched. `None` where they
+/// lead nowhere, or are not in memory.
+#[must_use]
+pub fn peek(memory: &GuestMemory, paging: &Paging, address: Gva) -> Option<Gpa> {
+    if !paging.enabled {
+        return Some(Gpa(address.0));
+    }
+    let mut table = paging.root;
+    for level in (0..4_u32).rev() {
+        let shift = PAGE_SHIFT + 9 * level;
+        let value = memory.resident(table.ppn())?.read_u64(((address.0 >> shift) & 0x1ff) * 8);
+        if value & entry::PRESENT == 0 {
+            return None;
+        }
+        if level == 0 || value & entry::LARGE != 0 {
+            let size = 1_u64 << shift;
+            return Some(Gpa(value & ADDRESS & !(size - 1) | address.0 & (size - 1)));
+        }
+        table = Gpa(value & ADDRESS & !PAGE_MASK);
+    }
+    None
+}
+
 fn fault(paging: &Paging, address: Gva, access: Access, kind: u32) -> GuestFault {
     let mut code = kind;
     if access.write {

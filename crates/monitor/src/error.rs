@@ -21,6 +21,8 @@ pub enum Error {
     Started,
     #[error("the machine is not started")]
     NotStarted,
+    #[error("the machine has a swap store already: it is set once")]
+    SwapThere,
     #[error("the machine has ended: {0}")]
     Ended(String),
     #[error("{0} cannot be called from a device of the same machine: its processor waits for the device")]

@@ -6,6 +6,7 @@ pub mod control;
 mod error;
 pub mod features;
 pub mod kick;
+mod memory;
 pub mod outside;
 pub mod registers;
 pub mod run;
@@ -18,6 +19,7 @@ mod tests;
 
 pub use error::Error;
 pub use features::{Feature, host_features};
+pub use memory::PageCounts;
 pub use vm::{Disk, ENGINES, Options, Region, RegionKind, Vm};
 
 // For `binding`, which names no crate of ours but this one.

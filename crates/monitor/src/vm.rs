@@ -2,7 +2,7 @@
 
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -15,6 +15,7 @@ use io::virtio::block::{self, Block};
 use io::virtio::entropy::Entropy;
 use memory::GuestMemory;
 use memory::pmap::{HOLE_END, HOLE_START};
+use memory::worker::Worker;
 use processor::cpuid::CpuidModel;
 use processor::direct::Choice;
 use processor::interpret::Interpreter;
@@ -102,9 +103,11 @@ pub struct Region {
 
 /// One machine. Every call may come from any thread.
 pub struct Vm {
-    control: Arc<Control>,
+    pub(crate) control: Arc<Control>,
     /// Changed only before the start, when nobody else knows it.
     hall: RankedMutex<Arc<Hall>>,
+    /// Moves the guest's pages, one call at a time.
+    pub(crate) worker: Mutex<Worker>,
     dispatcher: Dispatcher,
     balloon: Arc<Balloon>,
     threads: RankedMutex<Vec<JoinHandle<()>>>,
@@ -234,10 +237,12 @@ impl Vm {
         let dispatcher = Dispatcher::new();
         control.at_end(dispatcher.closer());
         let processors = processors.into_iter().map(|processor| RankedMutex::new(Rank::Processor, processor)).collect();
+        let worker = Mutex::new(Worker::new(Arc::clone(&memory)));
         let hall = Arc::new(Hall { memory, platform, control: Arc::clone(&control), processors });
         Ok(Vm {
             control,
             hall: RankedMutex::new(Rank::Machine, hall),
+            worker,
             dispatcher,
             balloon,
             threads: RankedMutex::new(Rank::Waiting, Vec::new()),
@@ -245,12 +250,12 @@ impl Vm {
         })
     }
 
-    fn hall(&self) -> Arc<Hall> {
+    pub(crate) fn hall(&self) -> Arc<Hall> {
         Arc::clone(&self.hall.lock())
     }
 
     /// A device that is being called must not wait for its own processor.
-    fn not_from_device(&self, call: &'static str) -> Result<(), Error> {
+    pub(crate) fn not_from_device(&self, call: &'static str) -> Result<(), Error> {
         if self.dispatcher.is_caller() { Err(Error::FromDevice(call)) } else { Ok(()) }
     }
 

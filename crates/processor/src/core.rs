@@ -2,11 +2,9 @@
 //! memory by either engine's slow path goes through here: soft TLB, else walk, pmap, pool, else MMIO.
 
 use memory::bytes::{PageMut, in_line};
-use memory::machine::source_of;
 use memory::tlb::Bank;
-use memory::writers::Requests;
 use memory::{Access, GuestMemory, Paging, Translation, walk};
-use x86::{Gpa, GuestFault, Gva, Mpn, PAGE_SIZE, Ppn, vector};
+use x86::{Gpa, GuestFault, Gva, PAGE_SIZE, Ppn, vector};
 
 use crate::engine::Outside;
 use crate::profile::Doing;
@@ -17,9 +15,6 @@ pub struct Core<'a> {
     pub memory: &'a GuestMemory,
     pub outside: &'a mut dyn Outside,
 }
-
-/// To give up the right to store to more pages at once, it is cheaper to forget the whole TLB.
-const MANY_PAGES: usize = 16;
 
 /// How many of `size` bytes at `address` lie in its page.
 pub(crate) fn in_page(address: Gva, size: usize) -> usize {
@@ -213,7 +208,7 @@ impl Core<'_> {
         let (me, ppn) = (self.vcpu.number, gpa.ppn());
         let writers = self.memory.trace_code(me, ppn, gpa.offset(), code.len() as u64);
         if writers.has(me) {
-            self.forget_stores([ppn]);
+            self.vcpu.forget_stores(self.memory, [ppn]);
         }
         let others = writers.without(me);
         if !others.is_empty() {
@@ -241,7 +236,7 @@ impl Core<'_> {
             }
         }
         if !mine.is_empty() {
-            self.forget_stores(mine);
+            self.vcpu.forget_stores(self.memory, mine);
         }
         if has_asked {
             self.obey();
@@ -252,45 +247,7 @@ impl Core<'_> {
     /// make code. Called before guest code runs, whenever others were let pass meanwhile, and in the middle of instructions
     /// where a page may have been broken. Whoever keeps addresses from the TLB looks whether [`Vcpu::obeyed`] has changed.
     pub fn obey(&mut self) {
-        let me = self.vcpu.number;
-        if !self.memory.seats.is_asked(me) {
-            return;
-        }
-        let Requests { protect, forget, forget_all } = self.memory.seats.take(me);
-        self.vcpu.obeyed += 1;
-        if !protect.is_empty() {
-            self.forget_stores(protect);
-        }
-        if forget_all {
-            self.vcpu.tlb.flush_all();
-            self.vcpu.tlb.dropped.all_moved = true;
-        } else {
-            self.forget_pages(&forget);
-        }
-    }
-
-    fn forget_pages(&mut self, pages: &[(Ppn, Mpn)]) {
-        let host = |mpn: Mpn| self.memory.machine().page(mpn).host_address();
-        let (own, common): (Vec<_>, Vec<_>) = pages.iter().map(|(_, mpn)| *mpn).partition(|mpn| source_of(*mpn) == 0);
-        for mpn in common {
-            self.vcpu.tlb.forget_common(host(mpn));
-        }
-        if !own.is_empty() {
-            self.vcpu.tlb.forget_pages(&own.into_iter().map(host).collect());
-        }
-        self.vcpu.tlb.dropped.note_moved(pages);
-    }
-
-    fn forget_stores(&mut self, pages: impl IntoIterator<Item = Ppn>) {
-        let pages: Vec<Ppn> = pages.into_iter().collect();
-        if pages.len() > MANY_PAGES {
-            self.vcpu.tlb.flush_all();
-        } else {
-            self.vcpu.tlb.protect(pages.iter().filter_map(|ppn| self.memory.resident(*ppn)));
-        }
-        for ppn in pages {
-            self.memory.pmap().withdraw_store(ppn, self.vcpu.number);
-        }
+        self.vcpu.obey(self.memory);
     }
 
     /// Replaces a value of 1, 2, 4 or 8 bytes in one atomic step with respect to other processors (aligned RAM), as a LOCKed

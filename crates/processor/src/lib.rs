@@ -12,6 +12,7 @@ pub mod engine;
 pub mod far;
 pub mod interpret;
 pub mod native;
+mod obey;
 pub mod profile;
 pub mod real;
 pub mod segment;

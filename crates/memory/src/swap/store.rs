@@ -40,6 +40,14 @@ pub struct Statistics {
     pub lost: u64,
 }
 
+impl Statistics {
+    /// All pages that are in the store.
+    #[must_use]
+    pub fn pages(&self) -> u64 {
+        self.compressed + self.in_file
+    }
+}
+
 /// Pages of one VM that have no machine page.
 pub struct Store {
     vault: Option<Vault>,
@@ -200,6 +208,13 @@ impl Store {
     /// Gives back what the store needs only while it works.
     pub fn trim(&self) {
         self.table.lock().trim();
+    }
+
+    /// Whether a page is in the file, by the number of its slot.
+    #[must_use]
+    pub fn is_in_file(&self, slot: u64) -> bool {
+        let slot = u32::try_from(slot).map(Slot);
+        slot.is_ok_and(|slot| matches!(self.table.lock().place(slot), Some(Where::File(..))))
     }
 
     #[must_use]

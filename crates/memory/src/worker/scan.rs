@@ -124,7 +124,7 @@ impl Worker {
     }
 
     /// Tells whoever counts of the shared pages that stores have broken since.
-    fn release(&mut self) {
+    pub(super) fn release(&mut self) {
         let Some(common) = self.common.as_mut() else { return };
         let broken: Vec<u32> = self.memory.take_given_back().into_iter().map(|mpn| page_of(mpn) as u32).collect();
         if let Err(error) = common.release(&broken) {
