@@ -51,35 +51,35 @@ class Vm:
     def write_memory(self, address: int, data: Buffer) -> None:
         """Write guest physical memory, under the same conditions as `read_memory`."""
     def remap_page(self, address: int) -> bool:
-        """Move the page at `address` to another machine page while the guest runs, which does not notice. False when the
-        guest used it all the time, so that it stayed."""
+        """Move the page at `address` to another machine page while the guest runs, which does not notice. False when
+        the guest used it all the time, so that it stayed."""
     def memory_counts(self) -> dict[str, int]:
-        """Return how many pages of 4 KiB are in each state: zero (no machine page; also never touched), private, shared,
-        image, ballooned, compressed and swapped. Their sum is the guest's memory."""
+        """Return how many pages of 4 KiB are in each state: zero (no machine page; also never touched), private,
+        shared, image, ballooned, compressed and swapped. Their sum is the guest's memory."""
     def memory_states(self) -> bytes:
         """Return the state of every page by address: a byte each, the place of the state in `memory_counts`."""
     def memory_scan(self, pages: int) -> dict[str, int]:
-        """Read up to `pages` private pages, from where the last scan ended: pages of zeroes are dropped, pages that were
-        the same at the last scan are shared with those who have them, too. Return how many were `scanned`, `shared`,
-        `zeroed`, and `different` though their hashes are equal; `ended` is 1 at the end of memory, `alone` is 1 when no
-        sharer answers. The guest runs meanwhile."""
+        """Read up to `pages` private pages, from where the last scan ended: pages of zeroes are dropped, pages that
+        were the same at the last scan are shared with those who have them, too. Return how many were `scanned`,
+        `shared`, `zeroed`, and `different` though their hashes are equal; `ended` is 1 at the end of memory, `alone`
+        is 1 when no sharer answers. The guest runs meanwhile."""
     def memory_sample(self, pages: int) -> tuple[int, int]:
-        """End a sampling period: return how many of its pages were touched, and how many there were. Begin the next, with
-        `pages` random ones."""
+        """End a sampling period: return how many of its pages were touched, and how many there were. Begin the next,
+        with `pages` random ones."""
     def memory_evict(self, pages: int) -> tuple[int, str | None]:
-        """Put up to `pages` private pages into the swap store, those first that nobody used since the last call. Return
-        how many went, and why not more if the store is full. 0 without a store."""
+        """Put up to `pages` private pages into the swap store, those first that nobody used since the last call.
+        Return how many went, and why not more if the store is full. 0 without a store."""
     def memory_swap(self) -> dict[str, int]:
-        """Return what the swap store holds and did: pages `compressed` (in `compressed_bytes` of memory), pages `in_file`,
-        and how often pages were spilled, refused, loaded, or lost."""
+        """Return what the swap store holds and did: pages `compressed` (in `compressed_bytes` of memory), pages
+        `in_file`, and how often pages were spilled, refused, loaded, or lost."""
     def memory_audit(self) -> list[str]:
-        """Derive every invariant of the guest's memory again, while the guest stands still: a sentence for each that does
-        not hold."""
+        """Derive every invariant of the guest's memory again, while the guest stands still: a sentence for each that
+        does not hold."""
     def memory_trim(self) -> int:
         """Give memory back to the system that was taken for the guest and is not used; return how many pages."""
     def set_swap(self, compressed_bytes: int, folder: str | None = None, file_bytes: int = 0) -> None:
-        """Give the VM a swap store, once: so many bytes of memory for compressed pages, and a file of up to `file_bytes` in
-        `folder`, encrypted, without a name."""
+        """Give the VM a swap store, once: so many bytes of memory for compressed pages, and a file of up to
+        `file_bytes` in `folder`, encrypted, without a name."""
     def registers(self, cpu: int = 0) -> dict[str, int]:
         """Return the registers of a processor that is not running: rax..r15, rip, rflags, cr0, cr2, cr3, cr4, cr8,
         efer, and cs, ss, ds, es, fs, gs, tr, ldtr as NAME (selector), NAME_base, NAME_limit, NAME_attributes

@@ -213,8 +213,7 @@ impl Store {
     /// Whether a page is in the file, by the number of its slot.
     #[must_use]
     pub fn is_in_file(&self, slot: u64) -> bool {
-        let slot = u32::try_from(slot).map(Slot);
-        slot.is_ok_and(|slot| matches!(self.table.lock().place(slot), Some(Where::File(..))))
+        matches!(self.table.lock().place(Slot(slot)), Some(Where::File(..)))
     }
 
     #[must_use]

@@ -24,7 +24,7 @@ pub struct Evicted {
 impl GuestMemory {
     /// Fills a machine page with what is in a slot; false when it is not to be had.
     pub(crate) fn bring_back(&self, slot: u64, page: PageMut<'_>) -> bool {
-        let content = self.swap.get().and_then(|store| store.get(Slot(slot as u32)).ok());
+        let content = self.swap.get().and_then(|store| store.get(Slot(slot)).ok());
         content.is_some_and(|content| {
             page.write(0, &content);
             true
@@ -33,7 +33,7 @@ impl GuestMemory {
 
     pub(crate) fn free_slot(&self, slot: u64) {
         if let Some(store) = self.swap.get() {
-            store.free(Slot(slot as u32));
+            store.free(Slot(slot));
         }
     }
 }
@@ -82,7 +82,7 @@ impl Worker {
         for index in 0..pages.len() {
             let Some(content) = taken.page(index).map(|page| page.copy()) else { continue };
             match store.put(&content) {
-                Ok(slot) if taken.commit(index, State::Swapped, slot.0.into()) => evicted.pages += 1,
+                Ok(slot) if taken.commit(index, State::Swapped, slot.0) => evicted.pages += 1,
                 Ok(slot) => store.free(slot),
                 Err(full @ Full::Incompressible) => evicted.full = Some(full),
                 Err(full) => {
