@@ -111,6 +111,57 @@ pub fn keep_heap_small() {
     unsafe { libc::mallopt(libc::M_TRIM_THRESHOLD, 256 << 10) };
 }
 
+/// Makes all words of a large table of the heap zero, and gives its memory back to the system until they are used.
+pub fn zero_and_let_go<const N: usize>(table: &mut [[u64; N]]) {
+    let bytes = size_of_val(table);
+    let start = table.as_mut_ptr() as usize;
+    let (first, last) = (start.next_multiple_of(PAGE), (start + bytes) / PAGE * PAGE);
+    if first >= last {
+        return table.fill([0; N]);
+    }
+    // SAFETY: whole pages of a slice that is ours alone, of plain integers; private memory without a file reads as zeroes
+    // afterwards. What the heap knows of the block lies before it.
+    let result = unsafe { libc::madvise(first as *mut libc::c_void, last - first, libc::MADV_DONTNEED) };
+    let whole = if result == 0 { first - start..last - start } else { 0..0 };
+    for (index, row) in table.iter_mut().enumerate() {
+        let at = index * size_of::<[u64; N]>();
+        if !(whole.contains(&at) && at + size_of::<[u64; N]>() <= whole.end) {
+            *row = [0; N];
+        }
+    }
+}
+
+/// Gives the part of the calling thread's stack that is not in use back to the system: what needed much of it is over.
+pub fn trim_stack() {
+    let here = 0_u8;
+    // SAFETY: the attributes are filled by the call before they are read, and destroyed once. The advice concerns addresses of
+    // our own stack well below the frame of this function, where nothing is that counts.
+    unsafe {
+        let mut attributes = std::mem::MaybeUninit::<libc::pthread_attr_t>::uninit();
+        if libc::pthread_getattr_np(libc::pthread_self(), attributes.as_mut_ptr()) != 0 {
+            return;
+        }
+        let (mut base, mut size) = (std::ptr::null_mut(), 0);
+        let result = libc::pthread_attr_getstack(attributes.as_ptr(), &raw mut base, &raw mut size);
+        libc::pthread_attr_destroy(attributes.as_mut_ptr());
+        let (low, here) = (base as usize, (&raw const here) as usize);
+        let end = here.saturating_sub(STACK_IN_USE) / PAGE * PAGE;
+        // Of the first thread's stack only a part is mapped, and a limit may say that it has no end.
+        let low = low.max(end.saturating_sub(MOST_STACK)).next_multiple_of(PAGE);
+        if result == 0 && low < end && here < base as usize + size {
+            let mut at = end;
+            while at > low && libc::madvise((at - PAGE) as *mut libc::c_void, PAGE, libc::MADV_DONTNEED) == 0 {
+                at -= PAGE;
+            }
+        }
+    }
+}
+
+/// Bytes below a frame that signal handlers and the functions it calls may use meanwhile.
+const STACK_IN_USE: usize = 64 << 10;
+/// Bytes of a stack that are looked at.
+const MOST_STACK: usize = 16 << 20;
+
 /// Gives memory that the heap holds free back to the system.
 pub fn trim_heap() {
     // SAFETY: malloc_trim may be called at any time.
@@ -186,5 +237,44 @@ impl<T> Drop for Placed<T> {
     fn drop(&mut self) {
         // SAFETY: the value is valid and dropped just once; the map goes after it.
         unsafe { std::ptr::drop_in_place(self.value.as_ptr()) };
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_table_is_zero_wherever_it_begins() {
+        for skipped in [0, 1, 3] {
+            let mut table = vec![[7_u64; 4]; 4096];
+            zero_and_let_go(&mut table[skipped..]);
+            assert!(table[..skipped].iter().all(|row| *row == [7; 4]));
+            assert!(table[skipped..].iter().all(|row| *row == [0; 4]));
+        }
+        let mut small = [[7_u64; 3]; 5];
+        zero_and_let_go(&mut small);
+        assert_eq!(small, [[0; 3]; 5]);
+    }
+
+    #[test]
+    fn what_is_on_the_stack_stays() {
+        fn deep(depth: u64) -> u64 {
+            let block = std::hint::black_box([depth; 1024]);
+            if depth == 0 { 0 } else { deep(depth - 1) + block[17] }
+        }
+        let kept = std::hint::black_box([5_u8; 64 << 10]);
+        for _ in 0..3 {
+            assert_eq!(deep(100), 5050);
+            trim_stack();
+        }
+        assert!(kept.iter().all(|byte| *byte == 5));
+        std::thread::spawn(|| {
+            assert_eq!(deep(50), 1275);
+            trim_stack();
+            assert_eq!(deep(50), 1275);
+        })
+        .join()
+        .unwrap();
     }
 }

@@ -5,6 +5,8 @@
 //! an address space has the same generation when the guest comes back to it, and finds its entries again. Translated
 //! code looks here by itself when the TLB misses; see `processor::translate::refill`.
 
+use host::map::zero_and_let_go;
+
 use crate::tlb::{Bank, TlbEntry};
 
 /// Entries of a bank; a power of two. They reach 128 MiB; the memory is only used as they are.
@@ -117,6 +119,11 @@ impl Shadow {
     #[cfg(test)]
     pub fn holds(&self, bank: Bank, generation: u64, page: u64) -> bool {
         self.tables[bank as usize][index(page, generation)][0] == page | generation
+    }
+
+    /// Forgets everything, and gives the memory back until it is used. Generations go on.
+    pub fn rest(&mut self) {
+        self.tables.iter_mut().for_each(|table| zero_and_let_go(table));
     }
 
     /// The translations of a bank that have a generation.

@@ -237,6 +237,8 @@ impl Vm {
         let dispatcher = Dispatcher::new();
         control.at_end(dispatcher.closer());
         let processors = processors.into_iter().map(|processor| RankedMutex::new(Rank::Processor, processor)).collect();
+        // What the parts were made on.
+        host::map::trim_stack();
         let worker = Mutex::new(Worker::new(Arc::clone(&memory)));
         let hall = Arc::new(Hall { memory, platform, control: Arc::clone(&control), processors });
         Ok(Vm {

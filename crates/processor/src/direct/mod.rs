@@ -208,6 +208,11 @@ impl Direct {
         }
     }
 
+    /// Nobody has run for long: the processes go, which cost the host memory. They come back when they are wanted.
+    pub fn let_go(&mut self) {
+        self.spaces.clear();
+    }
+
     /// Whether the code on a page, which is to be run next, is to be run otherwise.
     pub fn refuses(&mut self, vcpu: &Vcpu, ppn: Ppn) -> bool {
         let Some(telling) = self.codes.refused.get(&ppn) else { return false };

@@ -2,6 +2,7 @@
 
 use std::mem::offset_of;
 
+use host::map::zero_and_let_go;
 use memory::SoftTlb;
 use memory::tlb::{Bank, TlbBank, TlbEntry};
 use x86::{CpuState, DescriptorTable, Segment};
@@ -215,6 +216,13 @@ impl JumpCaches {
             filled.push((mode, place as u16));
         }
         old
+    }
+
+    /// Forgets all user code, and gives the memory back until it is used.
+    pub fn rest(&mut self) {
+        self.returns.clear(true);
+        self.user.iter_mut().for_each(|cache| zero_and_let_go(cache));
+        self.filled[1].clear();
     }
 
     /// Forgets all user code, or all kernel code.

@@ -15,11 +15,14 @@ const STIR: u64 = 64 << 10;
 const QUIET: Duration = Duration::from_millis(1500);
 /// How much code makes the first drop worth while.
 const WORTH: usize = 4 << 20;
+/// Pages that were looked for in the guest's tables since the last look: a guest that is busy with code it had before.
+const STIRRED_PAGES: u64 = 4096;
 
 #[derive(Debug)]
 pub struct Idle {
     since: Instant,
     added: u64,
+    fills: u64,
     worth: usize,
     has_rested: bool,
 }
@@ -27,7 +30,7 @@ pub struct Idle {
 impl Idle {
     pub fn new() -> Idle {
         host::map::keep_heap_small();
-        Idle { since: Instant::now(), added: 0, worth: WORTH, has_rested: false }
+        Idle { since: Instant::now(), added: 0, fills: 0, worth: WORTH, has_rested: false }
     }
 }
 
@@ -35,8 +38,9 @@ impl Translator {
     /// Called at every halt.
     pub(super) fn idle(&mut self, core: &mut Core<'_>) {
         let (used, added) = (self.cache.used(), self.cache.added());
-        if added - self.idle.added > STIR {
-            self.idle.added = added;
+        let fills = core.vcpu.tlb.fills;
+        if added - self.idle.added > STIR || fills - self.idle.fills > STIRRED_PAGES {
+            (self.idle.added, self.idle.fills) = (added, fills);
             self.idle.since = Instant::now();
             self.idle.has_rested = false;
             return;
@@ -53,6 +57,11 @@ impl Translator {
         }
         self.recall.rest();
         self.cache.rest();
+        core.vcpu.tlb.shadow.rest();
+        core.vcpu.jumps.rest();
+        if let Some(direct) = &mut self.direct {
+            direct.let_go();
+        }
         host::map::trim_heap();
     }
 }
