@@ -53,6 +53,21 @@ def test_every_port_and_the_device_hole(engine: str, run: Run) -> None:
     assert "spraying the ports that end the machine" in end.lines
 
 
+@pytest.mark.parametrize("cpus", [1, 2])
+def test_a_balloon_of_lies(cpus: int, engine: str, build: Callable[[str], Any]) -> None:
+    output = bytearray()
+    kernel = build("hostile_balloon")
+    with Machine(kernel=kernel, engine=engine, cpus=cpus, memory="64M", console=output.extend) as machine:
+        reason = machine.wait(10)
+        machine.stop()
+        lines = output.decode("ascii", "replace").replace("\r", "").splitlines()
+        assert (reason or "stopped") in CLEAN
+        assert lines[-2:] == ["so far so good", "and now everything"], lines
+        assert machine._vm.memory_audit() == []
+        counts = machine._vm.balloon_stats(ask=False)
+        assert min(counts[name] for name in ("refused_inflations", "refused_deflations", "malformed")) > 10
+
+
 def test_an_interrupt_storm_passes(engine: str, run: Run) -> None:
     end = run("hostile_interrupt_storm", engine)
     assert (end.reason, end.lines[-1]) == ("poweroff", "PASS")

@@ -64,6 +64,8 @@ def test_memory_goes_to_the_host_and_comes_back(guest: Machine) -> None:
     inflate(guest, 128)
     assert touched(guest) <= before - 80
     assert abs(free - 128 - available(guest)) <= 8
+    assert core(guest).memory_counts()["ballooned"] == 128 * PAGES
+    assert core(guest).memory_audit() == []
     inflate(guest, 0)
     assert abs(free - available(guest)) <= 8
     # What comes back is as good as new.
