@@ -58,7 +58,7 @@ def test_a_balloon_of_lies(cpus: int, engine: str, build: Callable[[str], Any]) 
     output = bytearray()
     kernel = build("hostile_balloon")
     with Machine(kernel=kernel, engine=engine, cpus=cpus, memory="64M", console=output.extend) as machine:
-        reason = machine.wait(10)
+        reason = machine.wait(4)
         machine.stop()
         lines = output.decode("ascii", "replace").replace("\r", "").splitlines()
         assert (reason or "stopped") in CLEAN
