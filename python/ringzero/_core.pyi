@@ -114,8 +114,9 @@ class Vm:
     def raise_irq(self, line: int, level: bool) -> None:
         """Drive an ISA interrupt line (0-15) from a Python device."""
     def balloon_target(self, pages: int) -> None:
-        """Ask the guest to have `pages` pages (4096 bytes each) in its balloon, all of its RAM at most; 0 gives all back.
-        Returns at once. A guest whose driver is not loaded is asked when it is; one may give less than it is asked for."""
+        """Ask the guest to have `pages` pages (4096 bytes each) in its balloon, all of its RAM at most; 0 gives all
+        back. Returns at once. A guest whose driver is not loaded is asked when it is; one may give less than it is
+        asked for."""
     def balloon_stats(self, ask: bool = True) -> dict[str, int]:
         """Return what is known of the balloon, and with `ask` have the guest send fresh statistics of its own, which a
         later call returns (they come within milliseconds of a guest that is not busy; `updates` counts them).

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from ringzero.cli import host_daemon, host_guests, host_simulate
+from ringzero.cli import host_daemon, host_guests, host_see, host_simulate
 
 app = typer.Typer(
     help="A host with many guests, in the hands of a daemon.",
@@ -32,6 +32,10 @@ for _command in (
     host_guests.console,
     host_guests.exec_,
     host_guests.events,
+    host_see.top,
+    host_see.map_,
+    host_see.metrics,
+    host_see.audit,
     host_simulate.simulate,
 ):
     app.command(name=_command.__name__.rstrip("_"))(_command)

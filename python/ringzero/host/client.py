@@ -29,8 +29,9 @@ from ringzero.host.runtime import Runtime
 from ringzero.host.spec import DEFAULT_GROUP, DEFAULT_SHARES, GuestSpec
 from ringzero.host.state import Event
 from ringzero.host.wire import Channel, connect
+from ringzero.policy import PAGE
 
-__all__ = ["Event", "Host", "HostVm"]
+__all__ = ["Event", "Host", "HostVm", "VmMemoryFacts"]
 
 _BOOT_LIMIT = 600.0
 
@@ -179,6 +180,25 @@ class Host:
         if names:
             self.ask("down", names=list(names), now=now)
 
+    # --- to see it
+
+    def top(self) -> dict[str, Any]:
+        """Return what `ringzero host top` shows: "host", whose amounts are in pages of 4 KiB, and "vms"."""
+        return self.ask("list", closely=True)
+
+    def metrics(self) -> str:
+        """Return metrics in the text format of Prometheus."""
+        return str(self.ask("metrics")["text"])
+
+    def audit(self) -> dict[str, list[str]]:
+        """Have every VM derive the invariants of its memory again: by name, a sentence for each that does not hold."""
+        found = {}
+        for vm in self.vms():
+            with contextlib.suppress(GuestEnded), vm.channel() as channel:
+                channel.connection.settimeout(60.0)
+                found[vm.name] = [str(fault) for fault in channel.ask("audit")["faults"]]
+        return found
+
     # --- what happens
 
     def events(self, after: int = 0, *, most: int = 1000) -> list[Event]:
@@ -226,7 +246,10 @@ class HostVm:
 
     def row(self) -> dict[str, Any]:
         """Return what the daemon knows of it: phase, pid, began and ended (seconds since 1970), reason, spec."""
-        (row,) = self.host.ask("list", names=[self.name])["vms"]
+        return self._row()
+
+    def _row(self, **how: bool) -> dict[str, Any]:
+        (row,) = self.host.ask("list", names=[self.name], **how)["vms"]
         return dict(row)
 
     @property
@@ -253,6 +276,31 @@ class HostVm:
     def down(self, *, now: bool = False) -> None:
         """Take it down; see `Host.down`."""
         self.host.down(self.name, now=now)
+
+    @property
+    def memory(self) -> VmMemoryFacts:
+        """Its memory, as the daemon last heard of it: every few seconds, and more often while somebody looks."""
+        row = self._row(closely=True)
+        target = row["target"]
+        return VmMemoryFacts(
+            size=row["spec"]["memory"],
+            min=row["spec"]["min"],
+            max=row["spec"]["max"],
+            target=None if target is None else target * PAGE,
+            pages=row["pages"],
+            stats=row["done"]
+            | {f"balloon_{key}": value for key, value in row["balloon"].items()}
+            | row["swap"],
+            active=row["active"],
+            own=row["own"],
+        )
+
+    def memory_states(self) -> bytes:
+        """Return the state of every page, by address: a byte each, its place in `ringzero.host.vm_memory.STATES`."""
+        from ringzero.host.map import unpacked_states
+
+        with self.channel() as channel:
+            return unpacked_states(str(channel.ask("states")["states"]))
 
     def channel(self) -> Channel:
         """Return a connection to its process (ringzero.host.vm_process). Raises GuestEnded when there is none."""
@@ -385,6 +433,28 @@ class HostVm:
                 )
             if message.get("id") == number:
                 return checked(message)
+
+
+@dataclass(frozen=True)
+class VmMemoryFacts:
+    """The memory of a VM. Sizes are bytes; pages have 4 KiB."""
+
+    size: int
+    """What the guest believes to have."""
+    min: int
+    """What it can always have, in machine memory."""
+    max: int
+    """What it never has more of."""
+    target: int | None
+    """What it is entitled to now; None before the policy has decided."""
+    pages: dict[str, int]
+    """Pages by state: zero (they take nothing), private, shared, image, ballooned, compressed, swapped."""
+    stats: dict[str, int]
+    """What was done with its pages since its start, and what the balloon and the swap store tell."""
+    active: float
+    """The part of its memory that it uses, from samples."""
+    own: int | None
+    """What the monitor takes beside the guest's pages; None before it was weighed."""
 
 
 def _feed(fd: int, data: bytes) -> None:

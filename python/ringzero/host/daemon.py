@@ -5,7 +5,7 @@
 No VM needs it: each is a process of its own. A daemon that is killed is started again and finds its VMs by their
 sockets. On its own socket everybody who may open it is the operator, and asks in JSON (ringzero.host.wire):
 
-    status, list, events, up, down, forget, watch, stop
+    status, list, metrics, events, up, down, watch, stop
 """
 
 from __future__ import annotations
@@ -22,12 +22,14 @@ from dataclasses import asdict
 from pathlib import Path
 
 from ringzero.errors import InputError, InternalError, RingzeroError
+from ringzero.host.arbiter import Arbiter
 from ringzero.host.fork_link import ForkLink
 from ringzero.host.guest import Guest, Phase, last_words
 from ringzero.host.loop import READ, Loop
 from ringzero.host.memory import HostMemoryView
 from ringzero.host.options import DaemonOptions
 from ringzero.host.policy import MemoryPolicy, OwnPolicy, load_policy
+from ringzero.host.rows import host_row, vm_row
 from ringzero.host.runtime import Runtime
 from ringzero.host.spec import GuestSpec
 from ringzero.host.state import State
@@ -66,6 +68,8 @@ class Daemon:
         self._boots_at_once = 2 * (os.cpu_count() or 1)
         self.fork = ForkLink(self.loop, self._child_gone, lambda text: self.tell("fork-server", None, text))
         self.memory = HostMemoryView(options.memory, options.swap)
+        record = None if options.record is None else Path(options.record)
+        self.arbiter = Arbiter(self.loop, self.guests, self.policy, self.memory, self.tell, record)
         self._find_guests()
         self.fork.start()
         self._listener = listen(runtime.socket)
@@ -78,6 +82,7 @@ class Daemon:
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
         self.loop.wake_on_signals()
         self.tell("daemon", None, f"the daemon began, with {self._living()} vms")
+        self.arbiter.begin()
         self.loop.run()
         self.tell("daemon", None, f"the daemon ended; {self._living()} vms go on")
         # Who connects from here on finds nobody, and not one who is about to go.
@@ -135,6 +140,7 @@ class Daemon:
             self._keep_end(guest)
             if guest.is_condemned:
                 self._forget([guest])
+        self.arbiter.hurry()
         self._start_some()
         self._look_at_waiters()
 
@@ -196,7 +202,14 @@ class Daemon:
                 guest.kill()
             self._look_at_waiters()
 
-        self.fork.fork(guest.spec, listener.fileno(), log, answered)
+        self.fork.fork(
+            guest.spec,
+            listener.fileno(),
+            log,
+            answered,
+            swap_folder=self.options.swap_folder,
+            swap_bytes=min(self.options.swap, guest.spec.memory),
+        )
         listener.close()
         os.close(log)
 
@@ -250,6 +263,7 @@ class Daemon:
         requests: Mapping[str, Callable[[Message, Callable[[Message], None]], None]] = {
             "status": self._status,
             "list": self._list,
+            "metrics": self._metrics,
             "events": self._events,
             "up": self._up,
             "down": self._down,
@@ -291,18 +305,17 @@ class Daemon:
         return sum(guest.phase is phase for guest in self.guests.values())
 
     def _list(self, message: Message, answer: Callable[[Message], None]) -> None:
-        answer({"ok": True, "vms": [self._row(guest) for guest in self._named(message, at_least_one=False)]})
+        closely = bool(message.get("closely"))
+        if closely:
+            self.arbiter.freshen()
+        vms = [vm_row(guest, closely=closely) for guest in self._named(message, at_least_one=False)]
+        answer({"ok": True, "vms": vms, "host": host_row(self.arbiter, self.memory)})
 
-    def _row(self, guest: Guest) -> Message:
-        return {
-            "name": guest.name,
-            "phase": guest.phase.value,
-            "pid": guest.pid,
-            "began": guest.began,
-            "ended": guest.ended_at,
-            "reason": guest.reason,
-            "spec": guest.spec.as_json(),
-        }
+    def _metrics(self, _: Message, answer: Callable[[Message], None]) -> None:
+        from ringzero.host.metrics import exposition
+
+        rows = [vm_row(guest, closely=True) for guest in self.guests.values()]
+        answer({"ok": True, "text": exposition(host_row(self.arbiter, self.memory), rows)})
 
     def _named(self, message: Message, *, at_least_one: bool) -> list[Guest]:
         """Return the VMs that a request names: by "names", all of them without."""
@@ -350,7 +363,7 @@ class Daemon:
         )
         self._wait_until(
             lambda: all(guest.phase in through for guest in started),
-            lambda: answer({"ok": True, "vms": [self._row(guest) for guest in started]}),
+            lambda: answer({"ok": True, "vms": [vm_row(guest) for guest in started]}),
         )
 
     def _admit(self, specs: list[GuestSpec]) -> None:

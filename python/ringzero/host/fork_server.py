@@ -24,7 +24,7 @@ from typing import NoReturn
 from ringzero.errors import InternalError, RingzeroError
 from ringzero.host.loop import Loop
 from ringzero.host.spec import GuestSpec
-from ringzero.host.vm_process import run_vm
+from ringzero.host.vm_process import Place, run_vm
 from ringzero.host.wire import Message, Peer, failure
 from ringzero.machine.assemble import BootFiles
 
@@ -62,7 +62,7 @@ class ForkServer:
                 raise InternalError("a fork server forks, given a socket and a log")
             spec = GuestSpec.from_json(message.get("spec"))
             files = self._boot_files(spec)
-            answer = {"ok": True, "pid": self._fork(spec, files, *fds)}
+            answer = {"ok": True, "pid": self._fork(spec, files, message, *fds)}
         except RingzeroError as error:
             answer = failure(error)
         except OSError as error:
@@ -85,13 +85,15 @@ class ForkServer:
         self._files[mark] = files
         return files
 
-    def _fork(self, spec: GuestSpec, files: BootFiles, listener: int, log: int) -> int:
+    def _fork(self, spec: GuestSpec, files: BootFiles, message: Message, listener: int, log: int) -> int:
         pid = os.fork()
         if pid == 0:
-            self._become(spec, files, listener, log)
+            self._become(spec, files, message, listener, log)
         return pid
 
-    def _become(self, spec: GuestSpec, files: BootFiles, listener: int, log: int) -> NoReturn:
+    def _become(
+        self, spec: GuestSpec, files: BootFiles, message: Message, listener: int, log: int
+    ) -> NoReturn:
         status = 1
         try:
             os.setsid()
@@ -105,7 +107,8 @@ class ForkServer:
             os.close(listener)
             with contextlib.suppress(OSError):
                 Path("/proc/self/comm").write_text(f"rz {spec.name}")
-            status = run_vm(spec, own, log, files)
+            place = Place(spec, own, log, message.get("swap_folder"), int(message.get("swap_bytes", 0)))
+            status = run_vm(place, files)
         finally:
             os._exit(status)
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ringzero.errors import InputError
+from ringzero.host.guest_counters import GuestCounters
 from ringzero.host.loop import READ, Loop
 from ringzero.host.runtime import Runtime
 from ringzero.host.spec import GuestSpec
@@ -54,8 +55,7 @@ class Guest:
         self.was_told_to_end = False
         self.is_condemned = False
         """It is ended by the operator, and forgotten then."""
-        self.facts: dict[str, Any] = {}
-        """What it last told of itself: counters of its memory."""
+        self.memory = GuestCounters(spec.memory)
         self._loop = loop
         self._runtime = runtime
         self._changed = changed

@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from ringzero.errors import InternalError
+from ringzero.errors import InputError, InternalError
 from ringzero.host import facts
 from ringzero.host.options import DaemonOptions
 from ringzero.host.policy import load_policy
@@ -18,6 +18,8 @@ from ringzero.machine.spec import parse_size
 
 __all__ = ["start_daemon"]
 
+SWAP_FOLDER = "/var/tmp"
+"""Where swap files are, if nothing is said: on disk, while the runtime folder is often in memory."""
 DEFAULT_PART = 0.9
 """Of the host's memory for VMs, if nothing else is said."""
 
@@ -39,11 +41,13 @@ def start_daemon(
     if policy is not None:
         load_policy(Path(policy))  # here first: its mistakes are the operator's to see
     runtime.prepare()
+    if record is not None and not os.path.isdir(os.path.dirname(os.path.abspath(record))):
+        raise InputError(f"counters cannot be recorded to {record}: there is no such folder")
     options = DaemonOptions(
         root=str(runtime.root),
         memory=int(DEFAULT_PART * facts.memory_limit()) if memory is None else parse_size(memory),
         swap=parse_size(swap, "swap"),
-        swap_folder=None if swap_folder is None else os.path.abspath(swap_folder),
+        swap_folder=_swap_folder(swap_folder),
         policy=None if policy is None else os.path.abspath(policy),
         record=None if record is None else os.path.abspath(record),
     )
@@ -69,3 +73,10 @@ def start_daemon(
     # It is a child of ours only until we end; nobody waits for it.
     process.returncode = 0
     return int(answer["pid"])
+
+
+def _swap_folder(chosen: str | os.PathLike[str] | None) -> str:
+    folder = os.path.abspath(SWAP_FOLDER if chosen is None else chosen)
+    if not os.path.isdir(folder) or not os.access(folder, os.W_OK):
+        raise InputError(f"the swap folder {folder} is none that can be written to: give another")
+    return folder

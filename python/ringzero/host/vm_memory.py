@@ -5,47 +5,67 @@ A thin layer: counts by state, the sampler, the scanner, the evictor, the balloo
 
 from __future__ import annotations
 
-import contextlib
-import os
-from pathlib import Path
 from typing import TYPE_CHECKING
-
-from ringzero.policy import PAGE
 
 if TYPE_CHECKING:
     from ringzero import _core
 
 __all__ = ["STATES", "GuestMemory"]
 
-STATES = ("untouched", "zero", "private", "shared", "image", "ballooned", "compressed", "swapped")
-"""What a page of a guest can be. The first is not a state of the core's: see `GuestMemory.counts`."""
-
-# What crates/memory/src/pool.rs calls its memfd.
-_POOL = "/memfd:ringzero-pool"
+STATES = ("zero", "private", "shared", "image", "ballooned", "compressed", "swapped")
+"""What a page of a guest can be; zero pages, and those never touched, take nothing of the host."""
+COMPRESSED_PART = 10
+"""This part of a VM's size is memory for compressed pages, at most (Parameters.compress_most)."""
 
 
 class GuestMemory:
-    """The memory of a VM of this process."""
+    """The memory of a VM of this process. All calls are the daemon's or the operator's; none waits for the guest."""
 
     def __init__(self, vm: _core.Vm, size: int) -> None:
         self._vm = vm
-        self._pages = size // PAGE
-        self._pools = _descriptors_of(_POOL)
+        self.size = size
 
     def counts(self) -> dict[str, int]:
-        """Return the pages by state."""
-        private = sum(os.fstat(pool).st_blocks * 512 for pool in self._pools) // PAGE
-        private = min(private, self._pages)
-        counts = dict.fromkeys(STATES, 0)
-        counts |= {"private": private, "untouched": self._pages - private}
-        return counts
+        """Return the pages by state; their sum is the guest's memory."""
+        return self._vm.memory_counts()
 
+    def states(self) -> bytes:
+        """Return the state of every page, by address: a byte each, its place in `STATES`."""
+        return self._vm.memory_states()
 
-def _descriptors_of(name: str) -> list[int]:
-    """Return our descriptors of files in memory whose name begins so."""
-    found = []
-    for link in Path("/proc/self/fd").iterdir():
-        with contextlib.suppress(OSError):  # the listing's own descriptor is gone by now
-            if os.readlink(link).startswith(name):
-                found.append(int(link.name))
-    return found
+    def balloon(self, pages: int) -> None:
+        """Have the guest's balloon hold so many pages, in all."""
+        self._vm.balloon_target(pages)
+
+    def balloon_facts(self) -> dict[str, int]:
+        """Return what is known of the balloon: `driver`, 1 when the guest has one, `target` and `actual` pages ..."""
+        # What the guest itself told last: to ask it would wake it up.
+        return self._vm.balloon_stats(ask=False)
+
+    def scan(self, pages: int) -> dict[str, int]:
+        """Look through so many pages for equal ones; return how many were scanned, shared, and zeroed."""
+        return self._vm.memory_scan(pages)
+
+    def sample(self, pages: int) -> tuple[int, int]:
+        """End a sampling period and begin the next with so many pages: pages touched of those sampled."""
+        return self._vm.memory_sample(pages)
+
+    def use_swap(self, folder: str | None, file_bytes: int) -> None:
+        """Have a place for pages that are evicted: memory for compressed ones, and a file in `folder`."""
+        self._vm.set_swap(self.size // COMPRESSED_PART, folder, file_bytes)
+
+    def evict(self, pages: int) -> tuple[int, str | None]:
+        """Put up to so many pages into the swap store; how many went, and why no more if it is full."""
+        return self._vm.memory_evict(pages)
+
+    def swap_facts(self) -> dict[str, int]:
+        """Return what the swap store holds: `compressed_bytes` of memory, among others."""
+        return self._vm.memory_swap()
+
+    def audit(self) -> list[str]:
+        """Derive every invariant again; a sentence for each that does not hold."""
+        return self._vm.memory_audit()
+
+    def trim(self) -> int:
+        """Give back what the monitor does not need while the guest is quiet; pages."""
+        return self._vm.memory_trim()

@@ -4,7 +4,9 @@ One thread of Python, which sleeps unless somebody asks for something. On the co
 (the operator: the runtime folder is his alone) can ask, the daemon and `ringzero host console` alike:
 
     describe     the spec, and how it goes: booting, ready, ended
-    memory       pages by state, and what the monitor itself takes
+    memory       pages by state; with "orders" those of the arbiter, with "sample" the end of a sampling period
+    states       the state of every page
+    audit        what of the memory's invariants does not hold
     console      from here on the connection is the guest's console, both ways; first comes what it last printed
     run          run a command in the guest; its standard input, output and error come as descriptors
     power_off    ask the guest to power itself off
@@ -16,6 +18,7 @@ so it is known even if nobody was there.
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import gc
 import json
@@ -25,19 +28,30 @@ import socket
 import sys
 import threading
 import time
+import zlib
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from ringzero.errors import InputError, InternalError, RingzeroError
 from ringzero.host.loop import READ, WRITE, Loop, Timer
 from ringzero.host.spec import GuestSpec
 from ringzero.host.vm_memory import GuestMemory
+from ringzero.host.vm_orders import Orders
 from ringzero.host.wire import Message, Peer, failure
 from ringzero.machine.assemble import BootFiles
 from ringzero.machine.exec import DEFAULT_ENVIRONMENT, AgentLink, GuestProcess
-from ringzero.machine.machine import AGENT_PORT, CONSOLE_PORT, PANIC_END, PANIC_LINE, PANIC_SILENCE, write_all
+from ringzero.machine.machine import (
+    AGENT_PORT,
+    CONSOLE_PORT,
+    PANIC_END,
+    PANIC_LINE,
+    PANIC_SILENCE,
+    core_errors,
+    write_all,
+)
 
-__all__ = ["VmProcess", "run_vm"]
+__all__ = ["Place", "VmProcess", "run_vm"]
 
 SCROLLBACK = 64 << 10
 """Bytes of the console's last output that are kept for who attaches."""
@@ -47,6 +61,20 @@ _MOST_WAITING = 1 << 20
 _END_PATIENCE = 10.0
 _LAST_WORDS = 256
 """Bytes: longer than the line that ends a kernel's panic."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """What a VM's process is given: by the daemon, through the fork server."""
+
+    spec: GuestSpec
+    listener: socket.socket
+    """Its control socket."""
+    log: int
+    """A descriptor: what it has to say, and how it ended."""
+    swap_folder: str | None = None
+    swap_bytes: int = 0
+    """For a file without a name, of pages that memory has no place for."""
 
 
 class _Console:
@@ -163,16 +191,19 @@ class _Console:
 class VmProcess:
     """A VM with its loop. `run` returns why the guest ended."""
 
-    def __init__(self, spec: GuestSpec, listener: socket.socket, files: BootFiles | None = None) -> None:
+    def __init__(self, place: Place, files: BootFiles | None = None) -> None:
         """Put the machine together. Raises RingzeroError when it cannot be."""
-        self.spec = spec
+        self.spec = spec = place.spec
         self._began = time.time()
         machine = spec.machine()
         self._vm = machine.assembled(files)
         self._memory = GuestMemory(self._vm, spec.memory)
+        with core_errors():
+            self._memory.use_swap(place.swap_folder, place.swap_bytes)
         self._loop = Loop()
+        self._orders = Orders(self._loop, self._vm, self._memory)
         self._peers: set[Peer] = set()
-        self._listener = listener
+        self._listener = place.listener
         self._console = _Console(self._loop, _line(self._vm, CONSOLE_PORT), self._printed, self._line_ended)
         self._agent_line: socket.socket | None = None
         self._agent: AgentLink | None = None
@@ -252,6 +283,8 @@ class VmProcess:
         requests: Mapping[str, Callable[[Peer, Message, list[int]], Message | None]] = {
             "describe": self._describe,
             "memory": self._describe_memory,
+            "states": self._states,
+            "audit": self._audit,
             "console": self._attach,
             "run": self._run,
             "power_off": self._power_off,
@@ -281,8 +314,31 @@ class VmProcess:
             "began": self._began,
         }
 
-    def _describe_memory(self, *_: Any) -> Message:
-        return {"ok": True, "counts": self._memory.counts()}
+    def _describe_memory(self, _peer: Peer, message: Message, _: list[int]) -> Message:
+        orders, sample = message.get("orders"), message.get("sample")
+        if orders is not None:
+            if not isinstance(orders, dict):
+                raise InputError("orders are an object")
+            self._orders.take(orders)
+        answer: Message = {
+            "ok": True,
+            "counts": self._memory.counts(),
+            "balloon": self._memory.balloon_facts(),
+            "swap": self._memory.swap_facts(),
+            "done": self._orders.totals,
+            "full": self._orders.full,
+        }
+        if sample is not None:
+            if type(sample) is not int or not 0 < sample <= 10_000:
+                raise InputError(f"{sample!r:.40} pages cannot be sampled")
+            answer["sampled"] = self._memory.sample(sample)
+        return answer
+
+    def _states(self, *_: Any) -> Message:
+        return {"ok": True, "states": base64.b64encode(zlib.compress(self._memory.states(), 1)).decode()}
+
+    def _audit(self, *_: Any) -> Message:
+        return {"ok": True, "faults": self._memory.audit()}
 
     def _attach(self, peer: Peer, message: Message, _: list[int]) -> None:
         peer.send({"ok": True, "id": message.get("id")})
@@ -372,13 +428,13 @@ def _line(vm: Any, port: int) -> socket.socket:
     return socket.socket(fileno=vm.serial_fd(port))
 
 
-def run_vm(spec: GuestSpec, listener: socket.socket, log: int, files: BootFiles | None = None) -> int:
-    """Be the process of a VM: run it, write how it ended to `log`, and return the exit status."""
+def run_vm(place: Place, files: BootFiles | None = None) -> int:
+    """Be the process of a VM: run it, write how it ended to its log, and return the exit status."""
     gc.disable()
     reason = "error: it did not start"
     status = 1
     try:
-        process = VmProcess(spec, listener, files)
+        process = VmProcess(place, files)
 
         def stop(_number: int, _frame: object) -> None:
             process._vm.stop()
@@ -397,5 +453,5 @@ def run_vm(spec: GuestSpec, listener: socket.socket, log: int, files: BootFiles 
         reason = f"error: {type(error).__name__}: {error}"
     with contextlib.suppress(OSError):
         sys.stderr.flush()
-        os.write(log, json.dumps({"ended": reason, "at": time.time()}).encode() + b"\n")
+        os.write(place.log, json.dumps({"ended": reason, "at": time.time()}).encode() + b"\n")
     return status

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 from ringzero.errors import GuestEnded, GuestError, InputError, InternalError
 from ringzero.machine.console import Console, Sink
 from ringzero.machine.disk import Disk
+from ringzero.machine.memory import MachineMemory
 from ringzero.machine.spec import MachineSpec, parse_size
 from ringzero.machine.translations import translation_folder
 
@@ -378,6 +379,11 @@ class Machine:
         """Return (first address, size, kind) rows of the guest's physical addresses."""
         with core_errors():
             return self._vm.memory_map()
+
+    @property
+    def memory(self) -> MachineMemory:
+        """The guest's memory: its size, its pages by state, its balloon."""
+        return MachineMemory(self._vm, self.spec.memory)
 
     def stats(self) -> dict[str, int]:
         """Return the counters by dotted name."""
