@@ -53,6 +53,10 @@ class Vm:
     def remap_page(self, address: int) -> bool:
         """Move the page at `address` to another machine page while the guest runs, which does not notice. False when
         the guest used it all the time, so that it stayed."""
+    def map_image(self, fd: int, runs: Sequence[tuple[int, int, int]]) -> None:
+        """Have pages of RAM begin as pages of a file in memory that is sealed against writing and shrinking, which
+        many VMs map: (address, page in the file, number of pages) of each run. Before `start`, and before anything
+        is written there. The guest's first write to a page makes a copy of it."""
     def memory_counts(self) -> dict[str, int]:
         """Return how many pages of 4 KiB are in each state: zero (no machine page; also never touched), private,
         shared, image, ballooned, compressed and swapped. Their sum is the guest's memory."""

@@ -1,11 +1,14 @@
 """Pages move to other machine pages under a running guest, and it never notices."""
 
+import fcntl
+import os
 import time
+from pathlib import Path
 
 import pytest
 
 from ringzero import _core
-from ringzero._core import Vm
+from ringzero._core import CoreError, Vm
 
 MIB = 1 << 20
 CODE, RESULT, STACK, TABLES, DATA = 0x1000, 0x3000, 0x8000, 0x10000, 0x100000
@@ -50,12 +53,13 @@ def answers() -> dict[int, int]:
     return answers
 
 
-def prepare(engine: str) -> Vm:
+def prepare(engine: str, *, loaded: bool = True) -> Vm:
     """Return a machine in 64-bit mode, its first 16 MiB mapped by small pages."""
     vm = Vm(16 * MIB, engine=engine)
-    vm.write_memory(CODE, PROGRAM)
-    vm.write_memory(ROUNDS_AT, ROUNDS[engine].to_bytes(4, "little"))
-    vm.write_memory(DATA, b"".join((n * n).to_bytes(8, "little") for n in range(WORDS)))
+    if loaded:
+        vm.write_memory(CODE, PROGRAM)
+        vm.write_memory(ROUNDS_AT, ROUNDS[engine].to_bytes(4, "little"))
+        vm.write_memory(DATA, b"".join((n * n).to_bytes(8, "little") for n in range(WORDS)))
     entries = [TABLES + 0x1003, TABLES + 0x2003, *(TABLES + 0x3003 + (n << 12) for n in range(8))]
     for address, entry in zip(
         [TABLES, TABLES + 0x1000, *(TABLES + 0x2000 + 8 * n for n in range(8))], entries, strict=True
@@ -85,6 +89,65 @@ def test_all_pages_move_while_a_guest_computes(engine: str, answers: dict[int, i
     assert vm.wait() == "poweroff"
     assert int.from_bytes(vm.read_memory(RESULT, 8), "little") == answers[ROUNDS[engine]]
     assert moved > 50, "the guest was too fast to be disturbed"
+
+
+@pytest.mark.parametrize("engine", _core.engines())
+def test_pages_come_and_go_while_a_guest_computes(
+    engine: str, answers: dict[int, int], tmp_path: Path
+) -> None:
+    """Pages are put into the swap store, and come back, and those of zeroes go."""
+    vm = prepare(engine)
+    vm.set_swap(1 << 20, str(tmp_path), 1 << 20)
+    vm.start()
+    evicted, deadline = 0, time.monotonic() + 60
+    while vm.wait(0) is None:
+        assert time.monotonic() < deadline
+        pages, full = vm.memory_evict(4)
+        assert full is None
+        evicted += pages
+        vm.memory_scan(64)
+        vm.memory_sample(8)
+    assert vm.wait() == "poweroff"
+    assert int.from_bytes(vm.read_memory(RESULT, 8), "little") == answers[ROUNDS[engine]]
+    assert evicted > 50, "the guest was too fast to be disturbed"
+    assert vm.memory_audit() == []
+    counts, swap = vm.memory_counts(), vm.memory_swap()
+    assert sum(counts.values()) == 4096
+    assert (counts["compressed"], counts["swapped"]) == (swap["compressed"], swap["in_file"])
+
+
+@pytest.mark.parametrize("engine", _core.engines())
+def test_a_guest_begins_with_pages_that_others_have(engine: str, answers: dict[int, int]) -> None:
+    data = b"".join((n * n).to_bytes(8, "little") for n in range(WORDS))
+    code = PROGRAM[:14] + ROUNDS[engine].to_bytes(4, "little") + PROGRAM[18:]
+    fd = os.memfd_create("image", os.MFD_ALLOW_SEALING)
+    os.write(fd, code.ljust(4096, b"\0") + data)
+    unused = Vm(16 * MIB)
+    with pytest.raises(CoreError, match="sealed"):
+        unused.map_image(fd, [(0, 0, 1)])
+    fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SHRINK)
+    for runs, sentence in (
+        ([(16 * MIB - 4096, 0, 2)], "no guest RAM"),
+        ([(DATA + 1, 0, 1)], "no guest RAM"),
+        ([(DATA, PAGES, 2)], "source"),
+        ([(DATA, 0, 1), (DATA, 1, 1)], "written to already"),
+    ):
+        with pytest.raises(CoreError, match=sentence):
+            unused.map_image(fd, runs)
+    vms = [prepare(engine, loaded=False) for _ in range(2)]
+    for vm in vms:
+        vm.map_image(fd, [(CODE, 0, 1), (DATA, 1, PAGES)])
+        assert vm.memory_counts()["image"] == PAGES + 1
+    for vm in vms:
+        vm.start()
+    for vm in vms:
+        assert vm.wait(60) == "poweroff"
+        assert int.from_bytes(vm.read_memory(RESULT, 8), "little") == answers[ROUNDS[engine]]
+        assert vm.memory_counts()["image"] == 1, "the code is common still"
+        assert vm.memory_audit() == []
+        with pytest.raises(CoreError, match="started"):
+            vm.map_image(fd, [])
+    os.close(fd)
 
 
 @pytest.mark.parametrize("engine", _core.engines())

@@ -1,6 +1,9 @@
 //! What the class `Vm` says of the guest's memory, and does with it.
 
+use std::fs::File;
 use std::path::PathBuf;
+
+use monitor::Gpa;
 
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyDict};
@@ -10,6 +13,13 @@ use crate::vm::Vm;
 
 #[pymethods]
 impl Vm {
+    fn map_image(&self, py: Python<'_>, fd: u32, runs: Vec<(u64, u64, u64)>) -> PyResult<()> {
+        // Opened anew, to read only: nobody can store through what we map.
+        let file = File::open(format!("/proc/self/fd/{fd}"))?;
+        let runs: Vec<_> = runs.into_iter().map(|(address, page, count)| (Gpa(address), page, count)).collect();
+        Ok(py_enter(py, || self.machine.map_image(file, &runs))?)
+    }
+
     fn memory_counts<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
         let counts = py_enter(py, || Ok(self.machine.page_counts()))?;
         let result = PyDict::new(py);

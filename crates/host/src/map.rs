@@ -181,6 +181,15 @@ pub fn memfd(name: &std::ffi::CStr, size: u64) -> io::Result<File> {
     Ok(file)
 }
 
+/// Whether nobody can write to a file in memory any more, nor cut it: whoever maps it may rely on its content.
+#[must_use]
+pub fn is_sealed(file: &File) -> bool {
+    // SAFETY: plain system call on a descriptor that we hold.
+    let seals = unsafe { libc::fcntl(file.as_raw_fd(), libc::F_GET_SEALS) };
+    let needed = libc::F_SEAL_SHRINK | libc::F_SEAL_WRITE;
+    seals >= 0 && seals & needed == needed
+}
+
 /// Gives the memory behind `size` bytes of a memfd back to the system; they read as zeroes afterwards.
 pub fn punch_hole(file: &File, offset: u64, size: u64) -> io::Result<()> {
     let mode = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;

@@ -10,6 +10,8 @@ pub enum Error {
     NotRam { address: Gpa, size: u64 },
     #[error("source {0} of the machine's pages is taken, or there is no such")]
     Source(usize),
+    #[error("the page at {0} was written to already: an image is mapped before anything is loaded there")]
+    Touched(Gpa),
     #[error("the pool has no machine page left")]
     PoolEmpty,
 }

@@ -152,6 +152,24 @@ impl GuestMemory {
         &self.machine
     }
 
+    /// Has `count` pages of RAM that nobody has touched begin as pages of a source.
+    ///
+    /// # Errors
+    /// [`Error::NotRam`]; [`Error::Touched`]; [`Error::Source`] where the source has no such pages.
+    pub fn map_image(&self, source: usize, first: Ppn, page: u64, count: u64) -> Result<(), Error> {
+        for number in 0..count {
+            let (ppn, mpn) = (Ppn(first.0.wrapping_add(number)), Machine::mpn(source, page + number));
+            let entry = self.pmap.get(ppn).ok_or(Error::NotRam { address: ppn.gpa(), size: PAGE_SIZE })?;
+            if source_of(mpn) == 0 || !self.machine.has(mpn) {
+                return Err(Error::Source(source));
+            }
+            if entry.state() != State::Zero || !self.pmap.change(ppn, entry, entry.moved(State::Image, mpn.0)) {
+                return Err(Error::Touched(ppn.gpa()));
+            }
+        }
+        Ok(())
+    }
+
     /// Gives the guest's pages a place to go when memory is short; false when there was one before.
     pub fn set_swap(&self, store: Store) -> bool {
         self.swap.set(store).is_ok()

@@ -20,6 +20,8 @@ const PAGE: u64 = (1 << SOURCE_SHIFT) - 1;
 pub const MOST_SOURCES: usize = 7;
 /// The source that is the pool of the sharing group.
 pub const SHARED: usize = 1;
+/// The first source that is an image.
+pub const FIRST_IMAGE: usize = 2;
 
 /// A file of machine pages that others have, too.
 #[derive(Debug)]
@@ -68,6 +70,12 @@ impl Machine {
     #[must_use]
     pub fn has_source(&self, source: usize) -> bool {
         self.source(source).is_some()
+    }
+
+    /// A source for another image; `None` when all are taken.
+    #[must_use]
+    pub fn free_source(&self) -> Option<usize> {
+        (FIRST_IMAGE..=MOST_SOURCES).find(|source| !self.has_source(*source))
     }
 
     fn source(&self, source: usize) -> Option<&Source> {

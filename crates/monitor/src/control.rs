@@ -146,6 +146,12 @@ impl Control {
         state.alive == 0
     }
 
+    /// Whether the machine was ever started.
+    #[must_use]
+    pub fn has_started(&self) -> bool {
+        self.state.lock().started
+    }
+
     /// Whether the machine ends and none of its processors runs, or will ever.
     #[must_use]
     pub fn has_ended(&self) -> bool {

@@ -21,6 +21,8 @@ pub enum Error {
     Started,
     #[error("the machine is not started")]
     NotStarted,
+    #[error("an image is mapped from a file in memory that is sealed against writing and shrinking")]
+    NotSealed,
     #[error("the machine has a swap store already: it is set once")]
     SwapThere,
     #[error("the machine has ended: {0}")]

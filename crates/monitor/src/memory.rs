@@ -1,6 +1,7 @@
 //! The operator's calls on a machine's memory: what is where, and what is to go elsewhere. They may wait for processors, and
 //! are never made from a device.
 
+use std::fs::File;
 use std::path::Path;
 use std::sync::{MutexGuard, PoisonError};
 
@@ -9,6 +10,7 @@ use memory::audit::Audit;
 use memory::pmap::State;
 use memory::swap::{Statistics, Store};
 use memory::worker::{Evicted, Scanned, Worker};
+use x86::{Gpa, PAGE_SIZE};
 
 use crate::Error;
 use crate::vm::Vm;
@@ -70,6 +72,32 @@ impl Vm {
     pub fn sample(&self, pages: usize) -> Result<(u64, u64), Error> {
         self.not_from_device("memory_sample")?;
         Ok(self.worker().sample(pages))
+    }
+
+    /// Has pages of RAM begin as pages of a sealed file in memory, which many machines map: (address, page in the file, number
+    /// of pages) of each run. Before the start, and before anything is written there.
+    ///
+    /// # Errors
+    /// [`Error::Started`], [`Error::NotSealed`], [`Error::Memory`].
+    pub fn map_image(&self, file: File, runs: &[(Gpa, u64, u64)]) -> Result<(), Error> {
+        if !host::map::is_sealed(&file) {
+            return Err(Error::NotSealed);
+        }
+        if self.control.has_started() {
+            return Err(Error::Started);
+        }
+        let hall = self.hall();
+        let pages = file.metadata().map_err(|error| Error::Host { what: "size of an image", error })?.len() / PAGE_SIZE;
+        let machine = hall.memory.machine();
+        let source = machine.free_source().ok_or(memory::Error::Source(memory::machine::MOST_SOURCES))?;
+        machine.add_source(source, file, pages)?;
+        for (address, page, count) in runs {
+            if address.offset() != 0 {
+                return Err(memory::Error::NotRam { address: *address, size: PAGE_SIZE }.into());
+            }
+            hall.memory.map_image(source, address.ppn(), *page, *count)?;
+        }
+        Ok(())
     }
 
     /// Puts up to `pages` pages into the swap store.

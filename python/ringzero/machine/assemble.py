@@ -5,6 +5,7 @@ Whatever can be wrong with the operator's files is found before a byte of guest 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 from collections.abc import Iterable
@@ -12,7 +13,8 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 from ringzero.errors import InputError, InternalError
-from ringzero.machine.boot import bzimage, plan_boot, read_file, unpacked_vmlinux
+from ringzero.machine.boot import BootPlan, bzimage, plan_boot, read_file, unpacked_vmlinux
+from ringzero.machine.boot.sealed import SealedPages
 from ringzero.machine.disk import Disk
 from ringzero.machine.spec import MachineSpec, requested_features
 
@@ -20,7 +22,7 @@ if TYPE_CHECKING:
     from ringzero import _core
     from ringzero.devices import Device
 
-__all__ = ["BootFiles", "assemble", "read_boot_files"]
+__all__ = ["BootFiles", "assemble", "read_boot_files", "share_boot_files"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +33,8 @@ class BootFiles:
     initrd: bytes | None
     vmlinux: memoryview | None
     """What a bzImage unpacks to, unless it shall unpack itself."""
+    sealed: SealedPages | None = None
+    """The pages that all machines have in common that start from these files."""
 
 
 def read_boot_files(spec: MachineSpec) -> BootFiles:
@@ -40,6 +44,31 @@ def read_boot_files(spec: MachineSpec) -> BootFiles:
     kernel = read_file(spec.kernel, "kernel")
     initrd = read_file(spec.initrd, "initramfs") if spec.initrd is not None else None
     return BootFiles(kernel, initrd, None if spec.kaslr else unpacked_vmlinux(kernel, str(spec.kernel)))
+
+
+def share_boot_files(spec: MachineSpec) -> BootFiles:
+    """Read the files that a spec names, and have all machines that start from them map the same pages.
+
+    Raises as `read_boot_files`, and `plan_boot`.
+    """
+    files = read_boot_files(spec)
+    with contextlib.suppress(OSError):
+        # A host that gives no such file gives each machine its own pages.
+        files = dataclasses.replace(files, sealed=SealedPages(_plan(spec, files).pieces))
+    return files
+
+
+def _plan(spec: MachineSpec, files: BootFiles) -> BootPlan:
+    return plan_boot(
+        files.kernel,
+        memory=spec.memory,
+        cpus=spec.cpus,
+        command_line=spec.command_line,
+        initrd=files.initrd,
+        name=str(spec.kernel),
+        initrd_name=str(spec.initrd) if spec.initrd is not None else "initramfs",
+        vmlinux=files.vmlinux,
+    )
 
 
 def assemble(
@@ -66,17 +95,7 @@ def assemble(
     # Only now is it known whether this is a Linux, which needs more memory.
     linux = spec.linux or bzimage.looks_like(files.kernel)
     spec = MachineSpec.checked(**(dataclasses.asdict(spec) | {"linux": linux}))
-    name = str(spec.kernel)
-    plan = plan_boot(
-        files.kernel,
-        memory=spec.memory,
-        cpus=spec.cpus,
-        command_line=spec.command_line,
-        initrd=files.initrd,
-        name=name,
-        initrd_name=str(spec.initrd) if spec.initrd is not None else "initramfs",
-        vmlinux=files.vmlinux,
-    )
+    plan = _plan(spec, files)
     core = _load_core()
     if spec.engine not in core.engines():
         raise InputError(
@@ -95,7 +114,7 @@ def assemble(
         disks=[(os.fspath(disk.path), disk.read_only, disk.serial) for disk in disks],
     )
     attach_devices(vm, devices)
-    plan.load(vm)
+    plan.load(vm, files.sealed)
     return vm
 
 

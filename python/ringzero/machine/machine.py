@@ -420,10 +420,11 @@ class Machine:
         return (image.kernel, image.initrd)
 
     def boot_files(self) -> BootFiles:
-        """Read the files that this machine starts from, for `assembled`; they fit other machines of this image."""
-        from ringzero.machine.assemble import read_boot_files
+        """Read the files that this machine starts from, for `assembled`; they fit other machines of this image, which
+        then have the pages of the files in common, until they write to them."""
+        from ringzero.machine.assemble import share_boot_files
 
-        return read_boot_files(self._completed_spec(self._resolved_image()))
+        return share_boot_files(self._completed_spec(self._resolved_image()))
 
     def assembled(self, files: BootFiles | None = None) -> _core.Vm:
         """Return the core VM of this machine, ready to start, for who looks after it himself: its console, its

@@ -10,6 +10,7 @@ from ringzero.errors import ImageError, InputError
 from ringzero.machine import address_map
 from ringzero.machine.boot import bzimage, elf, multiboot
 from ringzero.machine.boot.layout import Piece, command_line_bytes, common_pieces
+from ringzero.machine.boot.sealed import SealedPages
 from ringzero.machine.firmware import acpi
 
 __all__ = ["BootPlan", "GuestMemory", "Piece", "plan_boot", "unpacked_vmlinux"]
@@ -24,6 +25,9 @@ class GuestMemory(Protocol):
 
     def write_memory(self, address: int, data: bytes | memoryview) -> None:
         """Write guest physical memory."""
+
+    def map_image(self, fd: int, runs: list[tuple[int, int, int]]) -> None:
+        """Map pages of a sealed file."""
 
     def set_registers(self, values: dict[str, int], cpu: int = 0) -> None:
         """Set registers by name."""
@@ -43,9 +47,13 @@ class BootPlan:
     details: Mapping[str, int] = field(default_factory=dict)
     """Addresses worth showing: kernel, kernel_end, initrd, initrd_size, rsdp."""
 
-    def load(self, machine: GuestMemory) -> None:
-        """Write the pieces to the machine's memory and set its first processor's registers."""
-        for piece in self.pieces:
+    def load(self, machine: GuestMemory, sealed: SealedPages | None = None) -> None:
+        """Write the pieces to the machine's memory and set its first processor's registers.
+
+        What `sealed` has of the pieces is mapped instead, common to all machines that start from it.
+        """
+        pieces = sealed.load(machine, self.pieces) if sealed is not None else self.pieces
+        for piece in pieces:
             view = memoryview(piece.data)
             for at in range(0, len(view), _AT_ONCE):
                 machine.write_memory(piece.address + at, view[at : at + _AT_ONCE])
