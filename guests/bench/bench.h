@@ -31,6 +31,9 @@ void run_system(const struct places *places, unsigned rounds, const char *only);
 /* programs.c */
 void run_programs(const char *folder);
 
+/* files.c */
+void run_files(const char *folder, unsigned files, unsigned reads, uint64_t seed);
+
 /* nano.c */
 int nano(unsigned rounds);
 

@@ -181,10 +181,15 @@ int main(int count, char **words)
     }
     if (count == 3 && strcmp(words[1], "nano") == 0)
         return nano((unsigned)strtoul(words[2], NULL, 10));
+    if (count == 6 && strcmp(words[1], "files") == 0) {
+        run_files(words[2], (unsigned)strtoul(words[3], NULL, 10), (unsigned)strtoul(words[4], NULL, 10),
+                  strtoull(words[5], NULL, 10));
+        return 0;
+    }
     if (count == 4 && strcmp(words[1], "all") == 0) {
         struct places places = {words[0], words[2], words[3]};
         return run_some(&places, 0, NULL);
     }
-    fprintf(stderr, "usage: %s all BUSYBOX FOLDER | nano ROUNDS | system ROUNDS [ITEM] | programs FOLDER | list | true\n", words[0]);
+    fprintf(stderr, "usage: %s all BUSYBOX FOLDER | nano ROUNDS | system ROUNDS [ITEM] | programs FOLDER | files FOLDER FILES READS SEED | list | true\n", words[0]);
     return 2;
 }

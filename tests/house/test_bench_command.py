@@ -38,7 +38,7 @@ def test_with_complaints_it_writes_all_the_same_and_ends_with_1(tmp_path: Path) 
     assert json.loads((tmp_path / "report").read_text())["found"] == ["wrong"]
 
 
-@pytest.mark.parametrize("name", ["boot", "compute", "nano", "system", "programs", "idle"])
+@pytest.mark.parametrize("name", ["boot", "compute", "nano", "system", "programs", "idle", "balloon"])
 def test_every_bench_closes_alike(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     kernel = tmp_path / "kernel"
     kernel.touch()
@@ -47,7 +47,7 @@ def test_every_bench_closes_alike(name: str, monkeypatch: pytest.MonkeyPatch, tm
     words: dict[str, Any] = {"json": tmp_path / "report"}
     if name == "boot":
         words["kernel"] = [kernel]
-    elif name not in ("nano", "idle"):
+    elif name not in ("nano", "idle", "balloon"):
         words["kernel"] = kernel
     getattr(command, name)(**words)
     [(measure, rest)] = closed

@@ -14,6 +14,7 @@ from ringzero.bench import boot as boot_bench
 from ringzero.bench import compute as compute_bench
 from ringzero.bench import guests, report
 from ringzero.bench import idle as idle_bench
+from ringzero.bench import memory_balloon as balloon_bench
 from ringzero.bench import nano as nano_bench
 from ringzero.bench import profile as profile_bench
 from ringzero.bench import programs as programs_bench
@@ -143,6 +144,27 @@ def idle(
     """Processor time and memory of a guest that waits at its prompt."""
     bench = idle_bench.IdleBench(image=image, engine=engine, memory=memory, seconds=seconds)
     finish(bench.measure, idle_bench.show, idle_bench.as_json, lambda _: [], json)
+
+
+@app.command()
+def balloon(
+    image: Annotated[str, typer.Option(help="The image to boot.")] = "debian",
+    engine: Engine = "direct",
+    runs: Runs = 5,
+    give: Annotated[int, typer.Option(min=0, help="MiB to inflate for the rate; 0 for no rate.")] = 1024,
+    size: Annotated[
+        list[int] | None, typer.Option(help="MiB that a ballooned guest is left with; may be repeated.")
+    ] = None,
+    full: Annotated[int, typer.Option(min=128, help="MiB that it begins with.")] = 256,
+    only_rate: Annotated[bool, typer.Option("--only-rate", help="Without the file server.")] = False,
+    json: Json = None,
+) -> None:
+    """How fast memory is ballooned, and a ballooned file server against one that natively has as much memory."""
+    sizes = [] if only_rate else size or list(balloon_bench.BalloonBench.sizes)
+    bench = balloon_bench.BalloonBench(
+        image=image, engine=engine, runs=runs, give=give, sizes=sizes, full=full
+    )
+    finish(bench.measure, balloon_bench.show, balloon_bench.as_json, balloon_bench.complaints, json)
 
 
 @app.command()
