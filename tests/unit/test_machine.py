@@ -141,7 +141,7 @@ def vm(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     monkeypatch.setitem(sys.modules, "ringzero._core", core)
     monkeypatch.setattr(ringzero, "_core", core, raising=False)
     monkeypatch.setattr(assemble_module, "attach_devices", lambda vm, devices: None)
-    plan = types.SimpleNamespace(load=lambda vm: None)
+    plan = types.SimpleNamespace(load=lambda vm, sealed: None)
     plans: list[dict[str, object]] = []
 
     def plan_boot(kernel: bytes, **options: object) -> object:
