@@ -9,6 +9,7 @@ pub mod events;
 pub mod lock;
 pub mod map;
 pub mod nameless;
+pub mod passing;
 pub mod private;
 pub mod random;
 pub mod sampler;

@@ -20,6 +20,7 @@ pub mod reclaim;
 mod regions;
 mod reverse;
 pub mod shadow;
+pub mod share;
 pub mod swap;
 pub mod tlb;
 pub mod trace;
