@@ -108,7 +108,9 @@ mod tests {
         send_all(left.as_fd(), b"one", Some(file.as_fd())).unwrap();
         send_all(left.as_fd(), b"two", None).unwrap();
         let (mut bytes, mut files) = ([0; 16], Vec::new());
-        assert_eq!(receive(right.as_fd(), &mut bytes, &mut files).unwrap(), 6);
+        let first = receive(right.as_fd(), &mut bytes, &mut files).unwrap();
+        let rest = receive(right.as_fd(), &mut bytes[first..], &mut files).unwrap();
+        assert_eq!((first, rest), (3, 3), "a read ends where other files begin");
         file.write_all_at(b"same", 5).unwrap();
         let mut same = [0; 4];
         File::from(files.pop().unwrap()).read_exact_at(&mut same, 5).unwrap();

@@ -13,10 +13,11 @@ use std::time::Duration;
 use host::passing::send_all;
 use x86::Ppn;
 
-use super::Page;
 use super::wire::{
     HEADER, MOST_CONTENTS, MOST_HELD, MOST_OFFERED, MOST_RELEASED, NONE, Reply, Request, VERSION, size_of_items,
 };
+use super::{MOST_PAGES, Page};
+use crate::worker::Common;
 
 /// How long a sharer may take for an answer. One that takes longer has failed: only sharing waits for it.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -29,8 +30,36 @@ pub struct Client {
     again: Vec<Ppn>,
 }
 
+fn is_page(page: &u32) -> bool {
+    *page < MOST_PAGES || *page == NONE
+}
+
 fn wrong(what: &str) -> io::Error {
     io::Error::new(io::ErrorKind::InvalidData, format!("the sharer {what}"))
+}
+
+impl Common for Client {
+    fn seed(&self) -> u64 {
+        self.seed
+    }
+
+    fn offer(
+        &mut self,
+        pages: &[(Ppn, u64)],
+        content: &mut dyn FnMut(Ppn) -> Option<Box<Page>>,
+    ) -> io::Result<Vec<Option<u32>>> {
+        self.offer_all(pages, content)
+    }
+
+    fn release(&mut self, pages: &[u32]) -> io::Result<()> {
+        pages
+            .chunks(MOST_RELEASED)
+            .try_for_each(|part| self.attempt(|client| client.send(&Request::Release(part.to_vec()))))
+    }
+
+    fn take_again(&mut self) -> Vec<Ppn> {
+        std::mem::take(&mut self.again)
+    }
 }
 
 impl Client {
@@ -57,25 +86,14 @@ impl Client {
         Ok(client)
     }
 
-    /// The seed with which pages are hashed: see [`super::hash`].
-    #[must_use]
-    pub fn seed(&self) -> u64 {
-        self.seed
-    }
-
-    /// Offers pages with their hashes; gives for each the shared page that may replace it, which counts as used by the VM from
-    /// now on. `content` is asked for some of them, and gives what they hold now.
-    ///
-    /// # Errors
-    /// When the sharer is gone, or breaks the rules: then sharing is over until the VM has another client.
-    pub fn offer(
+    fn offer_all(
         &mut self,
         pages: &[(Ppn, u64)],
-        mut content: impl FnMut(Ppn) -> Option<Box<Page>>,
+        content: &mut dyn FnMut(Ppn) -> Option<Box<Page>>,
     ) -> io::Result<Vec<Option<u32>>> {
         let mut answers = Vec::with_capacity(pages.len());
         for part in pages.chunks(MOST_OFFERED) {
-            let answer = self.attempt(|client| client.offer_part(part, &mut content))?;
+            let answer = self.attempt(|client| client.offer_part(part, content))?;
             answers.extend(answer.into_iter().map(|page| (page != NONE).then_some(page)));
         }
         Ok(answers)
@@ -84,7 +102,7 @@ impl Client {
     fn offer_part(
         &mut self,
         pages: &[(Ppn, u64)],
-        content: &mut impl FnMut(Ppn) -> Option<Box<Page>>,
+        content: &mut dyn FnMut(Ppn) -> Option<Box<Page>>,
     ) -> io::Result<Vec<u32>> {
         // A page number of RAM has 28 bits at most.
         self.send(&Request::Offer(pages.iter().map(|(ppn, hash)| (ppn.0 as u32, *hash)).collect()))?;
@@ -101,33 +119,13 @@ impl Client {
                     self.send(&Request::Content(found?.into_iter().flatten().collect()))?;
                 }
                 Reply::Again(again) => self.again.extend(again.into_iter().map(|ppn| Ppn(u64::from(ppn)))),
-                Reply::Answer(answer) if answer.len() == pages.len() => return Ok(answer),
+                Reply::Answer(answer) if answer.len() == pages.len() && answer.iter().all(is_page) => {
+                    return Ok(answer);
+                }
                 _ => return Err(wrong("answers something else than it was asked")),
             }
         }
         Err(wrong("wants more pages than were offered"))
-    }
-
-    /// Pages that found an equal one since they were offered: offering them again soon is worth while.
-    #[must_use]
-    pub fn take_again(&mut self) -> Vec<Ppn> {
-        std::mem::take(&mut self.again)
-    }
-
-    /// Shared pages that the VM does not use any more, each as often as it used it.
-    ///
-    /// # Errors
-    /// As [`Client::offer`].
-    pub fn release(&mut self, pages: &[u32]) -> io::Result<()> {
-        pages
-            .chunks(MOST_RELEASED)
-            .try_for_each(|part| self.attempt(|client| client.send(&Request::Release(part.to_vec()))))
-    }
-
-    /// Whether sharing is over.
-    #[must_use]
-    pub fn has_failed(&self) -> bool {
-        self.has_failed
     }
 
     /// After a failure nobody knows what the other side has understood.

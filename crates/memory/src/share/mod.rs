@@ -23,6 +23,9 @@ mod wire;
 
 use xxhash_rust::xxh3::xxh3_64_with_seed;
 
+/// Pages of a group's pool, at most: 64 GiB. A VM maps so many, which costs nothing.
+pub const MOST_PAGES: u32 = 1 << 24;
+
 /// Content of a page.
 pub type Page = [u8; x86::PAGE_SIZE as usize];
 

@@ -15,6 +15,7 @@ use std::thread::JoinHandle;
 use host::events::{EventFd, Watch, poll, send};
 use host::passing::receive;
 
+use super::MOST_PAGES;
 use super::group::{Group, Statistics};
 use super::table::Identity;
 use super::wire::{Frames, Reply};
@@ -65,7 +66,7 @@ pub struct Sharer {
 }
 
 impl Sharer {
-    /// Starts the thread; a group's pool has at most `limit` pages.
+    /// Starts the thread; a group's pool has at most `limit` pages, and [`MOST_PAGES`].
     ///
     /// # Errors
     /// The system's.
@@ -73,7 +74,7 @@ impl Sharer {
         let wake = std::sync::Arc::new(EventFd::new()?);
         let (commands, received) = channel();
         let mut server = Server {
-            limit,
+            limit: limit.min(MOST_PAGES),
             wake: std::sync::Arc::clone(&wake),
             commands: received,
             groups: HashMap::new(),

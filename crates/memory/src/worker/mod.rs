@@ -41,6 +41,11 @@ pub trait Common: Send {
     /// # Errors
     /// As for [`Common::offer`].
     fn release(&mut self, pages: &[u32]) -> io::Result<()>;
+
+    /// Pages that were offered, and have found an equal one since.
+    fn take_again(&mut self) -> Vec<Ppn> {
+        Vec::new()
+    }
 }
 
 pub struct Worker {
@@ -48,6 +53,8 @@ pub struct Worker {
     random: Random,
     scan: scan::Progress,
     common: Option<Box<dyn Common>>,
+    /// One that failed. As long as it is there, what the VM has stays counted: nobody may take it for gone.
+    failed: Option<Box<dyn Common>>,
     /// Pages that are watched for the working set.
     sampled: Vec<Ppn>,
     /// Pages that go first if nobody has touched them.
@@ -81,15 +88,18 @@ impl Worker {
             random: Random::new(),
             scan: scan::Progress::default(),
             common: None,
+            failed: None,
             sampled: Vec::new(),
             candidates: Vec::new(),
         }
     }
 
-    /// Has somebody count the pages of the shared pool; whoever did so before is forgotten.
+    /// Has somebody count the pages of the shared pool, who knows what the VM has of it ([`Worker::shared_pages`]); whoever did so
+    /// before is forgotten.
     pub fn attach(&mut self, common: Box<dyn Common>) {
         self.scan = scan::Progress::default();
         self.common = Some(common);
+        self.failed = None;
     }
 
     /// Shared pages that the VM has, and how often: what somebody new has to be told.

@@ -46,7 +46,8 @@ impl Worker {
         self.scan.hashes.resize(pmap.pages() as usize, 0);
         self.release();
         let seed = self.common.as_ref().map_or(0, |common| common.seed());
-        let (mut zeroes, mut offers) = (Vec::new(), Vec::new());
+        let mut zeroes = Vec::new();
+        let mut offers = self.wanted_again(seed, &mut done);
         while done.scanned < budget as u64 {
             if self.scan.next >= self.scan.hashes.len() {
                 (self.scan.next, done.has_ended) = (0, true);
@@ -73,7 +74,7 @@ impl Worker {
             if zeroes.len() == BATCH {
                 done.zeroed += self.drop_zeroes(&std::mem::take(&mut zeroes));
             }
-            if offers.len() == BATCH {
+            if offers.len() >= BATCH {
                 self.share(&std::mem::take(&mut offers), &mut done);
             }
         }
@@ -81,6 +82,20 @@ impl Worker {
         self.share(&offers, &mut done);
         done.is_alone = self.common.is_none();
         done
+    }
+
+    /// Pages that have an equal one by now, unless they have changed: they need not wait for the scan to come by.
+    fn wanted_again(&mut self, seed: u64, done: &mut Scanned) -> Vec<(Ppn, u64)> {
+        let again = self.common.as_mut().map(|common| common.take_again()).unwrap_or_default();
+        let memory = &self.memory;
+        let mut hash_of = |ppn: Ppn| {
+            let page = memory.resident(ppn).filter(|_| pmap_is_private(memory, ppn))?;
+            done.scanned += 1;
+            let now = xxh3_64_with_seed(&page.copy(), seed);
+            let before = self.scan.hashes.get(memory.pmap().index(ppn)?)?;
+            (*before == now as u32 | 1).then_some((ppn, now))
+        };
+        again.into_iter().filter_map(&mut hash_of).collect()
     }
 
     fn drop_zeroes(&self, pages: &[Ppn]) -> u64 {
@@ -134,7 +149,7 @@ impl Worker {
 
     /// What the VM has stays as it is; somebody new is told of it.
     fn lose_common(&mut self, _error: &io::Error) {
-        self.common = None;
+        self.failed = self.common.take().or(self.failed.take());
     }
 }
 
