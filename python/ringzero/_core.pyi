@@ -9,7 +9,7 @@ from typing import Protocol, Self, final, type_check_only
 
 from typing_extensions import Buffer  # collections.abc has it from 3.12 on
 
-__all__ = ["CoreError", "Vm", "engines", "host_features"]
+__all__ = ["CoreError", "Sharer", "Vm", "engines", "host_features"]
 
 class CoreError(Exception):
     """The core refused or failed: the message is one sentence and says what to do."""
@@ -84,6 +84,13 @@ class Vm:
     def set_swap(self, compressed_bytes: int, folder: str | None = None, file_bytes: int = 0) -> None:
         """Give the VM a swap store, once: so many bytes of memory for compressed pages, and a file of up to
         `file_bytes` in `folder`, encrypted, without a name."""
+    def attach_sharer(self, socket: int, pool: int | None = None) -> None:
+        """Join the VM to the sharer at the other end of a stream socket, which is told what the VM uses of the group's
+        pool. The first time, before `start`, `pool` is the descriptor that `Sharer.join` returned; later, with another
+        sharer, the VM brings the pool along. The descriptors are copied; close yours: as long as one of the socket is
+        open, the sharer takes the VM for alive. Raises CoreError when the sharer refuses, and changes nothing then."""
+    def shared_pool(self) -> tuple[int, int] | None:
+        """Return which file the pool of the VM's sharing group is: device and inode. None when it is in none."""
     def registers(self, cpu: int = 0) -> dict[str, int]:
         """Return the registers of a processor that is not running: rax..r15, rip, rflags, cr0, cr2, cr3, cr4, cr8,
         efer, and cs, ss, ds, es, fs, gs, tr, ldtr as NAME (selector), NAME_base, NAME_limit, NAME_attributes
@@ -137,6 +144,37 @@ class Vm:
         guest_background_scans, guest_direct_scans, guest_background_reclaims and guest_direct_reclaims."""
     def stats(self) -> dict[str, int]:
         """Return the counters, by dotted name. A VM that runs is stopped for it, between two instructions."""
+
+@final
+class Sharer:
+    """Counts the shared pages of a host's VMs: a thread, and for each sharing group a table and a pool, which is a file
+    in memory that only the sharer writes. It ends when the object does. The VMs go on with what they have, and bring it
+    to the next sharer."""
+
+    def __new__(cls, pages: int = 16777216) -> Self:
+        """Start it; `pages` is the most that the pool of a group may have."""
+
+    def join(
+        self, group: str, vm: str, socket: int, pages: int, pool: tuple[int, int] | None = None
+    ) -> tuple[int | None, tuple[int, int]]:
+        """Take a VM of `pages` pages into a group, which is made when there is none of this name. `socket` is the
+        sharer's end of a pair of stream sockets (it is copied: close yours); the VM gets the other one. `pool` says
+        which file the VM has as its pool from an earlier sharer. Return a descriptor of the pool to read, which is the
+        caller's to close, and which file it is. The descriptor is None as long as only VMs have the pool. Raises
+        CoreError when the group has another pool, or waits for one."""
+    def recovered(self) -> None:
+        """Say that all VMs that used pools of an earlier sharer have been joined and attached, or have ended: pages
+        that none of them uses go back to the system."""
+    def report(self) -> tuple[dict[str, dict[str, int]], list[str]]:
+        """Return the counts of each group, and what has happened since the last report, a sentence for each VM that
+        broke a rule and shares no more.
+
+        members, guest_pages: VMs, and their pages. shared_pages, uses: pages of the pool that are in use, and how
+        often. offered, found, added, stale, released: pages that were offered, that were in the pool already, that
+        came into it, that had changed since they were offered, and uses that ended. metadata_bytes: memory that all
+        tables take."""
+    def audit(self) -> list[str]:
+        """Compare pools, tables, and what VMs use: a sentence for all that is not as it must be. Reads all pools."""
 
 def engines() -> list[str]: ...
 def host_features() -> dict[str, bool | int | str]:

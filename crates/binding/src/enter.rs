@@ -1,6 +1,7 @@
 //! The one door from Python into the core: it lets the GIL go, maps errors, and keeps a panic of ours from tearing
 //! through the interpreter.
 
+use std::os::fd::OwnedFd;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use pyo3::create_exception;
@@ -46,4 +47,10 @@ pub fn fit<T: TryFrom<i128>>(value: &Bound<'_, PyAny>, what: &str) -> PyResult<T
         if error.is_instance_of::<pyo3::exceptions::PyOverflowError>(value.py()) { Ok(i128::MAX) } else { Err(error) }
     })?;
     T::try_from(number).map_err(|_| CoreError::new_err(format!("{what} cannot be {value}")))
+}
+
+/// A copy of a descriptor of the caller's.
+pub fn descriptor(value: &Bound<'_, PyAny>) -> PyResult<OwnedFd> {
+    let number = fit(value, "a descriptor")?;
+    monitor::sharing::duplicate(number).map_err(|error| CoreError::new_err(format!("descriptor {number}: {error}")))
 }

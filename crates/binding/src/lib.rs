@@ -6,6 +6,7 @@ mod device;
 mod enter;
 mod features;
 mod memory;
+mod sharer;
 mod vm;
 
 /// The core of ringzero; see `_core.pyi`.
@@ -17,6 +18,8 @@ mod core {
     use crate::enter::CoreError;
     #[pymodule_export]
     use crate::features::{engines, host_features};
+    #[pymodule_export]
+    use crate::sharer::Sharer;
     #[pymodule_export]
     use crate::vm::Vm;
 

@@ -8,7 +8,7 @@ use monitor::Gpa;
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyDict};
 
-use crate::enter::{fit, py_enter};
+use crate::enter::{descriptor, fit, py_enter};
 use crate::vm::Vm;
 
 #[pymethods]
@@ -106,5 +106,21 @@ impl Vm {
         let bytes = file_bytes.map_or(Ok(0), |bytes| fit(bytes, "a number of bytes"))?;
         let file = folder.as_deref().map(|folder| (folder, bytes));
         Ok(py_enter(py, || self.machine.set_swap(compressed, file))?)
+    }
+
+    #[pyo3(signature = (socket, pool = None))]
+    fn attach_sharer(
+        &self,
+        py: Python<'_>,
+        socket: &Bound<'_, PyAny>,
+        pool: Option<&Bound<'_, PyAny>>,
+    ) -> PyResult<()> {
+        let socket = descriptor(socket)?;
+        let pool = pool.map(descriptor).transpose()?;
+        Ok(py_enter(py, || self.machine.attach_sharer(socket, pool))?)
+    }
+
+    fn shared_pool(&self, py: Python<'_>) -> PyResult<Option<(u64, u64)>> {
+        Ok(py_enter(py, || self.machine.shared_pool())?)
     }
 }

@@ -13,6 +13,20 @@ const MOST: usize = 4;
 #[repr(C, align(8))]
 struct Control([u8; 64]);
 
+/// Another descriptor of what a number that somebody tells us stands for.
+///
+/// # Errors
+/// The system's, when it stands for nothing.
+pub fn duplicate(fd: i32) -> io::Result<OwnedFd> {
+    // SAFETY: no memory is passed; a number that is no descriptor is refused.
+    let copy = unsafe { libc::fcntl(fd, libc::F_DUPFD_CLOEXEC, 0) };
+    if copy < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the descriptor is new and nobody else's.
+    Ok(unsafe { OwnedFd::from_raw_fd(copy) })
+}
+
 /// Sends all of it, and a file with its first byte. Blocks as the socket does; no SIGPIPE.
 ///
 /// # Errors
@@ -120,5 +134,6 @@ mod tests {
         drop(right);
         assert_eq!(send_all(left.as_fd(), b"three", None).unwrap_err().kind(), io::ErrorKind::BrokenPipe);
         assert!(files.is_empty());
+        assert!(duplicate(-1).is_err() && duplicate(left.as_raw_fd()).is_ok());
     }
 }

@@ -78,6 +78,12 @@ impl Machine {
         (FIRST_IMAGE..=MOST_SOURCES).find(|source| !self.has_source(*source))
     }
 
+    /// The file of a source.
+    #[must_use]
+    pub fn source_file(&self, source: usize) -> Option<&File> {
+        self.source(source).map(|source| &source.file)
+    }
+
     fn source(&self, source: usize) -> Option<&Source> {
         self.sources.get(source.checked_sub(1)?)?.get()
     }

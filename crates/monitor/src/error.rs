@@ -25,6 +25,12 @@ pub enum Error {
     NotSealed,
     #[error("the machine has a swap store already: it is set once")]
     SwapThere,
+    #[error("the machine is in no sharing group: its pool must come along")]
+    NoPool,
+    #[error("the machine is in another sharing group already")]
+    OtherPool,
+    #[error("no pages can be shared: {0}")]
+    Sharing(std::io::Error),
     #[error("the machine has ended: {0}")]
     Ended(String),
     #[error("{0} cannot be called from a device of the same machine: its processor waits for the device")]

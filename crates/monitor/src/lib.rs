@@ -10,6 +10,7 @@ mod memory;
 pub mod outside;
 pub mod registers;
 pub mod run;
+pub mod sharing;
 pub mod slow;
 pub mod trace;
 pub mod vm;

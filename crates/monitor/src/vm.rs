@@ -105,7 +105,7 @@ pub struct Region {
 pub struct Vm {
     pub(crate) control: Arc<Control>,
     /// Changed only before the start, when nobody else knows it.
-    hall: RankedMutex<Arc<Hall>>,
+    pub(crate) hall: RankedMutex<Arc<Hall>>,
     /// Moves the guest's pages, one call at a time.
     pub(crate) worker: Mutex<Worker>,
     dispatcher: Dispatcher,

@@ -21,6 +21,9 @@ mod table;
 mod tests;
 mod wire;
 
+pub use group::Statistics;
+pub use table::{Identity, identity};
+
 use xxhash_rust::xxh3::xxh3_64_with_seed;
 
 /// Pages of a group's pool, at most: 64 GiB. A VM maps so many, which costs nothing.
