@@ -34,6 +34,8 @@ pub struct Shadow {
     has_pcids: bool,
     /// How often the generations of address spaces went round, so that all their entries were dropped.
     pub rounds: u64,
+    /// Entries that had to make way for others, though some may have been stale.
+    pub evictions: u64,
 }
 
 fn index(page: u64, generation: u64) -> usize {
@@ -51,6 +53,7 @@ impl Shadow {
             by_pcid: vec![0; 4096].into_boxed_slice(),
             has_pcids: false,
             rounds: 0,
+            evictions: 0,
         }
     }
 
@@ -104,7 +107,9 @@ impl Shadow {
 
     pub fn fill(&mut self, bank: Bank, generation: u64, entry: &TlbEntry) {
         let place = &mut self.tables[bank as usize][index(entry.read, generation)];
-        *place = [entry.read | generation, entry.write, entry.page, entry.flags];
+        let tag = entry.read | generation;
+        self.evictions += u64::from(place[0] != 0 && place[0] != tag);
+        *place = [tag, entry.write, entry.page, entry.flags];
     }
 
     /// Drops one page of one address space.

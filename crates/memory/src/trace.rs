@@ -3,7 +3,7 @@
 
 use std::collections::HashMap;
 use std::sync::Mutex;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use x86::{PAGE_SIZE, Ppn};
 
@@ -21,6 +21,9 @@ pub struct CodeWrite {
 #[derive(Debug, Default)]
 pub struct CodeTraces {
     state: Mutex<State>,
+    /// How often a page was traced, and how often a store hit code.
+    traced: AtomicU64,
+    hits: AtomicU64,
     /// For each processor, whether stores hit code of its since it last asked.
     pending: [AtomicBool; MOST_PROCESSORS],
 }
@@ -66,6 +69,7 @@ impl CodeTraces {
         let first = lines.mask == 0;
         lines.mask |= mask(offset, size);
         lines.holders = lines.holders.with(processor);
+        self.traced.fetch_add(u64::from(first), Ordering::Relaxed);
         if first { pmap.set_traced(ppn, true) } else { pmap.get(ppn).map_or(Processors::default(), |it| it.writers()) }
     }
 
@@ -74,6 +78,7 @@ impl CodeTraces {
     pub fn written(&self, pmap: &Pmap, ppn: Ppn, offset: u64, size: u64) -> Processors {
         let mut state = self.state();
         let hit = state.lines.get(&ppn).is_some_and(|lines| lines.mask & mask(offset, size) != 0);
+        self.hits.fetch_add(u64::from(hit), Ordering::Relaxed);
         let Some(lines) = hit.then(|| state.lines.remove(&ppn)).flatten() else { return Processors::default() };
         for holder in lines.holders.iter() {
             state.written[holder].push(CodeWrite { ppn });
@@ -81,6 +86,12 @@ impl CodeTraces {
         }
         pmap.set_traced(ppn, false);
         lines.holders
+    }
+
+    /// How often a page was traced, and how often a store hit code there.
+    #[must_use]
+    pub fn counts(&self) -> (u64, u64) {
+        (self.traced.load(Ordering::Relaxed), self.hits.load(Ordering::Relaxed))
     }
 
     /// Forgets all code of a processor, because it dropped it.

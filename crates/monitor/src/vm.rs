@@ -512,6 +512,8 @@ impl Vm {
             self.counters.all().into_iter().map(|(name, value)| (name.into(), value)).collect();
         list.push(("memory.ram_bytes".into(), hall.memory.pmap().pages() * PAGE_SIZE));
         list.push(("memory.touched_bytes".into(), hall.memory.pool().in_use() * PAGE_SIZE));
+        let (traced, hits) = hall.memory.code.counts();
+        list.extend([("memory.traced_pages".into(), traced), ("memory.stores_to_code".into(), hits)]);
         list.extend(hall.memory.counts.list().map(|(name, value)| (name.into(), value)));
         list.push(("memory.waits_for_processors".into(), hall.memory.seats.waits()));
         list
@@ -560,6 +562,9 @@ fn counters_of_processor(processor: &mut Processor) -> Vec<(String, u64)> {
             ("outside.apic_msrs", visits.apic),
             ("tlb.fills", vcpu.tlb.fills),
             ("tlb.flushes", vcpu.tlb.flushes),
+            ("tlb.forgotten_pages", vcpu.tlb.forgotten),
+            ("tlb.common_pages", vcpu.tlb.common_pages() as u64),
+            ("shadow.evictions", vcpu.tlb.shadow.evictions),
             ("processor.interpreted", vcpu.interpreted),
             // Zero unless [`Options::count_instructions`] asked for it.
             ("processor.translated", vcpu.translated()),
