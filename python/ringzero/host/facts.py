@@ -68,7 +68,7 @@ def own_memory(pid: int) -> Own:
         with contextlib.suppress(OSError):  # it may be closed meanwhile
             name = os.readlink(link)
             if name.startswith("/memfd:") and not name.startswith(
-                ("/memfd:ringzero-pool", "/memfd:ringzero-shared")
+                ("/memfd:ringzero-pool", "/memfd:ringzero-shared", "/memfd:ringzero-image")
             ):
                 facts = link.stat()
                 files[facts.st_ino] = facts.st_blocks * 512
