@@ -34,7 +34,7 @@ pub struct GuestMemory {
     pub counts: Counts,
     /// One at a time takes pages elsewhere.
     pub(crate) taking: Mutex<()>,
-    /// Pages of other sources that are not used any more, for whoever counts them.
+    /// Pages of the shared pool that are not used any more, for whoever counts them.
     pub(crate) given_back: Mutex<Vec<Mpn>>,
     /// Pages that have no machine page.
     pub(crate) swap: OnceLock<Store>,

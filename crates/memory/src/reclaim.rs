@@ -15,7 +15,7 @@ use x86::{Mpn, Ppn};
 use crate::Error;
 use crate::bytes::PageRef;
 use crate::guest::GuestMemory;
-use crate::machine::source_of;
+use crate::machine::{SHARED, source_of};
 use crate::pmap::{Entry, State};
 
 /// Pages that are taken together: as many as processors find worth looking for one by one.
@@ -117,12 +117,16 @@ impl GuestMemory {
         Ok(false)
     }
 
-    /// A page of another source is not used any more by the VM; those who have it in hand may read it for a while.
+    /// A page of another source is not used any more by the VM; those who have it in hand may read it for a while. Who uses the
+    /// pages of an image nobody counts.
     pub(crate) fn give_back(&self, mpn: Mpn) {
+        if source_of(mpn) != SHARED {
+            return;
+        }
         self.given_back.lock().unwrap_or_else(PoisonError::into_inner).push(mpn);
     }
 
-    /// The pages of other sources that the VM does not use any more, and nobody has in hand. Not for processors' threads.
+    /// The pages of the shared pool that the VM does not use any more, and nobody has in hand. Not for processors' threads.
     pub fn take_given_back(&self) -> Vec<Mpn> {
         let _alone = self.taking.lock().unwrap_or_else(PoisonError::into_inner);
         let list = std::mem::take(&mut *self.given_back.lock().unwrap_or_else(PoisonError::into_inner));

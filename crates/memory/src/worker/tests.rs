@@ -9,6 +9,7 @@ use x86::{Gpa, PAGE_SIZE, Ppn};
 use xxhash_rust::xxh3::xxh3_64_with_seed;
 
 use super::*;
+use crate::machine::FIRST_IMAGE;
 use crate::pmap::State;
 use crate::swap::Store;
 
@@ -122,6 +123,23 @@ fn equal_pages_become_one_and_a_store_breaks_them() {
     assert!(holds(&memory, 15, 6) && !holds(&memory, 5, 6));
     worker.scan(1);
     assert_eq!(client.counted(), 99, "what a store has broken is counted no more");
+}
+
+#[test]
+fn nobody_counts_the_pages_of_an_image() {
+    let client = Client::new();
+    let (memory, mut worker) = guest(&client);
+    memory.machine().add_source(FIRST_IMAGE, memfd(c"test-image", 1 << 20).unwrap(), 256).unwrap();
+    memory.map_image(FIRST_IMAGE, Ppn(10), 0, 20).unwrap();
+    (10..15).for_each(|page| write(&memory, page, page));
+    assert_eq!(memory.balloon(&[Ppn(20)]), 1);
+    assert_eq!(
+        (state(&memory, 12), state(&memory, 25), state(&memory, 20)),
+        (State::Private, State::Image, State::Ballooned)
+    );
+    assert!(memory.take_given_back().is_empty());
+    worker.scan(100);
+    assert!(worker.shared_pages().is_empty());
 }
 
 #[test]
