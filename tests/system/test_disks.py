@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from ringzero import Machine
+from ringzero.errors import InputError
 
 from .conftest import ENGINE, Run
 
@@ -32,10 +33,13 @@ def test_a_file_system_goes_from_one_machine_to_the_next(tmp_path: Path) -> None
         subprocess.run(["/sbin/mke2fs", "-q", "-t", "ext4", image], check=True)
     except FileNotFoundError:
         pytest.skip("no mke2fs (apt: e2fsprogs)")
-
-    def run(script: str) -> str:
-        with Machine("debian", engine=ENGINE, disks=[image]) as machine:
-            return machine.run(["sh", "-c", script], check=True, text=True).stdout
-
-    assert run("mount /dev/vda /mnt && echo here >/mnt/file && umount /mnt") == ""
-    assert run("mount /dev/vda /mnt && cat /mnt/file") == "here\n"
+    with Machine("debian", engine=ENGINE, disks=[image]) as first:
+        script = "mount /dev/vda /mnt && echo here >/mnt/file && umount /mnt"
+        first.run(["sh", "-c", script], check=True)
+        with pytest.raises(InputError, match="another machine"), Machine("debian", disks=[image]):
+            pass
+    # The first may still be looked at, and does not keep the disk.
+    assert len(first.read_memory(0, 4096)) == 4096
+    with Machine("debian", engine=ENGINE, disks=[image]) as second:
+        done = second.run(["sh", "-c", "mount /dev/vda /mnt && cat /mnt/file"], check=True, text=True)
+    assert done.stdout == "here\n"

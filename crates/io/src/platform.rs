@@ -215,6 +215,11 @@ impl Platform {
         self.serial.finish();
     }
 
+    /// The processors have ended: the threads of devices end, too, and files are free for other machines.
+    pub fn end_devices(&self) {
+        self.pci.lock().end();
+    }
+
     // ---- what the processors reach ---------------------------------------------------------------------------------
 
     #[inline]

@@ -365,7 +365,12 @@ impl Vm {
     /// [`Error::NotStarted`], [`Error::FromDevice`].
     pub fn wait(&self, timeout: Option<Duration>) -> Result<Option<String>, Error> {
         self.not_from_device("wait")?;
-        self.control.wait(timeout)
+        let reason = self.control.wait(timeout)?;
+        if reason.is_some() {
+            // Its disks are free for the next machine, although this one may still be looked at.
+            self.hall().platform.end_devices();
+        }
+        Ok(reason)
     }
 
     /// Moves a page to another machine page while the guest runs; false when it is in use all the time.

@@ -71,6 +71,9 @@ pub trait Function: Send {
     }
 
     fn restore(&mut self, _state: &FunctionState) {}
+
+    /// The machine has ended: lets go of what others may want.
+    fn end(&mut self) {}
 }
 
 /// What a saved machine keeps of a device, by its kind.
@@ -272,6 +275,13 @@ impl Host {
                 card.tell_interrupts();
             }
         }
+    }
+}
+
+impl Host {
+    /// The machine has ended: no device does anything any more, or keeps what others may want.
+    pub fn end(&mut self) {
+        self.slots.iter_mut().flatten().for_each(|card| card.function.end());
     }
 }
 

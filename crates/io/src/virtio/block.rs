@@ -291,6 +291,13 @@ impl Backend for Block {
         Cow::Borrowed(&self.config)
     }
 
+    fn end(&self) {
+        if let Medium::File(file) = &self.medium {
+            // Where there was no lock, there is none to let go.
+            let _ = file.unlock();
+        }
+    }
+
     fn serve(&self, _queue: u16, features: u64, chain: &Chain<'_>) -> Answer {
         // Without room for the status, there is nobody to tell of anything.
         let Some(room) = chain.writable_bytes().checked_sub(1) else { return Answer::Done(0) };

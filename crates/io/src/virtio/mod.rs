@@ -78,6 +78,9 @@ pub trait Backend: Send + Sync {
 
     fn restore(&self, _state: &BackendState) {}
 
+    /// The machine has ended: lets go of what others may want.
+    fn end(&self) {}
+
     /// Carries a request of a queue out; `features` were negotiated.
     fn serve(&self, queue: u16, features: u64, chain: &Chain<'_>) -> Answer;
 }

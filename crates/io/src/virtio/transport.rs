@@ -400,6 +400,16 @@ impl Function for Transport {
         FunctionState::Virtio(state)
     }
 
+    fn end(&mut self) {
+        // What a saved machine would keep stays.
+        if let FunctionState::Virtio(state) = self.state() {
+            self.state = state;
+        }
+        self.line.clear();
+        (self.service, self.ending) = (None, None);
+        self.backend.end();
+    }
+
     fn restore(&mut self, state: &FunctionState) {
         let FunctionState::Virtio(saved) = state else { return };
         self.reset();
