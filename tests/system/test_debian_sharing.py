@@ -71,11 +71,11 @@ def test_guests_work_while_their_pages_come_and_go(sharer: _core.Sharer, guests:
     wrong: list[str] = []
 
     def look_after(vm: _core.Vm) -> None:
-        while not is_over.wait(0.02):
+        while not is_over.wait(0.05):
             done = vm.memory_scan(3000)
             for name in ("shared", "zeroed", "alone"):
                 counts[name] += done[name]
-            counts["evicted"] += vm.memory_evict(20)[0]
+            counts["evicted"] += vm.memory_evict(15)[0]
             vm.memory_sample(20)
 
     def work(guest: Sharing) -> None:
@@ -95,7 +95,7 @@ def test_guests_work_while_their_pages_come_and_go(sharer: _core.Sharer, guests:
         thread.join()
     assert wrong == []
     assert counts["alone"] == 0, sharer.report()
-    assert min(counts["shared"], counts["zeroed"], counts["evicted"]) > 500, counts
+    assert min(counts["shared"], counts["zeroed"], counts["evicted"]) > 300, counts
     for guest in guests:
         assert guest._vm.memory_audit() == []
         assert guest._vm.memory_counts()["image"] > 2000, "the kernel's code is common from the beginning"
