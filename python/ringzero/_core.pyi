@@ -163,8 +163,8 @@ class Sharer:
         caller's to close, and which file it is. The descriptor is None as long as only VMs have the pool. Raises
         CoreError when the group has another pool, or waits for one."""
     def recovered(self) -> None:
-        """Say that all VMs that used pools of an earlier sharer have been joined and attached, or have ended: pages
-        that none of them uses go back to the system."""
+        """Say that all VMs that used pools of an earlier sharer have been joined, or have ended. When those have been
+        attached, pages that none of them uses go back to the system."""
     def report(self) -> tuple[dict[str, dict[str, int]], list[str]]:
         """Return the counts of each group, and what has happened since the last report, a sentence for each VM that
         broke a rule and shares no more.

@@ -102,15 +102,34 @@ def test_equal_pages_are_one_and_a_store_breaks_them() -> None:
     one.check()
 
 
-def test_groups_share_nothing_with_each_other() -> None:
-    sharer, one, other = _core.Sharer(), Guest(), Guest()
-    for guest, group in ((one, "a"), (other, "b")):
-        join(sharer, guest, group)
+def test_what_one_group_holds_changes_nothing_for_another() -> None:
+    seen = []
+    for other_has_the_same in (True, False):
+        sharer, guest, twin, other = _core.Sharer(), Guest(), Guest(), Guest()
+        for one, group in ((guest, "a"), (twin, "a"), (other, "b")):
+            join(sharer, one, group)
         for page in range(100):
+            other.store(page, page if other_has_the_same else 1000 + page)
+            # Half of the pages of one group have a twin there.
             guest.store(page, page)
-    for _ in range(3):
-        assert one.scan()["shared"] == other.scan()["shared"] == 0
-    assert one.vm.shared_pool() != other.vm.shared_pool()
+            twin.store(page, page if page % 2 else 2000 + page)
+        for _ in range(3):
+            # It is first, and again and again: whatever there is to be found out is known to the sharer.
+            assert other.scan()["shared"] == 0
+            guest.scan()
+            twin.scan()
+        assert guest.vm.shared_pool() != other.vm.shared_pool()
+        # A store is slow where a page must be broken, which is where the guest's own group has it.
+        states = guest.vm.memory_states()
+        for page in range(100):
+            guest.store(page, 3000 + page)
+        broken = guest.vm.stats()["memory.broken"]
+        counts = sharer.report()[0]["a"]
+        seen.append(
+            (states, broken, {name: counts[name] for name in ("offered", "found", "added", "stale", "uses")})
+        )
+    assert seen[0] == seen[1]
+    assert seen[0][1] == 50
 
 
 def test_a_vm_that_stores_as_fast_as_pages_are_shared_keeps_its_content() -> None:

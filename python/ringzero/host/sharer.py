@@ -4,7 +4,7 @@ It listens at a socket of its own, on which a daemon says (in the messages of ri
 
     join       group, vm, pages, perhaps pool, and the sharer's end of a pair of stream sockets
                -> pool: [device, inode], and a descriptor of it to read unless only VMs have it so far
-    recovered  all VMs that had shared pages of an earlier sharer have joined and attached, or are gone
+    recovered  all VMs that had shared pages of an earlier sharer have joined, or are gone
     report     -> groups: counts by name; sentences: what has happened since the last report
     audit      -> findings: what is not as it must be
     stop

@@ -86,6 +86,8 @@ struct Member {
     /// Pages that the VM has: it cannot use more.
     pages: u64,
     phase: Phase,
+    /// It has shared pages of a sharer that is gone, which it will name.
+    will_claim: bool,
     uses: Uses,
     wishes: Vec<u32>,
     /// Hints that it gave, and in which generation.
@@ -123,6 +125,8 @@ pub struct Group {
     secret: u64,
     hints: Hints,
     members: HashMap<u16, Member>,
+    /// Whether all members that will claim pages have joined.
+    all_are_here: bool,
     /// Pages of all members together.
     guest_pages: u64,
     /// The hash of a page of zeroes, which is never shared.
@@ -149,6 +153,7 @@ impl Group {
             secret,
             hints: Hints::default(),
             members: HashMap::new(),
+            all_are_here: false,
             guest_pages: 0,
             of_zeroes: hash(&[0; PAGE_SIZE as usize], seed),
             counts: Statistics::default(),
@@ -170,12 +175,13 @@ impl Group {
         }
     }
 
-    /// A VM of so many pages comes; gives its number, or `None` when there are too many.
-    pub fn join(&mut self, pages: u64) -> Option<u16> {
+    /// A VM of so many pages comes, which `will_claim` shared pages or has none yet; gives its number, or `None` when there are
+    /// too many.
+    pub fn join(&mut self, pages: u64, will_claim: bool) -> Option<u16> {
         let number = (0..u16::MAX).find(|number| !self.members.contains_key(number))?;
         let (uses, wishes) = (Uses::default(), Vec::new());
         self.guest_pages += pages;
-        self.members.insert(number, Member { pages, phase: Phase::New, uses, wishes, hints: (0, 0) });
+        self.members.insert(number, Member { pages, phase: Phase::New, will_claim, uses, wishes, hints: (0, 0) });
         Some(number)
     }
 
@@ -183,17 +189,29 @@ impl Group {
     pub fn leave(&mut self, number: u16) {
         let Some(member) = self.members.remove(&number) else { return };
         self.guest_pages -= member.pages;
-        let Some(table) = &mut self.table else { return };
-        member.uses.all().for_each(|(page, count)| table.remove_users(page, count));
+        if let Some(table) = &mut self.table {
+            member.uses.all().for_each(|(page, count)| table.remove_users(page, count));
+        }
+        self.free_what_nobody_claims();
     }
 
     pub fn is_empty(&self) -> bool {
         self.members.is_empty()
     }
 
-    /// All VMs that used the pool before have registered, or are gone.
-    pub fn all_have_claimed(&mut self) {
-        if let Some(table) = &mut self.table {
+    /// All VMs that used the pool before have joined, or are gone.
+    pub fn all_are_here(&mut self) {
+        self.all_are_here = true;
+        self.free_what_nobody_claims();
+    }
+
+    /// Frees what is left of an earlier sharer's pages, once all who may name some have done so.
+    fn free_what_nobody_claims(&mut self) {
+        let is_done = |member: &Member| !member.will_claim || matches!(member.phase, Phase::Ready | Phase::Asked(_));
+        if let Some(table) = self.table.as_mut().filter(|table| table.is_adopted())
+            && self.all_are_here
+            && self.members.values().all(is_done)
+        {
             table.all_have_claimed();
         }
     }
@@ -252,6 +270,7 @@ impl Group {
         {
             member.phase = Phase::Ready;
             replies.push(Reply::Welcome { seed: self.seed });
+            self.free_what_nobody_claims();
         }
         Ok(())
     }

@@ -101,7 +101,8 @@ impl Sharer {
         self.ask(|sender| Command::Join(newcomer, sender))?
     }
 
-    /// All VMs that had shared pages of an earlier sharer have joined, or are gone.
+    /// All VMs that had shared pages of an earlier sharer have joined, or are gone. What none of them claims when it registers is
+    /// freed.
     ///
     /// # Errors
     /// When the sharer has ended.
@@ -166,7 +167,7 @@ impl Server {
                 match command {
                     Command::Join(newcomer, sender) => drop(sender.send(self.join(newcomer))),
                     Command::Recovered(sender) => {
-                        self.groups.values_mut().for_each(Group::all_have_claimed);
+                        self.groups.values_mut().for_each(Group::all_are_here);
                         let _ = sender.send(());
                     }
                     Command::Report(sender) => drop(sender.send(self.report())),
@@ -196,7 +197,7 @@ impl Server {
         if pool.is_none() && file.is_none() {
             return Err(refused("waits for its pool, which a vm that had it must bring first"));
         }
-        let number = group.join(pages).ok_or_else(|| refused("has no room for another vm"))?;
+        let number = group.join(pages, pool.is_some()).ok_or_else(|| refused("has no room for another vm"))?;
         let (frames, files, out) = (Frames::default(), Vec::new(), Vec::new());
         self.members.push(Member { group: name, name: vm, number, socket, frames, files, out, is_refused: false });
         Ok((file, identity))

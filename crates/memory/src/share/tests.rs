@@ -503,6 +503,36 @@ fn another_sharer_finds_all_that_is_used_and_frees_the_rest() {
 }
 
 #[test]
+fn nothing_is_freed_before_all_who_are_here_have_said_what_they_use() {
+    let sharer = Sharer::start(1 << 20).unwrap();
+    let mut guests: Vec<Guest> = (0..3).map(|number| Guest::new(&sharer, &format!("vm{number}"))).collect();
+    for (number, guest) in (0..).zip(&mut guests) {
+        (0..40).for_each(|ppn| guest.store(ppn, 100 * number + ppn / 2));
+        guest.offer(&(0..40).collect::<Vec<_>>());
+    }
+    drop(sharer);
+    let sharer = Sharer::start(1 << 20).unwrap();
+    let mut sockets = Vec::new();
+    for guest in &guests {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        sharer.join(newcomer(theirs, "guest", Some(guest.identity))).unwrap();
+        sockets.push(ours);
+    }
+    sharer.recovered().unwrap();
+    // The last of them dies without a word: what it used goes only then.
+    let dead = guests.pop().unwrap();
+    for (guest, socket) in guests.iter_mut().zip(sockets.drain(..2)) {
+        guest.client = Client::new(socket, Some(&guest.pool), &guest.held()).unwrap();
+        guest.check();
+        dead.check();
+    }
+    sockets.clear();
+    settled(&sharer, |now| (now.members, now.shared_pages) == (2, 40));
+    guests.iter().for_each(Guest::check);
+    assert_eq!(guests[0].pool.metadata().unwrap().blocks() * 512, 40 * PAGE_SIZE);
+}
+
+#[test]
 fn only_the_pool_of_the_group_is_taken_and_only_what_is_used() {
     let sharer = Sharer::start(1 << 20).unwrap();
     let mut guest = Guest::new(&sharer, "guest");
@@ -515,7 +545,7 @@ fn only_the_pool_of_the_group_is_taken_and_only_what_is_used() {
         sharer.join(newcomer(theirs, "guest", Some(guest.identity))).unwrap();
         Client::new(ours, Some(pool), held).map(|client| (client, ()))
     };
-    let _waiting = {
+    let waiting = {
         // Nobody else can come before the pool is there.
         let (ours, theirs) = UnixStream::pair().unwrap();
         sharer.join(newcomer(theirs, "guest", Some(guest.identity))).unwrap();
@@ -533,6 +563,8 @@ fn only_the_pool_of_the_group_is_taken_and_only_what_is_used() {
         let why = come(&guest.pool, &[wrong]).unwrap_err().to_string();
         assert!(why.contains("shared page"), "{why}");
     }
+    drop(waiting);
+    settled(&sharer, |now| now.members == 1);
     sharer.recovered().unwrap();
     let free = guest.shared.values().max().unwrap() + 1;
     assert!(come(&guest.pool, &[(free, 1)]).unwrap_err().to_string().contains("which is free"));
@@ -563,7 +595,7 @@ fn the_tables_take_less_than_a_two_hundredth_of_the_memory_that_is_shared() {
         replies.clear();
         last
     };
-    let numbers: Vec<u16> = (0..guests).map(|_| group.join(pages).unwrap()).collect();
+    let numbers: Vec<u16> = (0..guests).map(|_| group.join(pages, false).unwrap()).collect();
     let mut seed = 0;
     for number in &numbers {
         let welcome = say(&mut group, *number, Request::Register { version: VERSION, held: 0 });
