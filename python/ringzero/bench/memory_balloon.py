@@ -6,12 +6,14 @@ given, with memory that the guest never used and with memory that it just freed;
 A ballooned guest is compared with one that natively has as much memory as the balloon leaves, as Waldspurger (2002, 3.2
 "Ballooning") did with a file server: both read the same files, in the same random order, from disks that hold one and a
 half times what the smaller guest has for its page cache. They take turns, round by round, so that both meet the same
-host. What each reads from its disk is counted as well: unlike the time, it does not depend on what else the host does.
+host. What else the host does makes either slower, so two more figures stand beside the throughput that depend on it less:
+the processor time that the host spent on the rounds, and how much came from the disk.
 """
 
 from __future__ import annotations
 
 import contextlib
+import os
 import random
 import re
 import shutil
@@ -28,6 +30,7 @@ from rich.table import Table
 
 from ringzero.bench import guests
 from ringzero.bench.figures import Sample, sample
+from ringzero.bench.idle import processor_seconds
 from ringzero.errors import GuestError, InputError
 from ringzero.machine.disk import Disk
 from ringzero.machine.machine import Machine
@@ -63,10 +66,14 @@ class Rate:
 
 @dataclass(frozen=True)
 class Round:
-    """One round of a guest: MB/s, bytes read from its disk, and the checksum of what it read."""
+    """One round of a guest: MB/s, bytes read and how many of them from its disk, the host's processor time in seconds,
+    and the checksum of what it read.
+    """
 
     speed: float
+    served: int
     from_disk: int
+    processor: float
     checksum: str
 
 
@@ -84,6 +91,15 @@ class Served:
     def ratio(self) -> float:
         """What the ballooned guest reaches of the native one's throughput, by medians."""
         return _speed(self.ballooned).median / _speed(self.native).median
+
+    @property
+    def processor_ratio(self) -> float:
+        """What it reaches of the native one's throughput in a second of the host's processors, over all rounds."""
+        per_second = [
+            sum(one.served for one in rounds) / max(sum(one.processor for one in rounds), 0.001)
+            for rounds in (self.ballooned, self.native)
+        ]
+        return per_second[0] / per_second[1]
 
     @property
     def disk_ratio(self) -> float:
@@ -218,14 +234,29 @@ def _from_disk(machine: Machine) -> int:
 
 
 def _round(machine: Machine, files: int, seed: int) -> Round:
-    before = _from_disk(machine)
+    before, used = _from_disk(machine), _processor_seconds()
     words = [PROGRAM, "files", MOUNTED, str(files), str(READS_TO_FILES * files), str(seed)]
     done = machine.run(words, text=True)
     line = LINE.search(done.stdout)
     if done.returncode != 0 or line is None:
         raise GuestError(f"the file server ended with status {done.returncode}: {done.stdout}{done.stderr}")
     speed = int(line[2]) / int(line[1]) * 1000
-    return Round(speed, _from_disk(machine) - before, line[3])
+    return Round(speed, int(line[2]), _from_disk(machine) - before, _processor_seconds() - used, line[3])
+
+
+def _processor_seconds() -> float:
+    """Return the processor time of this process and of those that run guests' user code for it."""
+    own = os.getpid()
+    children: list[int] = []
+    for task in Path(f"/proc/{own}/task").iterdir():
+        # A thread may end while we look.
+        with contextlib.suppress(OSError):
+            children += map(int, (task / "children").read_text().split())
+    seconds = processor_seconds(own)
+    for child in children:
+        with contextlib.suppress(OSError):
+            seconds += processor_seconds(child)
+    return seconds
 
 
 @contextlib.contextmanager
@@ -275,7 +306,17 @@ def show(console: Console, figures: Figures) -> None:
         full = figures.served[0].full
         title = f"a file server, ballooned from {full} MiB against native, MB/s"
         table = Table(title=title, title_justify="left")
-        for column in ("size", "files", "native", "spread", "ballooned", "spread", "of native", "disk reads"):
+        for column in (
+            "size",
+            "files",
+            "native",
+            "spread",
+            "ballooned",
+            "spread",
+            "of native",
+            "by CPU",
+            "disk reads",
+        ):
             table.add_column(column, justify="right")
         for one in figures.served:
             native, ballooned = _speed(one.native), _speed(one.ballooned)
@@ -287,6 +328,7 @@ def show(console: Console, figures: Figures) -> None:
                 f"{ballooned.median:,.0f}",
                 f"±{ballooned.spread:.0%}",
                 f"{one.ratio:.1%}",
+                f"{one.processor_ratio:.1%}",
                 f"{one.disk_ratio:.1%}",
             )
         console.print(table)
@@ -324,6 +366,7 @@ def as_json(figures: Figures, described: dict[str, Any]) -> dict[str, Any]:
             "native_bytes_from_disk": [a.from_disk for a in one.native],
             "ballooned_bytes_from_disk": [b.from_disk for b in one.ballooned],
             "ballooned_over_native": one.ratio,
+            "ballooned_over_native_by_processor_time": one.processor_ratio,
         }
         for one in figures.served
     ]
