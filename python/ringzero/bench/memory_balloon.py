@@ -6,8 +6,8 @@ given, with memory that the guest never used and with memory that it just freed;
 A ballooned guest is compared with one that natively has as much memory as the balloon leaves, as Waldspurger (2002, 3.2
 "Ballooning") did with a file server: both read the same files, in the same random order, from disks that hold one and a
 half times what the smaller guest has for its page cache. They take turns, round by round, so that both meet the same
-host. What else the host does makes either slower, so two more figures stand beside the throughput that depend on it less:
-the processor time that the host spent on the rounds, and how much came from the disk.
+host. What else the host does makes either slower, so two more figures stand beside the throughput, which depend on it
+less: the processor time that the host spent on the rounds, and how much came from the disk.
 """
 
 from __future__ import annotations
@@ -304,29 +304,19 @@ def show(console: Console, figures: Figures) -> None:
         console.print(f"{rate.returned / MIB:,.0f} MiB of host memory went back with the memory just freed")
     if figures.served:
         full = figures.served[0].full
-        title = f"a file server, ballooned from {full} MiB against native, MB/s"
+        title = f"a file server in MB/s, ballooned from {full} MiB against native; sizes in MiB"
         table = Table(title=title, title_justify="left")
-        for column in (
-            "size",
-            "files",
-            "native",
-            "spread",
-            "ballooned",
-            "spread",
-            "of native",
-            "by CPU",
-            "disk reads",
-        ):
+        for column in ("size", "files", "native", "±", "ballooned", "±", "ratio", "by CPU", "disk"):
             table.add_column(column, justify="right")
         for one in figures.served:
             native, ballooned = _speed(one.native), _speed(one.ballooned)
             table.add_row(
-                f"{one.size} MiB",
-                f"{one.files_bytes / MIB:,.0f} MiB",
+                f"{one.size}",
+                f"{one.files_bytes / MIB:,.0f}",
                 f"{native.median:,.0f}",
-                f"±{native.spread:.0%}",
+                f"{native.spread:.0%}",
                 f"{ballooned.median:,.0f}",
-                f"±{ballooned.spread:.0%}",
+                f"{ballooned.spread:.0%}",
                 f"{one.ratio:.1%}",
                 f"{one.processor_ratio:.1%}",
                 f"{one.disk_ratio:.1%}",
