@@ -124,7 +124,7 @@ class BalloonBench:
     engine: str = "direct"
     runs: int = 5
     give: int = 1024
-    sizes: Sequence[int] = (128, 160, 192, 224)
+    sizes: Sequence[int] = (144, 160, 192, 224)
     full: int = 256
 
     def measure(self, console: Console) -> Figures:
