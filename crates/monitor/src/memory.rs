@@ -13,6 +13,7 @@ use memory::worker::{Evicted, Scanned, Worker};
 use x86::{Gpa, PAGE_SIZE};
 
 use crate::Error;
+use crate::run::Processor;
 use crate::vm::Vm;
 
 /// How many pages are where. The sum is the guest's memory.
@@ -147,8 +148,9 @@ impl Vm {
             let mut audit = Audit::default();
             hall.memory.audit(&mut audit);
             for (number, processor) in hall.processors.iter().enumerate() {
-                let vcpu = &mut processor.lock().vcpu;
+                let Processor { vcpu, engine, .. } = &mut *processor.lock();
                 vcpu.obey(&hall.memory);
+                engine.audit(vcpu, &hall.memory, &mut audit);
                 hall.memory.audit_translations(&vcpu.tlb, number, &Paging::of(&vcpu.cpu), &mut audit);
             }
             audit

@@ -1,10 +1,13 @@
 //! The seams of the processor: what runs guest code ([`Engine`]), what guest code may ask of the rest of the machine
 //! ([`Outside`]), and why an engine stopped ([`Exit`]).
 
+use memory::GuestMemory;
+use memory::audit::Audit;
 use x86::Gpa;
 
 use crate::core::Core;
 use crate::profile::Part;
+use crate::vcpu::Vcpu;
 
 /// Why [`Engine::run`] came back. RIP is that of the next instruction to run.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -63,6 +66,9 @@ pub trait Engine: Send {
     fn part(&self, _host: u64) -> Option<Part> {
         None
     }
+
+    /// Compares what the engine has mapped of the guest's pages with the pmap, while everything stands still.
+    fn audit(&self, _vcpu: &Vcpu, _memory: &GuestMemory, _audit: &mut Audit) {}
 
     /// The machine has ended: nothing runs any more.
     fn finish(&mut self) {}

@@ -7,6 +7,7 @@
 //! process reaches is what the guest's page tables let user code reach, see [`space`]; what it may execute is looked
 //! through before, see [`scan`]; and whether it is worth the way there and back is judged all the time, see [`pace`].
 
+mod audit;
 mod exact;
 mod pace;
 mod scan;

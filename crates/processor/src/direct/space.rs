@@ -22,6 +22,7 @@ use super::exact::Exact;
 use super::scan::{self, Telling, Verdict};
 use super::{Codes, MOST_WRITES};
 use crate::core::Core;
+use crate::vcpu::Vcpu;
 
 /// Mappings at most: Linux gives a process 65,530.
 const MOST_MAPPINGS: usize = 60_000;
@@ -42,11 +43,11 @@ pub enum Want {
 
 /// What of a region is mapped.
 #[derive(Debug)]
-struct Held {
-    region: Region,
+pub(super) struct Held {
+    pub(super) region: Region,
     /// The guest's entries that the mappings were made from, 0 where there is none.
-    entries: [u64; PAGES],
-    rights: [Option<Rights>; PAGES],
+    pub(super) entries: [u64; PAGES],
+    pub(super) rights: [Option<Rights>; PAGES],
 }
 
 type Regions = HashMap<u64, Box<Held>>;
@@ -59,15 +60,15 @@ pub struct Space {
     pub used: u64,
     pub tracee: Tracee,
     pub exact: Exact,
-    regions: Regions,
+    pub(super) regions: Regions,
     /// Mappings that there are at most.
     mappings: usize,
     /// Pages that were ever mapped for this address space.
     pub filled: u64,
     /// Of the soft TLB: rounds and generation.
-    generation: (u64, u64),
+    pub(super) generation: (u64, u64),
     /// Where pages are mapped that others have, too.
-    common: HashMap<Ppn, Vec<Gva>>,
+    pub(super) common: HashMap<Ppn, Vec<Gva>>,
     orders: Vec<Order>,
 }
 
@@ -76,8 +77,8 @@ fn may_store(core: &Core<'_>, ppn: Ppn) -> bool {
     core.memory.pmap().get(ppn).is_some_and(|it| !it.is_traced() && it.writers().has(core.vcpu.number))
 }
 
-fn generation(core: &Core<'_>) -> (u64, u64) {
-    (core.vcpu.tlb.shadow.rounds, core.vcpu.tlb.generations[Bank::User as usize])
+pub(super) fn generation(vcpu: &Vcpu) -> (u64, u64) {
+    (vcpu.tlb.shadow.rounds, vcpu.tlb.generations[Bank::User as usize])
 }
 
 impl Space {
@@ -183,7 +184,7 @@ impl Space {
     /// Carries out what was found stale; compares everything with the guest's tables if they may have changed. Says whether it
     /// did.
     pub fn bring_up_to_date(&mut self, core: &Core<'_>) -> io::Result<bool> {
-        let now = generation(core);
+        let now = generation(core.vcpu);
         let is_doubtful = self.generation != now;
         if is_doubtful {
             self.compare(core);
@@ -344,7 +345,7 @@ impl Space {
             }
         }
         // Code was traced: rights may have been taken away, from pages that were chosen above among them.
-        if generation(core) != self.generation {
+        if generation(core.vcpu) != self.generation {
             self.bring_up_to_date(core)?;
             chosen.retain(|(_, entry, rights)| *rights != Rights::Write || may_store(core, region.reached(*entry).ppn));
         }

@@ -39,6 +39,8 @@ mod user;
 use std::io;
 use std::sync::Arc;
 
+use ::memory::GuestMemory;
+use ::memory::audit::Audit;
 use host::clock::{host_tsc, host_tsc_hz, scale};
 use host::signal::{self, Landing};
 use x86::{CpuState, Gpa, GuestFault, PAGE_MASK, PAGE_SIZE, Ppn, cr0, cr4, dr7, registers::xcr0, rflags};
@@ -61,7 +63,7 @@ use crate::direct::{Choice, Direct};
 use crate::engine::{Engine, Exit};
 use crate::interpret::{self, DecodeCache};
 use crate::profile::{Doing, Part};
-use crate::vcpu::Stale;
+use crate::vcpu::{Stale, Vcpu};
 
 /// Bytes of guest code that are read for a block at first, and at most.
 const FEW_BYTES: usize = 192;
@@ -623,6 +625,12 @@ impl Engine for Translator {
 
     fn part(&self, host: u64) -> Option<Part> {
         self.part_at(host)
+    }
+
+    fn audit(&self, vcpu: &Vcpu, memory: &GuestMemory, audit: &mut Audit) {
+        if let Some(direct) = &self.direct {
+            direct.audit(vcpu, memory, audit);
+        }
     }
 
     fn counters(&self) -> Vec<(&'static str, u64)> {
