@@ -19,6 +19,7 @@ from ringzero.bench import nano as nano_bench
 from ringzero.bench import profile as profile_bench
 from ringzero.bench import programs as programs_bench
 from ringzero.bench import system as system_bench
+from ringzero.bench.memory import command as memory_bench
 from ringzero.errors import InputError
 
 __all__ = ["app"]
@@ -294,3 +295,6 @@ def profile(
     profile_bench.show(console, reports, most)
     if json is not None:
         report.write_json(json, profile_bench.as_json(reports, described, engine))
+
+
+app.command("memory")(memory_bench.chosen)

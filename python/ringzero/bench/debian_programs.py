@@ -16,7 +16,7 @@ from ringzero.errors import FetchError
 from ringzero.images.apt import Apt, Progress, no_progress
 from ringzero.images.cache import ImageCache
 
-__all__ = ["LIBRARIES", "LOADER", "find_program", "unpack_programs"]
+__all__ = ["LIBRARIES", "LOADER", "find_program", "loaded_by", "unpack_programs"]
 
 NAME = "bench-programs"
 ARCHIVE = "root.tar"
@@ -102,20 +102,29 @@ def _kept(tree: Path) -> dict[str, Path]:
     if not loaders:
         raise FetchError("the fetched packages do not hold the C library's loader")
     loader = loaders[0].resolve()
-    folders = [path for path in (tree / LIBRARIES, tree / "usr" / LIBRARIES) if path.is_dir()]
     kept = {LOADER: loader}
     for name in PROGRAMS:
         program = find_program(tree, name)
         kept[str(program.relative_to(tree))] = program
-        command = [str(loader), "--library-path", ":".join(map(str, folders)), "--list", str(program)]
-        listed = subprocess.run(command, capture_output=True, text=True, check=False)
-        for wanted, path in re.findall(
-            r"^\s*(\S+) => (.+?)(?: \(0x[0-9a-f]+\))?$", listed.stdout, re.MULTILINE
-        ):
-            if path == "not found":
-                raise FetchError(f"the fetched packages do not hold {wanted}, which {name} loads")
-            kept[f"{LIBRARIES}/{wanted}"] = Path(path)
+        kept |= {f"{LIBRARIES}/{wanted}": path for wanted, path in loaded_by(loader, tree, program).items()}
     for path in tree.glob("usr/lib/python3.[0-9]*/**/*"):
         if path.is_file():
             kept[str(path.relative_to(tree))] = path
     return kept
+
+
+def loaded_by(loader: Path, tree: Path, program: Path) -> dict[str, Path]:
+    """Return the shared objects that a program of an unpacked tree loads, by name. Raises FetchError without them."""
+    folders = [path for path in (tree / LIBRARIES, tree / "usr" / LIBRARIES) if path.is_dir()]
+    command = [str(loader), "--library-path", ":".join(map(str, folders)), "--list", str(program)]
+    listed = subprocess.run(command, capture_output=True, text=True, check=False)
+    if listed.returncode != 0:
+        reason = (listed.stderr.strip().splitlines() or ["the loader says nothing"])[-1]
+        raise FetchError(f"the fetched packages do not hold what {program.name} loads: {reason}")
+    found = {}
+    for wanted, path in re.findall(r"^\s*(\S+) => (.+?)(?: \(0x[0-9a-f]+\))?$", listed.stdout, re.MULTILINE):
+        if path == "not found":
+            raise FetchError(f"the fetched packages do not hold {wanted}, which {program.name} loads")
+        if "/" not in wanted:  # the loader lists itself, by its path
+            found[wanted] = Path(path)
+    return found

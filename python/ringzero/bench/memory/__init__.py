@@ -1,0 +1,1 @@
+"""The measurements of memory virtualization, one a module: `ringzero bench memory` (docs/memory-benchmarks.md)."""
