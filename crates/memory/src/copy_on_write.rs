@@ -27,9 +27,10 @@ impl GuestMemory {
         };
         // From here on nobody gets a translation of the common page; those who have one lose it before anybody can store.
         self.seats.forget_translations(by, known.holders(), ppn, common);
-        self.pmap().update(ppn, |entry| entry.moved(State::Private, own.0));
+        self.give_back_by(common, || {
+            self.pmap().update(ppn, |entry| entry.moved(State::Private, own.0));
+        });
         self.counts.broken();
-        self.give_back(common);
         true
     }
 

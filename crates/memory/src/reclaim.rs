@@ -5,6 +5,7 @@
 //! there, can be compared or copied, and the page be changed in one step that fails if it was touched. A guest that uses a
 //! page keeps it; a processor never waits for one who takes.
 
+use std::collections::BTreeMap;
 use std::sync::MutexGuard;
 use std::sync::PoisonError;
 use std::sync::atomic::Ordering;
@@ -15,7 +16,7 @@ use x86::{Mpn, Ppn};
 use crate::Error;
 use crate::bytes::PageRef;
 use crate::guest::GuestMemory;
-use crate::machine::{SHARED, source_of};
+use crate::machine::{SHARED, page_of, source_of};
 use crate::pmap::{Entry, State};
 
 /// Pages that are taken together: as many as processors find worth looking for one by one.
@@ -117,13 +118,31 @@ impl GuestMemory {
         Ok(false)
     }
 
-    /// A page of another source is not used any more by the VM; those who have it in hand may read it for a while. Who uses the
-    /// pages of an image nobody counts.
-    pub(crate) fn give_back(&self, mpn: Mpn) {
-        if source_of(mpn) != SHARED {
-            return;
+    /// A page of another source is not used any more by the VM after `change`; those who have it in hand may read it for a while.
+    /// Who counts what the VM has of the pool ([`GuestMemory::shared_pages`]) sees both or neither. Nobody counts the users of the
+    /// pages of an image.
+    pub(crate) fn give_back_by(&self, mpn: Mpn, change: impl FnOnce()) {
+        let mut given_back = self.given_back.lock().unwrap_or_else(PoisonError::into_inner);
+        change();
+        if source_of(mpn) == SHARED {
+            given_back.push(mpn);
         }
-        self.given_back.lock().unwrap_or_else(PoisonError::into_inner).push(mpn);
+    }
+
+    /// Pages of the shared pool that the VM has, those that it has still to give back among them, and how often: never less than
+    /// it will give back.
+    #[must_use]
+    pub fn shared_pages(&self) -> Vec<(u32, u32)> {
+        let _alone = self.taking.lock().unwrap_or_else(PoisonError::into_inner);
+        // As long as this is held, no page becomes one that waits here.
+        let waiting = self.given_back.lock().unwrap_or_else(PoisonError::into_inner);
+        let pmap = self.pmap();
+        let in_use = (0..pmap.pages() as usize).filter_map(|index| pmap.get(pmap.at(index))?.mpn());
+        let mut counts = BTreeMap::<u32, u32>::new();
+        for mpn in in_use.filter(|mpn| source_of(*mpn) == SHARED).chain(waiting.iter().copied()) {
+            *counts.entry(page_of(mpn) as u32).or_default() += 1;
+        }
+        counts.into_iter().collect()
     }
 
     /// The pages of the shared pool that the VM does not use any more, and nobody has in hand. Not for processors' threads.
@@ -197,7 +216,7 @@ impl Drop for Taken<'_> {
         let (own, others): (Vec<Mpn>, Vec<Mpn>) = left.into_iter().partition(|mpn| source_of(*mpn) == 0);
         // A failed release only keeps memory that nobody uses.
         let _ = self.memory.pool().release(own);
-        others.into_iter().for_each(|mpn| self.memory.give_back(mpn));
+        others.into_iter().for_each(|mpn| self.memory.give_back_by(mpn, || ()));
         self.slots.iter().for_each(|slot| self.memory.free_slot(*slot));
     }
 }

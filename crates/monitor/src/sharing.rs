@@ -43,7 +43,7 @@ impl Vm {
         }
         let memory = Arc::clone(&self.hall().memory);
         let pool = memory.machine().source_file(SHARED).ok_or(Error::NoPool)?;
-        let client = Client::new(UnixStream::from(socket), Some(pool), &worker.shared_pages());
+        let client = Client::new(UnixStream::from(socket), Some(pool), &memory.shared_pages());
         worker.attach(Box::new(client.map_err(Error::Sharing)?));
         Ok(())
     }

@@ -121,9 +121,13 @@ impl Table {
         }
         self.in_use -= 1;
         self.forget_hash(page);
+        if page < self.first {
+            // Others who use it may not have said so yet.
+            return;
+        }
         // A page that stays in the file only costs memory until it is written again.
         let _ = punch_hole(&self.pool, u64::from(page) * PAGE_SIZE, PAGE_SIZE);
-        if page + 1 == self.users.len() as u32 && self.first == 0 {
+        if page + 1 == self.users.len() as u32 && !self.is_adopted() {
             let end = self.users.iter().rposition(|users| *users > 0).map_or(0, |last| last + 1);
             self.users.truncate(end);
             self.hashes.truncate(end);

@@ -533,6 +533,43 @@ fn nothing_is_freed_before_all_who_are_here_have_said_what_they_use() {
 }
 
 #[test]
+fn a_page_that_one_vm_releases_waits_for_those_who_have_not_claimed_it_yet() {
+    let sharer = Sharer::start(1 << 20).unwrap();
+    let mut guests: Vec<Guest> = (0..3).map(|number| Guest::new(&sharer, &format!("vm{number}"))).collect();
+    for _ in 0..2 {
+        for guest in &mut guests {
+            guest.pages = (0..40).map(|ppn| (ppn, ppn / 2)).collect();
+            let open: Vec<u64> = (0..40).filter(|ppn| !guest.shared.contains_key(ppn)).collect();
+            guest.offer(&open);
+        }
+    }
+    drop(sharer);
+    let sharer = Sharer::start(1 << 20).unwrap();
+    let again = |guest: &mut Guest| {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        sharer.join(newcomer(theirs, "guest", Some(guest.identity))).unwrap();
+        guest.client = Client::new(ours, Some(&guest.pool), &guest.held()).unwrap();
+    };
+    // The first comes, stores to all of its pages; the second comes and dies; the third has not come yet.
+    again(&mut guests[0]);
+    (0..40).for_each(|ppn| guests[0].store(ppn, 1000));
+    settled(&sharer, |now| now.uses == 0);
+    again(&mut guests[1]);
+    let last = guests.pop().unwrap();
+    drop(guests.pop());
+    settled(&sharer, |now| now.members == 1);
+    last.check();
+    guests.push(last);
+    again(&mut guests[1]);
+    sharer.recovered().unwrap();
+    settled(&sharer, |now| (now.shared_pages, now.uses) == (20, 40));
+    guests[1].check();
+    (0..40).for_each(|ppn| guests[1].store(ppn, 1001));
+    settled(&sharer, |now| now.shared_pages == 0);
+    assert_eq!(guests[0].pool.metadata().unwrap().blocks(), 0);
+}
+
+#[test]
 fn only_the_pool_of_the_group_is_taken_and_only_what_is_used() {
     let sharer = Sharer::start(1 << 20).unwrap();
     let mut guest = Guest::new(&sharer, "guest");

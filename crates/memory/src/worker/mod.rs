@@ -17,7 +17,6 @@ use x86::Ppn;
 pub use self::evict::Evicted;
 pub use self::scan::Scanned;
 use crate::guest::GuestMemory;
-use crate::machine::SHARED;
 use crate::swap::Page;
 
 /// The shared pool, as a VM sees it: whoever counts the pages there.
@@ -94,26 +93,12 @@ impl Worker {
         }
     }
 
-    /// Has somebody count the pages of the shared pool, who knows what the VM has of it ([`Worker::shared_pages`]); whoever did so
+    /// Has somebody count the pages of the shared pool, who knows what the VM has of it ([`GuestMemory::shared_pages`]); whoever did so
     /// before is forgotten.
     pub fn attach(&mut self, common: Box<dyn Common>) {
         self.scan = scan::Progress::default();
         self.common = Some(common);
         self.failed = None;
-    }
-
-    /// Shared pages that the VM has, and how often: what somebody new has to be told.
-    #[must_use]
-    pub fn shared_pages(&self) -> Vec<(u32, u32)> {
-        let pmap = self.memory.pmap();
-        let mut counts = std::collections::BTreeMap::<u32, u32>::new();
-        let entries = (0..pmap.pages() as usize).filter_map(|index| pmap.get(pmap.at(index)));
-        let in_use = entries.filter_map(crate::pmap::Entry::mpn);
-        let waiting = self.memory.given_back.lock().unwrap_or_else(std::sync::PoisonError::into_inner).clone();
-        for mpn in in_use.chain(waiting).filter(|mpn| crate::machine::source_of(*mpn) == SHARED) {
-            *counts.entry(crate::machine::page_of(mpn) as u32).or_default() += 1;
-        }
-        counts.into_iter().collect()
     }
 
     /// A random page of RAM.

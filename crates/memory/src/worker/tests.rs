@@ -9,7 +9,7 @@ use x86::{Gpa, PAGE_SIZE, Ppn};
 use xxhash_rust::xxh3::xxh3_64_with_seed;
 
 use super::*;
-use crate::machine::FIRST_IMAGE;
+use crate::machine::{FIRST_IMAGE, SHARED};
 use crate::pmap::State;
 use crate::swap::Store;
 
@@ -116,7 +116,7 @@ fn equal_pages_become_one_and_a_store_breaks_them() {
     let scanned = worker.scan(1000);
     assert_eq!((scanned.scanned, scanned.shared, scanned.has_ended), (100, 100, true));
     assert_eq!((memory.pool().in_use(), client.counted()), (0, 100));
-    assert_eq!(worker.shared_pages(), (0..10).map(|page| (page, 10)).collect::<Vec<_>>());
+    assert_eq!(memory.shared_pages(), (0..10).map(|page| (page, 10)).collect::<Vec<_>>());
     assert!((0..100).all(|page| holds(&memory, page, 1 + page % 10)));
     memory.write(Gpa(5 * PAGE_SIZE + 8), &[9]).unwrap();
     assert_eq!((state(&memory, 5), state(&memory, 15)), (State::Private, State::Shared));
@@ -139,7 +139,7 @@ fn nobody_counts_the_pages_of_an_image() {
     );
     assert!(memory.take_given_back().is_empty());
     worker.scan(100);
-    assert!(worker.shared_pages().is_empty());
+    assert!(memory.shared_pages().is_empty());
 }
 
 #[test]
@@ -275,4 +275,25 @@ fn a_balloon_may_ask_for_anything() {
     assert_eq!(memory.balloon(&[Ppn(4)]), 0, "somebody reads it");
     drop(pinned);
     assert_eq!(memory.balloon(&[Ppn(4)]), 1);
+}
+
+#[test]
+fn pages_that_are_broken_meanwhile_are_counted_once_and_not_forgotten() {
+    let client = Client::new();
+    let (memory, mut worker) = guest(&client);
+    for _ in 0..5 {
+        for page in 0..1000 {
+            write(&memory, page, 1 + page % 10);
+        }
+        while worker.scan(2000).shared > 0 || client.counted() == 0 {}
+        assert_eq!(client.counted(), 1000);
+        std::thread::scope(|scope| {
+            let stores = scope.spawn(|| (0..1000).for_each(|page| write(&memory, page, 100)));
+            while !stores.is_finished() {
+                assert_eq!(memory.shared_pages().iter().map(|(_, count)| count).sum::<u32>(), 1000);
+            }
+        });
+        worker.scan(1);
+        assert_eq!(client.counted(), 0);
+    }
 }
