@@ -109,3 +109,14 @@ def test_memory_of_a_machine_in_ones_own_process() -> None:
         assert len(memory.states()) == (96 << 20) // 4096
         with pytest.raises(InputError, match="more than the guest has"):
             memory.target = "1G"
+
+
+def test_what_a_boot_leaves_behind_goes_to_the_host(ordered: Host, tmp_path: Path) -> None:
+    # No scanner that finds pages of zeroes meanwhile.
+    (tmp_path / "orders.json").write_text(json.dumps({"booted": {"scan": 0}}))
+    vm = ordered.up("debian", name="booted", **SMALL)
+    assert eventually(lambda: vm.memory.pages.get("private", 0) > 0, 40)
+    before = vm.memory.pages["private"]
+    assert eventually(lambda: vm.memory.pages["private"] < before - 800, 40)
+    assert vm.memory.pages["ballooned"] == 0
+    assert says(vm)

@@ -24,18 +24,51 @@ class GuestMemory:
     def __init__(self, vm: _core.Vm, size: int) -> None:
         self._vm = vm
         self.size = size
+        self._ballooned = 0
+        self._squeezed = 0
+        self._is_momentary = False
 
     def counts(self) -> dict[str, int]:
-        """Return the pages by state; their sum is the guest's memory."""
-        return self._vm.memory_counts()
+        """Return the pages by state; their sum is the guest's memory. What a squeeze took for a moment counts as zero:
+        nobody decides upon it.
+        """
+        counts = self._vm.memory_counts()
+        moment = max(0, counts["ballooned"] - self._ballooned) if self._is_momentary else 0
+        self._is_momentary = self._squeezed > 0 or moment > 0
+        return counts | {"ballooned": counts["ballooned"] - moment, "zero": counts["zero"] + moment}
 
     def states(self) -> bytes:
         """Return the state of every page, by address: a byte each, its place in `STATES`."""
         return self._vm.memory_states()
 
     def balloon(self, pages: int) -> None:
-        """Have the guest's balloon hold so many pages, in all."""
+        """Have the guest's balloon hold so many pages, in all. Ends a squeeze if that is another number than before."""
+        if pages != self._ballooned:
+            self._ballooned, self._squeezed = pages, 0
+            self._vm.balloon_target(pages)
+
+    def squeeze(self, pages: int) -> bool:
+        """Have the balloon hold so many pages more, for a moment; False when it already has to hold some."""
+        if self._ballooned:
+            return False
+        self._squeezed, self._is_momentary = pages, True
         self._vm.balloon_target(pages)
+        return True
+
+    @property
+    def is_squeezed(self) -> bool:
+        """Whether the balloon holds more than it was ordered to."""
+        return self._squeezed > 0
+
+    def let_go(self) -> None:
+        """End a squeeze."""
+        if self._squeezed:
+            self._squeezed = 0
+            self._vm.balloon_target(self._ballooned)
+
+    def ask_guest(self) -> None:
+        """Have the guest tell of itself: the next `balloon_facts` but one has it, or a later one."""
+        self._vm.balloon_stats(ask=True)
 
     def balloon_facts(self) -> dict[str, int]:
         """Return what is known of the balloon: `driver`, 1 when the guest has one, `target` and `actual` pages ..."""

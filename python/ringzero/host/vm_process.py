@@ -38,6 +38,7 @@ from ringzero.host.loop import READ, WRITE, Loop, Timer
 from ringzero.host.spec import GuestSpec
 from ringzero.host.vm_memory import GuestMemory
 from ringzero.host.vm_orders import Orders
+from ringzero.host.vm_squeeze import Squeeze
 from ringzero.host.wire import Message, Peer, failure
 from ringzero.machine.assemble import BootFiles
 from ringzero.machine.exec import DEFAULT_ENVIRONMENT, AgentLink, GuestProcess
@@ -245,6 +246,7 @@ class VmProcess:
         self._loop.forget(self._agent_line)
         self._ready = True
         self._tell({"event": "ready"})
+        Squeeze(self._loop, self._memory).begin()
 
     def _printed(self) -> None:
         """A kernel that stands still for ever after a panic says so last: it is ended when it stays silent."""
