@@ -51,6 +51,8 @@ impl Worker {
         while done.scanned < budget as u64 {
             if self.scan.next >= self.scan.hashes.len() {
                 (self.scan.next, done.has_ended) = (0, true);
+                // What the pool got ahead of use, and nobody used for as long as a scan takes. A failure keeps it.
+                let _ = memory.pool().trim();
                 break;
             }
             let ppn = pmap.at(self.scan.next);

@@ -52,6 +52,9 @@ impl Recall {
     /// Nothing was wanted for a while.
     pub fn rest(&mut self) {
         self.near.clear();
+        if let Some(store) = self.kept.as_ref().and_then(|kept| kept.store()) {
+            store.rest();
+        }
     }
 
     /// Whether the page's code stays as it is long enough for its translations to be of use to others.

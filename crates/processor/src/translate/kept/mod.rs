@@ -202,6 +202,14 @@ impl Store {
         }
     }
 
+    /// Nothing new comes for a while: what was noted waits on the disk for the end.
+    pub fn rest(&self) {
+        let mut fresh = self.fresh();
+        if !fresh.log.is_empty() && fresh.spill(&self.folder).is_ok() {
+            fresh.log = Vec::new();
+        }
+    }
+
     fn is_worth_saving(&self) -> bool {
         let (size, blocks) = (self.fresh().size, self.blocks_noted.load(Ordering::Relaxed));
         let kept = self.file.as_ref().map_or(0, KeptFile::size);
