@@ -34,10 +34,10 @@ def test_missed_bars_are_named_and_shown() -> None:
     assert "3 MiB" in out.getvalue()
 
 
-def test_savings_count_the_shared_pool_once_and_leave_out_what_was_never_touched() -> None:
-    before = Tally(zero=400, private=600, shared=0, image=0, ballooned=0)
-    after = Tally(zero=450, private=150, shared=400, image=0, ballooned=0)
-    savings = Savings(before, after, pool=100, passes=4)
+def test_savings_count_what_is_common_once_and_leave_out_what_was_never_touched() -> None:
+    before = Tally(zero=400, private=500, shared=0, image=100, ballooned=0)
+    after = Tally(zero=450, private=150, shared=300, image=100, ballooned=0)
+    savings = Savings(before, after, pool=80, images=20, passes=4)
     assert savings.shared == 85
     assert savings.common == 40
     assert savings.machine == 250

@@ -76,7 +76,7 @@ class Hundred:
             busy = (processor_seconds(ours) - used) / (time.monotonic() - since) / (os.cpu_count() or 1)
             taken = before - available()
             proportional, kernel = weight_of(ours)
-            tally, pool = fleet.tally(vms), fleet.shared_pool()
+            tally, (pool, image) = fleet.tally(vms), fleet.common_pages()
             began = time.monotonic()
             with console.status("hundred: one more"):
                 fleet.host.up("debian", name="one-more", memory=f"{self.memory}M")
@@ -99,7 +99,7 @@ class Hundred:
                 Figure("the same by Pss and the kernel's part", (proportional + kernel) / GIB, "GiB"),
                 Figure("  of that: kernel's (page tables, stacks)", kernel / GIB, "GiB"),
                 Figure("  of that: guests' private pages", tally["private"] * PAGE / GIB, "GiB"),
-                Figure("  of that: the shared pool", pool * PAGE / GIB, "GiB"),
+                Figure("  of that: the shared pool and the image", (pool + image) * PAGE / GIB, "GiB"),
                 Figure("before anything was shared", most / GIB, "GiB"),
                 Figure(
                     "idle processor time of everything, of the machine",
@@ -118,5 +118,5 @@ class Hundred:
                 " MemAvailable is the whole machine's: what else runs on it is in that figure, too.",
                 *faults[:5],
             ],
-            {"pages": dict(tally), "pool": pool, "processes": len(ours)},
+            {"pages": dict(tally), "pool": pool, "image": image, "processes": len(ours)},
         )

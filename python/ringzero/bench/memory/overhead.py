@@ -12,7 +12,7 @@ from typing import Any
 from rich.console import Console
 
 from ringzero.bench.idle import POOL
-from ringzero.bench.memory.fleet import SHARED_POOL, Fleet, descriptors_size
+from ringzero.bench.memory.fleet import IMAGE, SHARED_POOL, Fleet, descriptors_size
 from ringzero.bench.memory.item import MIB, Figure, Outcome
 from ringzero.host.facts import family
 
@@ -104,7 +104,7 @@ def _files(pid: int) -> dict[str, int]:
             continue
         if target.startswith("/memfd:"):
             name = target.removeprefix("/memfd:").partition(" ")[0]
-            if not name.startswith((POOL, SHARED_POOL)):
+            if not name.startswith((POOL, SHARED_POOL, IMAGE)):
                 sizes[f"file in memory {name}"] = sum(descriptors_size(pid, name).values())
     return sizes
 
@@ -155,7 +155,7 @@ class Overhead:
             figures,
             [
                 "Counted: pages that the VM's process and its processes for user code wrote and have to themselves,"
-                " files in memory but the guest's pages, page tables, kernel stacks (16 KiB a thread), mappings"
+                " files in memory but the guest's pages and common ones, page tables, kernel stacks (16 KiB a thread), mappings"
                 " (232 bytes each). What all VMs have in common with the fork server is not counted to any.",
             ],
             {"vms": [_as_json(one) for one in weights]},

@@ -12,10 +12,10 @@ from ringzero.host.client import HostVm
 __all__ = ["COUNTED", "Savings", "measure_savings"]
 
 COUNTED = (
-    "Shared: pages that the guests have in common copies, and pages without a machine page (zero, never touched, or"
+    "Shared: pages that the guests have in common copies (also from the image that they start from), and pages without a machine page (zero, never touched, or"
     " told free by the guest's kernel), of all pages of the guests; ESX counts zero pages as copies of one, too."
     " Reclaimed: pages of the guests less machine pages that are really used, the shared pool's among them."
-    " Of held pages: the same against what the guests had in machine pages before the scan, so that memory which no"
+    " Of held pages: the same of the pages with content that the guests had before the scan, so that memory which no"
     " guest ever touched is in neither number. Scanned as fast as it goes, by the measurement, until a pass finds"
     " nothing new."
 )
@@ -29,6 +29,8 @@ class Savings:
     after: Tally
     pool: int
     """Pages of the shared pool, after the scan."""
+    images: int
+    """Pages of the images that guests map: each once, whole, even where no guest uses a page any more."""
     passes: int
     faults: tuple[str, ...] = ()
     """What the audits complain about."""
@@ -41,17 +43,17 @@ class Savings:
     @property
     def machine(self) -> int:
         """Machine pages that are used after the scan."""
-        return self.after["private"] + self.after["image"] + self.pool
+        return self.after["private"] + self.images + self.pool
 
     @property
     def shared(self) -> float:
-        """Per cent of the guests' pages that are shared or zero."""
-        return 100 * (self.after["shared"] + self.after["zero"]) / self.pages
+        """Per cent of the guests' pages that are shared or zero, for guests that start from one image."""
+        return 100 * (self.after["shared"] + self.after["image"] + self.after["zero"]) / self.pages
 
     @property
     def common(self) -> float:
         """Per cent of the guests' pages that are common copies with content."""
-        return 100 * self.after["shared"] / self.pages
+        return 100 * (self.after["shared"] + self.after["image"]) / self.pages
 
     @property
     def saved(self) -> int:
@@ -65,12 +67,12 @@ class Savings:
 
     @property
     def held(self) -> int:
-        """Machine pages that the guests had before the scan."""
+        """Pages with content that the guests had before the scan."""
         return self.before.held
 
     @property
     def reclaimed_of_held(self) -> float:
-        """Per cent of what the guests held before the scan that came back."""
+        """Per cent of the pages with content that need no machine page of their own."""
         return 100 * (self.held - self.machine) / self.held
 
     def as_json(self) -> dict[str, Any]:
@@ -79,6 +81,7 @@ class Savings:
             "before": dict(self.before),
             "after": dict(self.after),
             "pool": self.pool,
+            "images": self.images,
             "passes": self.passes,
             "machine": self.machine,
         }
@@ -88,5 +91,5 @@ def measure_savings(fleet: Fleet, vms: Sequence[HostVm]) -> Savings:
     """Count, scan all memory until nothing new is found, and count again; then let the VMs audit themselves."""
     before = fleet.tally(vms)
     passes = fleet.scan(vms)
-    after, pool = fleet.tally(vms), fleet.shared_pool()
-    return Savings(before, after, pool, passes, tuple(fleet.audit()))
+    after, (pool, image) = fleet.tally(vms), fleet.common_pages()
+    return Savings(before, after, pool, image, passes, tuple(fleet.audit()))
