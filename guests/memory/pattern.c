@@ -5,6 +5,7 @@
  *                                            then compare all; PAUSE milliseconds after every 256 changes
  *   pattern walk MIB SECONDS SEED [ACTIVE]   fill MIB, then read and change random pages of the first ACTIVE MiB, and say
  *                                            how many in each second
+ *   pattern hold MIB SECONDS SEED            fill MIB, and sleep
  *
  * Every fourth page has only random words, two have few different ones, so that they can be compressed, and of every
  * four one is the same whatever the seed, so that it can be shared. What a page holds follows from its number, its
@@ -127,6 +128,10 @@ static int walk(uint64_t pages, double seconds, uint64_t seed, uint64_t active)
     uint64_t state = mix(seed), sum = 0;
     printf("PATTERN FILLED\n");
     fflush(stdout);
+    if (!active) {
+        sleep(seconds);
+        return 0;
+    }
     for (double begun = now(); now() - begun < seconds;) {
         uint64_t steps = 0;
         double second = now();
@@ -150,5 +155,6 @@ int main(int count, char **words)
     uint64_t last = count > 5 ? strtoull(words[5], NULL, 10) : 0;
     if (strcmp(words[1], "check") == 0)
         return check(pages, strtoull(words[3], NULL, 10), seed, last);
-    return walk(pages, strtod(words[3], NULL), seed, last ? last << 8 : pages);
+    uint64_t active = strcmp(words[1], "hold") == 0 ? 0 : last ? last << 8 : pages;
+    return walk(pages, strtod(words[3], NULL), seed, active);
 }

@@ -12,9 +12,11 @@ from rich.console import Console
 from ringzero.bench.memory import item
 from ringzero.bench.memory.hundred import Hundred
 from ringzero.bench.memory.identical import Identical
+from ringzero.bench.memory.idle_tax import IdleTax
 from ringzero.bench.memory.mixes import Mixes
 from ringzero.bench.memory.overcommit import Overcommit
 from ringzero.bench.memory.overhead import Overhead
+from ringzero.bench.memory.scan_cost import ScanCost
 from ringzero.errors import InputError
 
 __all__ = ["ITEMS", "MemoryBench", "chosen"]
@@ -33,6 +35,8 @@ ITEMS: dict[str, Callable[[], Item]] = {
     "mixes": Mixes,
     "hundred": Hundred,
     "overcommit": Overcommit,
+    "scan-cost": ScanCost,
+    "idle-tax": IdleTax,
 }
 SMALL: dict[str, Callable[[], Item]] = {
     "overhead": lambda: Overhead(count=2, settle=5),
@@ -42,6 +46,8 @@ SMALL: dict[str, Callable[[], Item]] = {
     "overcommit": lambda: Overcommit(
         count=3, memory=160, busy=2, fill=80, changes=8000, limit=224, swap=512, timeout=200
     ),
+    "scan-cost": lambda: ScanCost(rounds=2),
+    "idle-tax": lambda: IdleTax(seconds=20),
 }
 """The same with few guests, to see that they work: what they measure stands for nothing."""
 

@@ -155,8 +155,8 @@ class Overhead:
             figures,
             [
                 "Counted: pages that the VM's process and its processes for user code wrote and have to themselves,"
-                " files in memory but the guest's pages and common ones, page tables, kernel stacks (16 KiB a thread), mappings"
-                " (232 bytes each). What all VMs have in common with the fork server is not counted to any.",
+                " files in memory but the guest's pages and common ones, page tables, kernel stacks (16 KiB a thread),"
+                " mappings (232 bytes each). What all VMs have in common with the fork server is not counted to any.",
             ],
             {"vms": [_as_json(one) for one in weights]},
         )

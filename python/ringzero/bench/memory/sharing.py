@@ -12,7 +12,8 @@ from ringzero.host.client import HostVm
 __all__ = ["COUNTED", "Savings", "measure_savings"]
 
 COUNTED = (
-    "Shared: pages that the guests have in common copies (also from the image that they start from), and pages without a machine page (zero, never touched, or"
+    "Shared: pages that the guests have in common copies (also from the image that they start from),"
+    " and pages without a machine page (zero, never touched, or"
     " told free by the guest's kernel), of all pages of the guests; ESX counts zero pages as copies of one, too."
     " Reclaimed: pages of the guests less machine pages that are really used, the shared pool's among them."
     " Of held pages: the same of the pages with content that the guests had before the scan, so that memory which no"
