@@ -19,7 +19,7 @@ from ringzero.policy import Parameters
 __all__ = ["ScanCost"]
 
 BAR = 2.0
-WORK = "for i in 1 2 3 4; do seq 1 30000 | sort -n | sha256sum; done"
+WORK = "for i in $(seq 24); do seq 1 30000 | sort -n | sha256sum; done"
 """System calls, pipes, new processes, sorting in memory and pure computing: all that a scan could be in the way of."""
 _BREATH = 0.5
 
