@@ -12,7 +12,7 @@ from ringzero import Host, Machine
 from ringzero.errors import InputError
 from ringzero.host import trace
 
-from .test_host import SMALL, eventually, ringzero, root, says  # noqa: F401 - a fixture among them
+from .test_host import SMALL, eventually, kill, ringzero, root, says  # noqa: F401 - a fixture among them
 
 pytestmark = pytest.mark.needs_debian
 
@@ -66,7 +66,7 @@ def test_orders_reach_the_guests(ordered: Host, root: Path, tmp_path: Path) -> N
     (tmp_path / "orders.json").write_text("{}")
     assert [swapped.run(["sha256sum", "/tmp/numbers"]).stdout] == sums
     assert all(says(vm) for vm in (squeezed, swapped, left))
-    assert ordered.audit() == {vm.name: [] for vm in (squeezed, swapped, left)}
+    assert ordered.audit() == {name: [] for name in ("sharer", squeezed.name, swapped.name, left.name)}
     # The balloon lets go.
     assert eventually(lambda: squeezed.memory.pages["ballooned"] == 0, 40)
     assert swapped.memory.stats["evicted"] > 3000
@@ -83,7 +83,7 @@ def test_orders_reach_the_guests(ordered: Host, root: Path, tmp_path: Path) -> N
     assert "\u258c" in ringzero(root, "map").stdout
     assert ringzero(root, "map", left.name, "--png", str(tmp_path / "map.png")).returncode == 0
     assert (tmp_path / "map.png").read_bytes().startswith(b"\x89PNG")
-    assert ringzero(root, "audit").stdout == "3 vms, no fault\n"
+    assert ringzero(root, "audit").stdout == "the sharer and 3 vms, no fault\n"
     replayed = subprocess.run(
         [sys.executable, "-m", "ringzero", "host", "simulate", str(tmp_path / "trace")],
         capture_output=True,
@@ -120,3 +120,39 @@ def test_what_a_boot_leaves_behind_goes_to_the_host(ordered: Host, tmp_path: Pat
     assert eventually(lambda: vm.memory.pages["private"] < before - 800, 40)
     assert vm.memory.pages["ballooned"] == 0
     assert says(vm)
+
+
+def test_vms_share_pages_and_survive_their_sharer(root: Path) -> None:  # noqa: F811
+    policy = root.parent / "eager.py"
+    policy.write_text("from ringzero.policy import Parameters\nparameters = Parameters(scan_calm=200_000)\n")
+    with Host.connect(root, start=True, memory="4G", policy=policy) as host:
+        ours = host.up_many(2, "debian", share_group="ours", **SMALL)
+        other = host.up("debian", share_group="other", name="other", **SMALL)
+        assert eventually(lambda: all(vm.memory.pages.get("shared", 0) > 3000 for vm in ours), 30)
+        assert eventually(lambda: host.top()["host"]["shared"] > 3000)
+        assert host.top()["host"]["shared"] < sum(vm.memory.pages.get("shared", 0) for vm in (*ours, other))
+        kill(host.status()["sharer"])
+        assert eventually(lambda: any("another one" in event.text for event in host.events()))
+        assert not [event for event in host.events() if "no more pages" in event.text]
+        # They go on with what they share, and what is written is each one's own.
+        ours[0].run(["sh", "-c", "seq 1 100000 > /tmp/a; sync"], check=True)
+        assert all(says(vm) for vm in (*ours, other))
+        assert eventually(lambda: not any(host.audit().values()), 10)
+        # A VM that is killed gives back what it used.
+        kill(ours[0].row()["pid"])
+        assert eventually(lambda: ours[0].phase == "ended")
+        assert says(ours[1])
+        assert not any(host.audit().values())
+        # A daemon that is killed, and its sharer with it.
+        before = host.status()
+        kill(before["pid"])
+        kill(before["sharer"])
+        with pytest.raises(InputError, match="ended"):
+            host.vms()
+    with Host.connect(root, start=True, memory="4G", policy=policy) as host:
+        assert {vm.name for vm in host.vms() if vm.phase == "running"} == {ours[1].name, "other"}
+        again = host.vm(ours[1].name)
+        assert again.memory.pages.get("shared", 0) > 1000 and says(again)
+        newcomer = host.up("debian", share_group="ours", name="newcomer", **SMALL)
+        assert eventually(lambda: newcomer.memory.pages.get("shared", 0) > 3000, 30)
+        assert not any(host.audit().values())

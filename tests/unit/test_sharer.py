@@ -361,12 +361,13 @@ def test_a_daemons_link_finds_the_sharer_again_and_replaces_a_dead_one(tmp_path:
             guest.vm.attach_sharer(fds[0], *fds[1:])
             for fd in fds:
                 os.close(fd)
+            if "lost" in happened:  # not before the vm has told what it uses
+                link.recovered()
         loop.stop()
 
     def lost() -> None:
         happened.append("lost")
         link.join("tenant", "vm", PAGES, guest.vm.shared_pool(), joined)
-        link.recovered()
 
     def wait() -> None:
         loop._stopping = False
@@ -401,3 +402,19 @@ def test_a_daemons_link_finds_the_sharer_again_and_replaces_a_dead_one(tmp_path:
     assert second is not None
     os.kill(second, signal.SIGKILL)
     os.waitpid(second, 0)
+
+
+def test_vms_that_share_nothing_yet_survive_the_sharer(processes: Callable[[], Process]) -> None:
+    process, guests = processes(), [Guest(), Guest()]
+    for guest in guests:
+        process.attach(guest)
+    process.kill()
+    process = processes()
+    for guest in guests:
+        process.attach(guest)
+    process.channel.ask("recovered")
+    for guest in guests:
+        guest.store(1, 7)
+        guest.scan()
+    guests[0].scan()
+    assert [guest.shared() for guest in guests] == [1, 1]

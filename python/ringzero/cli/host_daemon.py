@@ -46,7 +46,8 @@ def status(json: Annotated[bool, typer.Option("--json", help="As JSON.")] = Fals
         typer.echo(json_format.dumps({key: value for key, value in facts.items() if key not in ("ok", "id")}))
         return
     counts = ", ".join(f"{count} {phase}" for phase, count in facts["vms"].items() if count) or "none"
-    typer.echo(f"daemon    process {facts['pid']}, fork server {facts['fork_server']}")
+    sharer = facts["sharer"] or "that of an earlier daemon"
+    typer.echo(f"daemon    process {facts['pid']}, fork server {facts['fork_server']}, sharer {sharer}")
     typer.echo(f"folder    {facts['root']}")
     typer.echo(f"memory    {facts['memory'] >> 20} MiB for vms, swap {format_size(facts['swap'])}")
     typer.echo(f"policy    {facts['policy']}")

@@ -171,7 +171,7 @@ def audit() -> None:
             typer.echo(f"{name}: {fault}")
     if any(faults.values()):
         raise typer.Exit(1)
-    typer.echo(f"{len(faults)} vms, no fault")
+    typer.echo(f"the sharer and {len(faults) - 1} vms, no fault")
 
 
 def _sum(pages: dict[str, int], *states: str) -> int | None:

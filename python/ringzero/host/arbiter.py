@@ -17,6 +17,7 @@ from ringzero.host.guest import Guest, Phase
 from ringzero.host.loop import Loop, Timer
 from ringzero.host.memory import HostMemoryView
 from ringzero.host.policy import MemoryPolicy
+from ringzero.host.sharing import Sharing
 from ringzero.host.wire import Message
 from ringzero.policy import PAGE, Decision, HostMemory, Level, VmDecision, VmMemory
 
@@ -48,6 +49,7 @@ class Arbiter:
     ) -> None:
         self.decision: Decision | None = None
         self.host: HostMemory | None = None
+        self.sharing: Sharing | None = None
         self._loop = loop
         self._guests = guests
         self._policy = policy
@@ -97,6 +99,9 @@ class Arbiter:
         for guest in guests:
             self._ask(guest, now)
         self._weigh(guests, now)
+        if self.sharing is not None:
+            self._view.shared = self.sharing.pages
+            self.sharing.look()
         if self._waits:
             self._limit = self._loop.call_later(ANSWER_LIMIT, self._decide)
         else:

@@ -34,6 +34,8 @@ from ringzero.policy import PAGE
 __all__ = ["Event", "Host", "HostVm", "VmMemoryFacts"]
 
 _BOOT_LIMIT = 600.0
+_DYING = 1.0
+"""Seconds that a daemon which is being killed may still hold its lock."""
 
 
 class Host:
@@ -53,17 +55,26 @@ class Host:
         daemon runs.
         """
         runtime = Runtime.default() if root is None else Runtime(Path(root).absolute())
-        try:
-            return cls(Channel(connect(runtime.socket, timeout=None)), runtime)
-        except OSError:
-            if not start:
-                raise InputError(
-                    f"no host daemon runs (with the runtime folder {runtime.root}): `ringzero host start` starts one"
-                ) from None
-        from ringzero.host.launch import start_daemon
+        end = time.monotonic() + _DYING
+        while True:
+            try:
+                channel = Channel(connect(runtime.socket, timeout=None))
+                channel.ask("status")  # one that is being killed lets connect, and says no more
+                return cls(channel, runtime)
+            except OSError:
+                if not start:
+                    raise InputError(
+                        f"no host daemon runs (with the runtime folder {runtime.root}): `ringzero host start` starts"
+                        " one"
+                    ) from None
+            from ringzero.host.launch import start_daemon
 
-        start_daemon(runtime, **options)
-        return cls(Channel(connect(runtime.socket, timeout=None)), runtime)
+            try:
+                start_daemon(runtime, **options)
+            except InputError:
+                if time.monotonic() > end:
+                    raise
+                time.sleep(0.05)
 
     def close(self) -> None:
         """Close the connection; the daemon and its VMs go on."""
@@ -191,8 +202,10 @@ class Host:
         return str(self.ask("metrics")["text"])
 
     def audit(self) -> dict[str, list[str]]:
-        """Have every VM derive the invariants of its memory again: by name, a sentence for each that does not hold."""
-        found = {}
+        """Have every VM derive the invariants of its memory again, and the sharer those of its pools: by name, that of
+        the sharer being "sharer", a sentence for each that does not hold.
+        """
+        found = {"sharer": [str(fault) for fault in self.ask("audit")["faults"]]}
         for vm in self.vms():
             with contextlib.suppress(GuestEnded), vm.channel() as channel:
                 channel.connection.settimeout(60.0)

@@ -5,7 +5,7 @@
 No VM needs it: each is a process of its own. A daemon that is killed is started again and finds its VMs by their
 sockets. On its own socket everybody who may open it is the operator, and asks in JSON (ringzero.host.wire):
 
-    status, list, metrics, events, up, down, watch, stop
+    status, list, metrics, audit, events, up, down, watch, stop
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from ringzero.host.options import DaemonOptions
 from ringzero.host.policy import MemoryPolicy, OwnPolicy, load_policy
 from ringzero.host.rows import host_row, vm_row
 from ringzero.host.runtime import Runtime
+from ringzero.host.sharing import Sharing
 from ringzero.host.spec import GuestSpec
 from ringzero.host.state import State
 from ringzero.host.wire import Message, Peer, credentials, failure, listen
@@ -70,7 +71,10 @@ class Daemon:
         self.memory = HostMemoryView(options.memory, options.swap)
         record = None if options.record is None else Path(options.record)
         self.arbiter = Arbiter(self.loop, self.guests, self.policy, self.memory, self.tell, record)
+        self.sharing = Sharing(self.loop, runtime.sharer, self.guests, self.tell)
+        self.arbiter.sharing = self.sharing
         self._find_guests()
+        self.sharing.start()
         self.fork.start()
         self._listener = listen(runtime.socket)
         self.loop.watch(self._listener, READ, self._accept)
@@ -91,6 +95,7 @@ class Daemon:
         self.loop.forget(self._listener)
         self._listener.close()
         self.fork.close()
+        self.sharing.close()
         for guest in self.guests.values():
             guest.close()
         self.state.close()
@@ -202,16 +207,19 @@ class Daemon:
                 guest.kill()
             self._look_at_waiters()
 
-        self.fork.fork(
-            guest.spec,
-            listener.fileno(),
-            log,
-            answered,
-            swap_folder=self.options.swap_folder,
-            swap_bytes=min(self.options.swap, guest.spec.memory),
-        )
-        listener.close()
-        os.close(log)
+        def joined(sharer: list[int]) -> None:
+            self.fork.fork(
+                guest.spec,
+                [listener.fileno(), log, *sharer],
+                answered,
+                swap_folder=self.options.swap_folder,
+                swap_bytes=min(self.options.swap, guest.spec.memory),
+            )
+            listener.close()
+            for fd in (log, *sharer):
+                os.close(fd)
+
+        self.sharing.join(guest.spec, joined)
 
     def _boots_slowly(self, guest: Guest) -> None:
         if guest.name in self._booting and guest.phase is Phase.BOOTING:
@@ -264,6 +272,7 @@ class Daemon:
             "status": self._status,
             "list": self._list,
             "metrics": self._metrics,
+            "audit": self._audit_sharing,
             "events": self._events,
             "up": self._up,
             "down": self._down,
@@ -292,6 +301,7 @@ class Daemon:
                 "ok": True,
                 "pid": os.getpid(),
                 "fork_server": self.fork.pid,
+                "sharer": self.sharing.pid,
                 "began": self.began,
                 "vms": {phase.value: self._count(phase) for phase in Phase},
                 "policy": self.policy.name,
@@ -310,6 +320,10 @@ class Daemon:
             self.arbiter.freshen()
         vms = [vm_row(guest, closely=closely) for guest in self._named(message, at_least_one=False)]
         answer({"ok": True, "vms": vms, "host": host_row(self.arbiter, self.memory)})
+
+    def _audit_sharing(self, _: Message, answer: Callable[[Message], None]) -> None:
+        """What of the sharer's is not as it must be; each VM's process is asked for its own."""
+        self.sharing.audit(lambda faults: answer({"ok": True, "faults": faults}))
 
     def _metrics(self, _: Message, answer: Callable[[Message], None]) -> None:
         from ringzero.host.metrics import exposition

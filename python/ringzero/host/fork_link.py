@@ -8,7 +8,7 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from ringzero.host.loop import Loop
@@ -58,7 +58,7 @@ class ForkLink:
                 raise
         self._peer = Peer(self._loop, ours, self._received, self._closed)
 
-    def fork(self, spec: GuestSpec, listener: int, log: int, answered: Answered, **fields: Any) -> None:
+    def fork(self, spec: GuestSpec, fds: Sequence[int], answered: Answered, **fields: Any) -> None:
         """Ask for a VM; `answered` is called with the answer, which is an error when there is no fork server."""
         if self._peer is None:
             try:
@@ -69,7 +69,7 @@ class ForkLink:
         assert self._peer is not None
         number = next(self._numbers)
         self._asked[number] = answered
-        self._peer.send({"do": "fork", "id": number, "spec": spec.as_json()} | fields, [listener, log])
+        self._peer.send({"do": "fork", "id": number, "spec": spec.as_json()} | fields, fds)
 
     def close(self) -> None:
         """Let the fork server go; its VMs go on."""

@@ -6,8 +6,9 @@ end of its channel does; VMs go on without it.
 
     python -m ringzero.host.fork_server FD      FD: a stream socket to the daemon
 
-Requests: {"do": "fork", "spec": ...} with two descriptors, the VM's listening socket and its log; the answer has the
-"pid". When a child has ended: {"event": "gone", "pid": ..., "status": ...} (as os.waitpid has it).
+Requests: {"do": "fork", "spec": ...} with two descriptors, the VM's listening socket and its log, or with two more,
+its socket to the sharer and its group's pool; the answer has the "pid". When a child has ended:
+{"event": "gone", "pid": ..., "status": ...} (as os.waitpid has it).
 """
 
 from __future__ import annotations
@@ -58,11 +59,11 @@ class ForkServer:
 
     def _received(self, peer: Peer, message: Message, fds: list[int]) -> None:
         try:
-            if message.get("do") != "fork" or len(fds) != 2:
+            if message.get("do") != "fork" or len(fds) not in (2, 4):
                 raise InternalError("a fork server forks, given a socket and a log")
             spec = GuestSpec.from_json(message.get("spec"))
             files = self._boot_files(spec)
-            answer = {"ok": True, "pid": self._fork(spec, files, message, *fds)}
+            answer = {"ok": True, "pid": self._fork(spec, files, message, fds)}
         except RingzeroError as error:
             answer = failure(error)
         except OSError as error:
@@ -85,15 +86,14 @@ class ForkServer:
         self._files[mark] = files
         return files
 
-    def _fork(self, spec: GuestSpec, files: BootFiles, message: Message, listener: int, log: int) -> int:
+    def _fork(self, spec: GuestSpec, files: BootFiles, message: Message, fds: list[int]) -> int:
         pid = os.fork()
         if pid == 0:
-            self._become(spec, files, message, listener, log)
+            self._become(spec, files, message, fds)
         return pid
 
-    def _become(
-        self, spec: GuestSpec, files: BootFiles, message: Message, listener: int, log: int
-    ) -> NoReturn:
+    def _become(self, spec: GuestSpec, files: BootFiles, message: Message, fds: list[int]) -> NoReturn:
+        listener, log, *sharer = fds
         status = 1
         try:
             os.setsid()
@@ -107,7 +107,14 @@ class ForkServer:
             os.close(listener)
             with contextlib.suppress(OSError):
                 Path("/proc/self/comm").write_text(f"rz {spec.name}")
-            place = Place(spec, own, log, message.get("swap_folder"), int(message.get("swap_bytes", 0)))
+            place = Place(
+                spec,
+                own,
+                log,
+                (sharer[0], sharer[1]) if sharer else None,
+                message.get("swap_folder"),
+                int(message.get("swap_bytes", 0)),
+            )
             status = run_vm(place, files)
         finally:
             os._exit(status)

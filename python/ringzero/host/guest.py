@@ -8,7 +8,7 @@ import json
 import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
@@ -96,14 +96,16 @@ class Guest:
         guest.join(pid)
         return guest
 
-    def ask(self, do: str, answered: Callable[[Message], None], **fields: Any) -> None:
+    def ask(
+        self, do: str, answered: Callable[[Message], None], fds: Sequence[int] = (), **fields: Any
+    ) -> None:
         """Ask its process for something; `answered` is called with the answer, or an error."""
         if self._peer is None:
             answered({"error": f"vm {self.name!r} is not running", "status": 2})
             return
         number = next(self._numbers)
         self._asked[number] = answered
-        self._peer.send({"do": do, "id": number} | fields)
+        self._peer.send({"do": do, "id": number} | fields, fds)
 
     def kill(self) -> None:
         """End its process at once."""

@@ -3,6 +3,7 @@
     $RINGZERO_HOST, else $XDG_RUNTIME_DIR/ringzero, else /run/user/UID/ringzero, else ~/.cache/ringzero/host
         lock              held by the daemon as long as it lives
         daemon.sock       what `ringzero host` talks to
+        sharer.sock                    what daemons ask the sharer of pages on
         daemon.log        what the daemon and the fork server have to say
         state.db          VMs and events (ringzero.host.state)
         vms/NAME.sock     the control socket of a VM's process
@@ -94,6 +95,11 @@ class Runtime:
     def socket(self) -> Path:
         """Where the daemon listens."""
         return self.root / "daemon.sock"
+
+    @property
+    def sharer(self) -> Path:
+        """Where the sharer listens."""
+        return self.root / "sharer.sock"
 
     @property
     def log(self) -> Path:

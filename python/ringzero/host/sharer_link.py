@@ -85,6 +85,11 @@ class SharerLink:
         """Ask what is not as it must be."""
         self._ask("audit", {}, [], lambda answer, _: answered(answer), [])
 
+    def stop(self) -> None:
+        """End the sharer: there is no VM that it could serve."""
+        self._is_closing = True
+        self._ask("stop", {}, [], _ignore, [])
+
     def close(self) -> None:
         """Let the sharer go; it serves the VMs as long as there are any."""
         self._is_closing = True

@@ -87,6 +87,14 @@ class GuestMemory:
         """Have a place for pages that are evicted: memory for compressed ones, and a file in `folder`."""
         self._vm.set_swap(self.size // COMPRESSED_PART, folder, file_bytes)
 
+    def attach_sharer(self, socket: int, pool: int | None = None) -> None:
+        """Join the sharer at the other end of `socket`; the first time with the `pool` of the group."""
+        self._vm.attach_sharer(socket, pool)
+
+    def pool(self) -> tuple[int, int] | None:
+        """Return which file the group's pool is."""
+        return self._vm.shared_pool()
+
     def evict(self, pages: int) -> tuple[int, str | None]:
         """Put up to so many pages into the swap store; how many went, and why no more if it is full."""
         return self._vm.memory_evict(pages)

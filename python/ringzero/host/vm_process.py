@@ -7,6 +7,7 @@ One thread of Python, which sleeps unless somebody asks for something. On the co
     memory       pages by state; with "orders" those of the arbiter, with "sample" the end of a sampling period
     states       the state of every page
     audit        what of the memory's invariants does not hold
+    attach       join another sharer, at the other end of the socket that comes along
     console      from here on the connection is the guest's console, both ways; first comes what it last printed
     run          run a command in the guest; its standard input, output and error come as descriptors
     power_off    ask the guest to power itself off
@@ -56,6 +57,9 @@ __all__ = ["Place", "VmProcess", "run_vm"]
 
 SCROLLBACK = 64 << 10
 """Bytes of the console's last output that are kept for who attaches."""
+SETTLED, TRIM_PERIOD = 6.0, 60.0
+"""Seconds from when a guest has booted until what that took is given back (the translator drops its own part of it
+after 1.5 s of quiet), and from then on until it is looked after again: a millisecond's work."""
 _PIECE = 64 << 10
 _MOST_WAITING = 1 << 20
 """Bytes for a console that does not read: older ones are lost to it."""
@@ -73,6 +77,8 @@ class Place:
     """Its control socket."""
     log: int
     """A descriptor: what it has to say, and how it ended."""
+    sharer: tuple[int, int] | None = None
+    """Descriptors of its socket to the sharer, and of its group's pool; they are closed once it has joined."""
     swap_folder: str | None = None
     swap_bytes: int = 0
     """For a file without a name, of pages that memory has no place for."""
@@ -201,6 +207,10 @@ class VmProcess:
         self._memory = GuestMemory(self._vm, spec.memory)
         with core_errors():
             self._memory.use_swap(place.swap_folder, place.swap_bytes)
+            if place.sharer is not None:
+                self._memory.attach_sharer(*place.sharer)
+                for fd in place.sharer:
+                    os.close(fd)
         self._loop = Loop()
         self._orders = Orders(self._loop, self._vm, self._memory)
         self._peers: set[Peer] = set()
@@ -247,6 +257,12 @@ class VmProcess:
         self._ready = True
         self._tell({"event": "ready"})
         Squeeze(self._loop, self._memory).begin()
+        self._loop.call_later(SETTLED, self._trim)
+
+    def _trim(self) -> None:
+        """Give back what was needed to boot, and from then on what is not needed any more, now and then."""
+        self._memory.trim()
+        self._loop.call_later(TRIM_PERIOD, self._trim)
 
     def _printed(self) -> None:
         """A kernel that stands still for ever after a panic says so last: it is ended when it stays silent."""
@@ -287,6 +303,7 @@ class VmProcess:
             "memory": self._describe_memory,
             "states": self._states,
             "audit": self._audit,
+            "attach": self._attach_sharer,
             "console": self._attach,
             "run": self._run,
             "power_off": self._power_off,
@@ -314,6 +331,7 @@ class VmProcess:
             "spec": self.spec.as_json(),
             "ready": self._ready,
             "began": self._began,
+            "pool": self._memory.pool(),
         }
 
     def _describe_memory(self, _peer: Peer, message: Message, _: list[int]) -> Message:
@@ -341,6 +359,13 @@ class VmProcess:
 
     def _audit(self, *_: Any) -> Message:
         return {"ok": True, "faults": self._memory.audit()}
+
+    def _attach_sharer(self, _peer: Peer, _message: Message, fds: list[int]) -> Message:
+        if len(fds) != 1:
+            raise InputError("a sharer is at the other end of one socket")
+        with core_errors():
+            self._memory.attach_sharer(fds[0])
+        return {"ok": True}
 
     def _attach(self, peer: Peer, message: Message, _: list[int]) -> None:
         peer.send({"ok": True, "id": message.get("id")})

@@ -63,8 +63,8 @@ impl Common for Client {
 }
 
 impl Client {
-    /// Registers with a sharer. `held` are the shared pages that the VM uses already, and how often, each named once; then
-    /// `pool` is the file that has them.
+    /// Registers with a sharer. `held` are the shared pages that the VM uses already, and how often, each named once. `pool` is
+    /// the file that has them: also one without pages of the VM's may be what a new sharer waits for.
     ///
     /// # Errors
     /// The socket's; when the sharer refuses, its sentence.
@@ -74,7 +74,6 @@ impl Client {
         socket.set_write_timeout(Some(PATIENCE))?;
         let mut client = Client { socket, seed: 0, has_failed: false, again: Vec::new() };
         let register = Request::Register { version: VERSION, held: held.len() as u32 };
-        let pool = pool.filter(|_| !held.is_empty());
         send_all(client.socket.as_fd(), &register.encode(), pool.map(|pool| pool.as_fd()))?;
         for part in held.chunks(MOST_HELD) {
             client.send(&Request::Held(part.to_vec()))?;
