@@ -14,7 +14,7 @@ const STIR: u64 = 64 << 10;
 /// How long a guest must have been quiet.
 const QUIET: Duration = Duration::from_millis(1500);
 /// How much code makes the first drop worth while.
-const WORTH: usize = 4 << 20;
+const WORTH: usize = 1 << 20;
 /// Pages that were looked for in the guest's tables since the last look: a guest that is busy with code it had before.
 const STIRRED_PAGES: u64 = 4096;
 
