@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 
 from ringzero.bench.memory import item
+from ringzero.bench.memory.ballooning import Ballooning
 from ringzero.bench.memory.hundred import Hundred
 from ringzero.bench.memory.identical import Identical
 from ringzero.bench.memory.idle_tax import IdleTax
@@ -37,6 +38,7 @@ ITEMS: dict[str, Callable[[], Item]] = {
     "overcommit": Overcommit,
     "scan-cost": ScanCost,
     "idle-tax": IdleTax,
+    "ballooning": Ballooning,
 }
 SMALL: dict[str, Callable[[], Item]] = {
     "overhead": lambda: Overhead(count=2, settle=5),
@@ -48,6 +50,7 @@ SMALL: dict[str, Callable[[], Item]] = {
     ),
     "scan-cost": lambda: ScanCost(rounds=2),
     "idle-tax": lambda: IdleTax(seconds=20),
+    "ballooning": lambda: Ballooning(give=128, runs=1, sizes=(160,)),
 }
 """The same with few guests, to see that they work: what they measure stands for nothing."""
 
