@@ -56,6 +56,10 @@ class Ballooning:
             "ballooning",
             f"a balloon of {self.give} MiB; guests of {self.full} MiB ballooned to less",
             figures,
-            ["Medians; the two guests of a size take turns, so that both meet the same host.", *wrong],
+            [
+                "Rates are medians. The two guests of a size take turns, so that both meet the same host; the best"
+                " round of each counts, since what else the host does only makes one slower.",
+                *wrong,
+            ],
             details,
         )
