@@ -433,9 +433,11 @@ impl SoftTlb {
     /// Drops the translations of any pages, by their host addresses: all that the shadow has go with them.
     pub fn forget_pages(&mut self, pages: &HashSet<u64>) {
         self.forgotten += pages.len() as u64;
+        // They are neighbours, most often, and most entries are of other pages.
+        let range = pages.iter().min().copied().unwrap_or(0)..=pages.iter().max().copied().unwrap_or(0);
         for bank in &mut self.banks {
             for (place, entry) in bank.entries.iter_mut().enumerate() {
-                if pages.contains(&entry.page) {
+                if range.contains(&entry.page) && pages.contains(&entry.page) {
                     *entry = TlbEntry::empty(place);
                 }
             }
