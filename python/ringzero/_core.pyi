@@ -9,7 +9,7 @@ from typing import Protocol, Self, final, type_check_only
 
 from typing_extensions import Buffer  # collections.abc has it from 3.12 on
 
-__all__ = ["CoreError", "Sharer", "Vm", "engines", "host_features"]
+__all__ = ["CoreError", "Sharer", "Vm", "engines", "enter_jail", "host_features"]
 
 class CoreError(Exception):
     """The core refused or failed: the message is one sentence and says what to do."""
@@ -175,6 +175,11 @@ class Sharer:
         tables take."""
     def audit(self) -> list[str]:
         """Compare pools, tables, and what VMs use: a sentence for all that is not as it must be. Reads all pools."""
+
+def enter_jail() -> None:
+    """Put all threads of this process into the jail, for ever: from now on it makes only the system calls that a VM
+    needs while it runs, and gains no privileges. Whatever else it tries fails with EPERM: no file, socket or program is
+    opened by name. Raises CoreError where the system has no such filters."""
 
 def engines() -> list[str]: ...
 def host_features() -> dict[str, bool | int | str]:

@@ -99,6 +99,16 @@ def test_up_list_and_down(host: Host, root: Path) -> None:
     assert list((root / "vms").iterdir()) == []
 
 
+def test_a_vms_process_is_jailed(host: Host, root: Path) -> None:
+    vm = host.up("debian", **SMALL)
+    rows = json.loads(ringzero(root, "list", "--json").stdout)
+    assert rows[0]["jail"] == ["no new privileges", "seccomp"]
+    assert says(vm)
+    for thread in Path(f"/proc/{rows[0]['pid']}/task").iterdir():
+        status = (thread / "status").read_text()
+        assert "Seccomp:\t2" in status and "NoNewPrivs:\t1" in status
+
+
 def test_what_a_command_in_a_guest_does(host: Host) -> None:
     vm = host.up("debian", **SMALL)
     done = vm.run(["sh", "-c", "cat; echo bad >&2; exit 3"], input=b"x" * 300_000)

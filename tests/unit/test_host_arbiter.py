@@ -111,7 +111,7 @@ def test_counters_become_decisions_and_orders(tmp_path: Path) -> None:
     assert a.memory.target == PAGES
     # One message a VM a round: nothing was urgent. What is to be scanned goes with the next.
     assert len(a.asked) == len(b.asked) == 1
-    assert a.memory.orders["scan"] == 2000 * 9000 // 12000
+    assert a.memory.orders["scan"] == Parameters().scan_calm * 9000 // 12000
     assert a.asked[0]["sample"] == 100
     line = json.loads(record.read_text())
     assert [vm["private"] for vm in line["vms"]] == [9000, 3000]

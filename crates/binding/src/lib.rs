@@ -5,6 +5,7 @@
 mod device;
 mod enter;
 mod features;
+mod jail;
 mod memory;
 mod sharer;
 mod vm;
@@ -18,6 +19,8 @@ mod core {
     use crate::enter::CoreError;
     #[pymodule_export]
     use crate::features::{engines, host_features};
+    #[pymodule_export]
+    use crate::jail::enter_jail;
     #[pymodule_export]
     use crate::sharer::Sharer;
     #[pymodule_export]

@@ -15,6 +15,14 @@ pub mod slow;
 pub mod trace;
 pub mod vm;
 
+/// Puts all threads of this process into the jail ([`host::jail`]), for ever.
+///
+/// # Errors
+/// When the system has no such filters.
+pub fn enter_jail() -> Result<(), Error> {
+    host::jail::enter().map_err(|error| Error::Host { what: "jail", error })
+}
+
 #[cfg(test)]
 mod tests;
 

@@ -56,6 +56,8 @@ class Guest:
         self.is_condemned = False
         """It is ended by the operator, and forgotten then."""
         self.memory = GuestCounters(spec.memory)
+        self.jail: list[str] = []
+        """What keeps its process from doing harm, by its own word before it ran its guest."""
         self._loop = loop
         self._runtime = runtime
         self._changed = changed
@@ -148,6 +150,8 @@ class Guest:
         if "error" in answer or self.phase is not Phase.BOOTING:
             return
         self.began = float(answer.get("began", self.began))
+        jail = answer.get("jail")
+        self.jail = [str(one) for one in jail] if isinstance(jail, list) else []
         if answer.get("ready"):
             self.phase = Phase.RUNNING
             self._changed(self)

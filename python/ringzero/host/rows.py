@@ -33,6 +33,7 @@ def vm_row(guest: Guest, *, closely: bool = False) -> Message:
         "swap": told.swap,
         "done": told.done,
         "active": told.activity.fraction(),
+        "jail": guest.jail,
         "own": None if told.own is None else told.own.total,
     }
     if closely and guest.pid is not None:

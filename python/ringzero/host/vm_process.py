@@ -221,6 +221,7 @@ class VmProcess:
         self._ready = False
         if spec.image is not None and spec.image.partition(":")[0] == "debian" and spec.initrd is None:
             self._agent_line = _line(self._vm, AGENT_PORT)
+        self._jail: list[str] = []
         self._reason: str | None = None
         self._silence: Timer | None = None
 
@@ -232,6 +233,15 @@ class VmProcess:
         # Again, although it listens already: so the socket tells who asks that it is this process.
         self._listener.listen(64)
         self._loop.watch(self._listener, READ, self._accept)
+        self._loop.accept_posts()
+        # All that it needs is open. From here on it is the guest's, should that break out.
+        from ringzero import _core
+
+        try:
+            _core.enter_jail()
+            self._jail = ["no new privileges", "seccomp"]
+        except _core.CoreError as error:
+            print(f"the vm is not jailed: {error}", file=sys.stderr, flush=True)
         self._vm.start()
         self._loop.run()
         assert self._reason is not None
@@ -332,6 +342,7 @@ class VmProcess:
             "ready": self._ready,
             "began": self._began,
             "pool": self._memory.pool(),
+            "jail": self._jail,
         }
 
     def _describe_memory(self, _peer: Peer, message: Message, _: list[int]) -> Message:

@@ -128,7 +128,7 @@ class _Arrivals:
         del self.data[: end + 1]
         self._searched = 0
         try:
-            message = json.loads(line)
+            message = json.loads(line.decode())  # bytes would be tried in encodings that a jail cannot load
         except (ValueError, RecursionError):
             raise Rubbish(f"a line is not JSON: {line[:40]!r}") from None
         if not isinstance(message, dict):

@@ -1,0 +1,11 @@
+//! The jail of a process that runs one VM.
+
+use pyo3::prelude::*;
+
+use crate::enter::py_enter;
+
+/// Puts this process into the jail.
+#[pyfunction]
+pub fn enter_jail(py: Python<'_>) -> PyResult<()> {
+    Ok(py_enter(py, monitor::enter_jail)?)
+}

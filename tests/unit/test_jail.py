@@ -1,0 +1,63 @@
+"""The jail of a VM's process: a guest runs in it, and nothing that a VM does not need can be done."""
+
+import subprocess
+import sys
+
+SCRIPT = """
+import ctypes, os, socket, threading
+from ringzero import Machine, _core
+
+vm = Machine("hello").assembled()
+line = socket.socket(fileno=vm.serial_fd(0))
+victim = os.fork()
+if victim == 0:
+    threading.Event().wait()
+libc = ctypes.CDLL(None, use_errno=True)
+_core.enter_jail()
+
+def call(*arguments):
+    ctypes.set_errno(0)
+    if libc.syscall(*arguments) == -1:
+        raise OSError(ctypes.get_errno(), "")
+
+CLONE, PTRACE, ATTACH, SEIZE, UNSHARE, MOUNT, KEYCTL, BPF, URING = 56, 101, 16, 0x4206, 272, 165, 250, 321, 425
+attempts = {
+    "open": lambda: open("/etc/passwd"),
+    "list": lambda: os.listdir("/"),
+    "stat": lambda: os.stat("/etc/passwd"),
+    "link": lambda: os.readlink("/proc/self/exe"),
+    "make": lambda: os.mkdir("/tmp/ringzero-jail"),
+    "remove": lambda: os.unlink("/tmp/ringzero-jail"),
+    "socket": lambda: socket.socket(),
+    "run": lambda: os.execv("/bin/true", ["true"]),
+    "fork": os.fork,
+    "namespace": lambda: call(CLONE, 0x10000000 | 0x100 | 17, 0, 0, 0, 0),
+    "unshare": lambda: call(UNSHARE, 0x10000000),
+    "attach": lambda: call(PTRACE, ATTACH, victim, 0, 0),
+    "seize": lambda: call(PTRACE, SEIZE, victim, 0, 0),
+    "mount": lambda: call(MOUNT, b"none", b"/tmp", b"tmpfs", 0, 0),
+    "become": lambda: os.setuid(os.getuid()),
+    "keys": lambda: call(KEYCTL, 0, 0, 0, 0, 0),
+    "bpf": lambda: call(BPF, 0, 0, 0),
+    "uring": lambda: call(URING, 1, 0),
+}
+for name, attempt in attempts.items():
+    try:
+        attempt()
+        print("allowed:", name, flush=True)
+        os._exit(1)
+    except PermissionError:
+        pass
+threads = [threading.Thread(target=vm.start)]
+threads[0].start()
+threads[0].join()
+print(vm.wait(60))
+os.kill(victim, 9)
+"""
+
+
+def test_a_guest_runs_and_nothing_else_does() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert (done.returncode, done.stdout) == (0, "poweroff\n"), done.stderr
