@@ -243,6 +243,8 @@ class VmProcess:
         except _core.CoreError as error:
             print(f"the vm is not jailed: {error}", file=sys.stderr, flush=True)
         self._vm.start()
+        # Without our agent nobody says that the guest has booted.
+        self._ready = self._agent_line is None
         self._loop.run()
         assert self._reason is not None
         return self._reason
