@@ -112,6 +112,7 @@ class Mixes:
                         kernel=str(kernels[series]),
                         initrd=str(archives[service, series]),
                         append=services.append(mix.pause),
+                        wait=False,  # they have no agent that says when they have booted; their consoles do
                     )
                 for vm in vms:
                     until_printed(vm, services.READY, START_LIMIT, services.FAILED)
