@@ -34,7 +34,7 @@ class Overcommit:
     fill: int = 200
     changes: int = 20_000
     limit: int = 5120
-    swap: int = 8192
+    swap: int = 28_672
     folder: str = "/tmp"
     timeout: float = 900.0
 
