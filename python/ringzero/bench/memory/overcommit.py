@@ -67,8 +67,8 @@ class Overcommit:
             answers = sum(vm.run(["true"], timeout=120).returncode == 0 for vm in running)
             swap = [ask_memory(vm)["swap"] for vm in running]
             faults = fleet.audit()
-        lost = sum(one.get("lost", 0) for one in swap)
-        loaded = sum(one.get("loaded", 0) for one in swap)
+        lost = sum(one["lost"] for one in swap)
+        loaded = sum(one["memory_loads"] + one["file_loads"] for one in swap)
         return Outcome(
             "overcommit",
             f"{self.count} guests of {self.memory} MiB, {self.busy} of them fill {self.fill} MiB;"
