@@ -45,10 +45,11 @@ class Parameters:
     """How far, as a part of the target, a VM may be from it before memory moves between VMs that is not
     scarce. The sampled activity of 100 pages is good to a tenth; moving pages for less chases noise."""
 
-    scan_calm: int = 10_000
+    scan_calm: int = 5_000
     scan_pressed: int = 40_000
     """Pages a second, over all VMs, that the scanner for equal pages reads: with enough free memory, and when
-    it is scarce. A page takes 0.7 microseconds of a processor (3 GHz), so the calm pace takes 0.7 % of one."""
+    it is scarce. A page takes 0.7 microseconds of a processor (3 GHz), but one VM that is scanned alone also
+    loses translations: 10,000 pages a second cost it 3 % (`ringzero bench memory scan-cost`)."""
 
     samples: int = 100
     period: float = 30.0
