@@ -194,7 +194,8 @@ start() {
     busybox chown -R Debian-exim:Debian-exim /var/spool/exim4 /var/log/exim4
     busybox chmod 1777 /var/mail
     own 48 /srv/text
-    exim4 -bd -oX 127.0.0.1.25 || return 1
+    # As a child of process 1 it would not go to the background by itself.
+    exim4 -bdf -oX 127.0.0.1.25 &
     until_answered greeted
 }
 greeted() { printf 'QUIT\\r\\n' | busybox nc 127.0.0.1 25 | busybox grep -q ^220; }
@@ -219,6 +220,10 @@ host_lookup =
 rfc1413_hosts =
 tls_advertise_hosts =
 queue_run_max = 1
+check_spool_space = 0
+check_spool_inodes = 0
+check_log_space = 0
+check_log_inodes = 0
 never_users =
 begin acl
 all:
