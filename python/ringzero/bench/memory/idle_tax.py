@@ -31,11 +31,11 @@ class IdleTax:
     `seconds` is how long a run with one tax takes; what counts is its last third.
     """
 
-    memory: int = 256
-    limit: int = 360
+    memory: int = 320
+    limit: int = 400
     idle: int = 160
     active: int = 190
-    seconds: float = 120.0
+    seconds: float = 80.0
     taxes: tuple[float, float] = (0.0, 0.75)
 
     def measure(self, console: Console) -> Outcome:
