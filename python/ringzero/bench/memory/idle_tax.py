@@ -32,10 +32,10 @@ class IdleTax:
     """
 
     memory: int = 320
-    limit: int = 400
+    limit: int = 330
     idle: int = 160
     active: int = 190
-    seconds: float = 80.0
+    seconds: float = 60.0
     taxes: tuple[float, float] = (0.0, 0.75)
 
     def measure(self, console: Console) -> Outcome:
