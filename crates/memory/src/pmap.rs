@@ -80,6 +80,12 @@ impl Entry {
         State::of(self.0)
     }
 
+    /// Whether the page is in a machine page of the VM's own.
+    #[must_use]
+    pub fn is_private(self) -> bool {
+        self.state() == State::Private
+    }
+
     /// The machine page, where there is one.
     #[must_use]
     pub fn mpn(self) -> Option<Mpn> {

@@ -45,7 +45,7 @@ impl Worker {
         if self.memory.swap.get().is_none() {
             return evicted;
         }
-        let is_cold = |ppn: &Ppn| self.memory.pmap().get(*ppn).is_some_and(|it| is_private(it) && it.is_sampled());
+        let is_cold = |ppn: &Ppn| self.memory.pmap().get(*ppn).is_some_and(|it| it.is_private() && it.is_sampled());
         let mut victims: Vec<Ppn> = self.candidates.iter().copied().filter(is_cold).collect();
         victims.truncate(pages);
         let rest = self.random_pages(pages - victims.len());
@@ -69,7 +69,7 @@ impl Worker {
                 break;
             }
             let ppn = self.any_page();
-            if self.memory.pmap().get(ppn).is_some_and(is_private) {
+            if self.memory.pmap().get(ppn).is_some_and(Entry::is_private) {
                 chosen.insert(ppn);
             }
         }
@@ -78,7 +78,7 @@ impl Worker {
 
     fn put_away(&self, pages: &[Ppn], evicted: &mut Evicted) -> bool {
         let Some(store) = self.memory.swap.get() else { return false };
-        let mut taken = self.memory.take(pages.iter().copied(), is_private);
+        let mut taken = self.memory.take(pages.iter().copied(), Entry::is_private);
         for index in 0..pages.len() {
             let Some(content) = taken.page(index).map(|page| page.copy()) else { continue };
             match store.put(&content) {
@@ -93,8 +93,4 @@ impl Worker {
         }
         true
     }
-}
-
-fn is_private(entry: Entry) -> bool {
-    entry.state() == State::Private
 }

@@ -58,7 +58,7 @@ impl Worker {
             let ppn = pmap.at(self.scan.next);
             let hash = &mut self.scan.hashes[self.scan.next];
             self.scan.next += 1;
-            if !pmap.get(ppn).is_some_and(is_private) {
+            if !pmap.get(ppn).is_some_and(Entry::is_private) {
                 *hash = 0;
                 continue;
             }
@@ -101,7 +101,7 @@ impl Worker {
     }
 
     fn drop_zeroes(&self, pages: &[Ppn]) -> u64 {
-        let mut taken = self.memory.take(pages.iter().copied(), is_private);
+        let mut taken = self.memory.take(pages.iter().copied(), Entry::is_private);
         let mut is_zero = |index: &usize| {
             taken.page(*index).is_some_and(|page| page.copy() == ZEROES) && taken.commit(*index, State::Zero, 0)
         };
@@ -122,7 +122,7 @@ impl Worker {
             offers.iter().zip(answers).filter_map(|((ppn, _), answer)| Some((*ppn, answer?))).collect();
         let mut unused = Vec::new();
         {
-            let mut taken = memory.take(found.iter().map(|(ppn, _)| *ppn), is_private);
+            let mut taken = memory.take(found.iter().map(|(ppn, _)| *ppn), Entry::is_private);
             for (index, (_, number)) in found.iter().enumerate() {
                 let shared = Machine::mpn(SHARED, u64::from(*number));
                 let is_equal =
@@ -155,10 +155,6 @@ impl Worker {
     }
 }
 
-fn is_private(entry: Entry) -> bool {
-    entry.state() == State::Private
-}
-
 fn pmap_is_private(memory: &crate::GuestMemory, ppn: Ppn) -> bool {
-    memory.pmap().get(ppn).is_some_and(is_private)
+    memory.pmap().get(ppn).is_some_and(Entry::is_private)
 }
