@@ -238,7 +238,8 @@ impl Shared {
         let mut is_last_look = false;
         loop {
             let _open = work.gate.open();
-            if self.stopping.load(Ordering::SeqCst) || self.is_broken() {
+            // A guest that has lost memory may order anything until it stands.
+            if self.stopping.load(Ordering::SeqCst) || self.is_broken() || work.memory.is_lost() {
                 return Ok(());
             }
             let mut queue = ring.queue.lock();
