@@ -40,9 +40,9 @@ class Vm:
         trace_path: str | None = None,
         translations: str | None = None,
         translation_bytes: int | None = None,
-        disks: Sequence[tuple[str, bool, str]] = (),
+        devices: Sequence[VirtioDevice] = (),
     ) -> Self:
-        """Put a machine together. `disks` are raw files: path, whether it is read-only, and the serial number."""
+        """Put a machine together. `devices` are on its PCI bus, in this order, behind those that every machine has."""
 
     def memory_map(self) -> list[tuple[int, int, str]]:
         """Return (first address, size, kind) rows; kind is 'ram' or 'mmio'. RAM has a hole below 4 GiB."""
@@ -144,6 +144,14 @@ class Vm:
         guest_background_scans, guest_direct_scans, guest_background_reclaims and guest_direct_reclaims."""
     def stats(self) -> dict[str, int]:
         """Return the counters, by dotted name. A VM that runs is stopped for it, between two instructions."""
+
+@final
+class VirtioDevice:
+    """A device that waits for its machine: `Vm` takes it, once. Made by functions such as `raw_disk`."""
+
+def raw_disk(path: str, *, read_only: bool = False, serial: str = "", queues: int = 1) -> VirtioDevice:
+    """Return a disk in a raw file, which is locked as long as there is the device. `serial` has up to 20 characters,
+    `queues` a thread each, 1 to 16. Raises CoreError when the file cannot be opened, or another machine has it."""
 
 @final
 class Sharer:

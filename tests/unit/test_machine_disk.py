@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from ringzero._core import CoreError, Vm
+from ringzero._core import CoreError, Vm, raw_disk
 from ringzero.errors import InputError
 from ringzero.machine.disk import Disk
 
@@ -58,7 +58,7 @@ def find_disks(vm: Vm) -> list[int]:
 
 
 def test_the_guest_finds_each_disk_behind_the_entropy_device_and_the_balloon(image: Path) -> None:
-    vm = Vm(16 * MIB, engine="interpret", disks=[(str(image), True, "")])
+    vm = Vm(16 * MIB, engine="interpret", devices=[raw_disk(str(image), read_only=True)])
     assert find_disks(vm) == [0x0008_1B36, 0x1044_1AF4, 0x1045_1AF4, 0x1042_1AF4]
 
 
@@ -66,9 +66,13 @@ def test_the_core_refuses_what_it_cannot_open_and_more_than_the_bus_holds(
     image: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(CoreError, match=r"the disk .*nowhere cannot be used"):
-        Vm(16 * MIB, disks=[(str(tmp_path / "nowhere"), False, "")])
+        raw_disk(str(tmp_path / "nowhere"))
     with pytest.raises(CoreError, match="not a regular file"):
-        Vm(16 * MIB, disks=[(str(tmp_path), True, "")])
-    Vm(16 * MIB, disks=[(str(image), True, "")] * 29)
+        raw_disk(str(tmp_path), read_only=True)
+    Vm(16 * MIB, devices=[raw_disk(str(image), read_only=True) for _ in range(29)])
     with pytest.raises(CoreError, match="the PCI bus is full"):
-        Vm(16 * MIB, disks=[(str(image), True, "")] * 30)
+        Vm(16 * MIB, devices=[raw_disk(str(image), read_only=True) for _ in range(30)])
+    disk = raw_disk(str(image), read_only=True)
+    Vm(16 * MIB, devices=[disk])
+    with pytest.raises(CoreError, match="a machine has this device already"):
+        Vm(16 * MIB, devices=[disk])

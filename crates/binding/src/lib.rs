@@ -3,11 +3,13 @@
 #![deny(unsafe_code)]
 
 mod device;
+mod disk;
 mod enter;
 mod features;
 mod jail;
 mod memory;
 mod sharer;
+mod virtio;
 mod vm;
 
 /// The core of ringzero; see `_core.pyi`.
@@ -16,6 +18,8 @@ mod core {
     use pyo3::prelude::*;
 
     #[pymodule_export]
+    use crate::disk::raw_disk;
+    #[pymodule_export]
     use crate::enter::CoreError;
     #[pymodule_export]
     use crate::features::{engines, host_features};
@@ -23,6 +27,8 @@ mod core {
     use crate::jail::enter_jail;
     #[pymodule_export]
     use crate::sharer::Sharer;
+    #[pymodule_export]
+    use crate::virtio::VirtioDevice;
     #[pymodule_export]
     use crate::vm::Vm;
 

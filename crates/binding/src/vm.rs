@@ -6,13 +6,14 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
-use monitor::{Disk, Gpa, Options};
+use monitor::{Gpa, Options};
 use pyo3::buffer::PyBuffer;
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyDict};
 
 use crate::device::PythonDevice;
 use crate::enter::{CoreError, fit, py_enter};
+use crate::virtio::VirtioDevice;
 
 /// Every machine of the process, for the exit handler.
 static MACHINES: Mutex<Vec<Weak<monitor::Vm>>> = Mutex::new(Vec::new());
@@ -54,10 +55,10 @@ impl Vm {
         signature = (
             memory, *, cpus = None, engine = "direct", cpu_features = Vec::new(), count_instructions = false,
             profile = false, trace_path = None, translations = None, translation_bytes = None,
-            disks = Vec::new()
+            devices = Vec::new()
         ),
         text_signature = "(memory, *, cpus=1, engine='direct', cpu_features=(), count_instructions=False, \
-            profile=False, trace_path=None, translations=None, translation_bytes=None, disks=())"
+            profile=False, trace_path=None, translations=None, translation_bytes=None, devices=())"
     )]
     #[expect(clippy::too_many_arguments, reason = "they are Python's keyword arguments")]
     fn new(
@@ -71,9 +72,9 @@ impl Vm {
         trace_path: Option<PathBuf>,
         translations: Option<PathBuf>,
         translation_bytes: Option<&Bound<'_, PyAny>>,
-        disks: Vec<(PathBuf, bool, String)>,
+        devices: Vec<Bound<'_, VirtioDevice>>,
     ) -> PyResult<Self> {
-        let disks = disks.into_iter().map(|(path, read_only, serial)| Disk { path, read_only, serial }).collect();
+        let devices = devices.iter().map(|device| device.get().take()).collect::<PyResult<_>>()?;
         let options = Options {
             memory: fit(memory, "the size of memory")?,
             processors: cpus.map_or(Ok(1), |cpus| fit(cpus, "the number of processors"))?,
@@ -84,7 +85,7 @@ impl Vm {
             trace: trace_path,
             translations,
             translation_bytes: translation_bytes.map(|bytes| fit(bytes, "memory for translations")).transpose()?,
-            disks,
+            devices,
         };
         let machine = Arc::new(py_enter(py, || monitor::Vm::new(&options))?);
         let mut list = MACHINES.lock().unwrap_or_else(PoisonError::into_inner);

@@ -29,8 +29,10 @@ mod tests;
 pub use error::Error;
 pub use features::{Feature, host_features};
 pub use memory::PageCounts;
-pub use vm::{Disk, ENGINES, Options, Region, RegionKind, Vm};
+pub use vm::{ENGINES, Options, Region, RegionKind, Vm};
 
 // For `binding`, which names no crate of ours but this one.
 pub use host::clock::begin_to_measure;
+pub use io::virtio::Backend;
+pub use io::virtio::block as disk;
 pub use x86::Gpa;

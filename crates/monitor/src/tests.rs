@@ -33,7 +33,7 @@ fn machine_with(code: &[u8], engine: &str, processors: usize) -> Vm {
         profile: false,
         trace: None,
         translations: None,
-        disks: Vec::new(),
+        devices: Vec::new(),
         translation_bytes: None,
     };
     let vm = Vm::assemble(&options).unwrap();

@@ -10,8 +10,8 @@ use host::clock::Clock;
 use host::counters::Counters;
 use host::lock::{Rank, RankedMutex};
 use io::platform::{Config, Platform};
+use io::virtio::Backend;
 use io::virtio::balloon::Balloon;
-use io::virtio::block::{self, Block};
 use io::virtio::entropy::Entropy;
 use memory::GuestMemory;
 use memory::pmap::{HOLE_END, HOLE_START};
@@ -45,7 +45,7 @@ pub use memory::writers::MOST_PROCESSORS;
 const DEVICE_PATIENCE: Duration = Duration::from_secs(2);
 
 /// What a machine is made of.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub struct Options {
     /// Bytes of RAM.
     pub memory: u64,
@@ -64,17 +64,8 @@ pub struct Options {
     pub translation_bytes: Option<u64>,
     /// The folder of translations that are kept from run to run; none are kept without one.
     pub translations: Option<PathBuf>,
-    /// In the order in which the guest finds them.
-    pub disks: Vec<Disk>,
-}
-
-/// A disk of a machine: a raw file.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Disk {
-    pub path: PathBuf,
-    pub read_only: bool,
-    /// What the guest's system names it by, besides its place in the list.
-    pub serial: String,
+    /// Virtio devices on the PCI bus, behind those that every machine has, in the order in which the guest finds them.
+    pub devices: Vec<Arc<dyn Backend>>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -222,12 +213,8 @@ impl Vm {
         platform.add_virtio(Arc::new(Entropy), Arc::clone(&memory))?;
         let balloon = Arc::new(Balloon::new(memory.clone(), memory.pmap().pages()));
         platform.add_virtio(balloon.clone(), Arc::clone(&memory))?;
-        for disk in &options.disks {
-            let (read_only, serial) = (disk.read_only, disk.serial.clone());
-            let traits = block::Disk { read_only, serial, queues: options.processors as u16 };
-            let backend =
-                Block::open(&disk.path, traits).map_err(|error| Error::Disk { path: disk.path.clone(), error })?;
-            platform.add_virtio(Arc::new(backend), Arc::clone(&memory))?;
+        for device in &options.devices {
+            platform.add_virtio(Arc::clone(device), Arc::clone(&memory))?;
         }
         for processor in &mut processors {
             // A kernel that is entered without firmware finds the MTRRs as firmware leaves them.

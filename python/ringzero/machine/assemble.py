@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import os
 from collections.abc import Iterable
 from types import ModuleType
 from typing import TYPE_CHECKING
@@ -111,7 +110,7 @@ def assemble(
         trace_path=trace,
         translations=translations,
         translation_bytes=translation_bytes,
-        disks=[(os.fspath(disk.path), disk.read_only, disk.serial) for disk in disks],
+        devices=[disk.device(spec.cpus) for disk in disks],
     )
     attach_devices(vm, devices)
     plan.load(vm, files.sealed)

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import os
+import typing
 from dataclasses import dataclass
 from pathlib import Path
 
 from ringzero.errors import InputError
+
+if typing.TYPE_CHECKING:
+    from ringzero import _core
 
 __all__ = ["Disk"]
 
@@ -41,3 +45,12 @@ class Disk:
         if not path.is_file():
             raise InputError(f"the disk {path} is not a file: make one with `truncate --size 1G {path}`")
         return cls(path, read_only)
+
+    def device(self, cpus: int) -> _core.VirtioDevice:
+        """Open the file, and return the device, with a queue for each of a machine's processors.
+
+        Raises the core's CoreError when the file cannot be opened, or another machine has it.
+        """
+        from ringzero import _core
+
+        return _core.raw_disk(os.fspath(self.path), read_only=self.read_only, serial=self.serial, queues=cpus)

@@ -1,0 +1,27 @@
+//! The class `VirtioDevice`.
+
+use std::sync::{Arc, Mutex, PoisonError};
+
+use monitor::Backend;
+use pyo3::prelude::*;
+
+use crate::enter::CoreError;
+
+/// A device that waits for its machine.
+#[pyclass(frozen, module = "ringzero._core")]
+pub struct VirtioDevice {
+    /// Gone when a machine has it.
+    backend: Mutex<Option<Arc<dyn Backend>>>,
+}
+
+impl VirtioDevice {
+    pub fn new(backend: Arc<dyn Backend>) -> VirtioDevice {
+        VirtioDevice { backend: Mutex::new(Some(backend)) }
+    }
+
+    /// Gives the device to a machine.
+    pub fn take(&self) -> PyResult<Arc<dyn Backend>> {
+        let backend = self.backend.lock().unwrap_or_else(PoisonError::into_inner).take();
+        backend.ok_or_else(|| CoreError::new_err("a machine has this device already: make another one"))
+    }
+}
