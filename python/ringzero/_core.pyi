@@ -9,7 +9,7 @@ from typing import Protocol, Self, final, type_check_only
 
 from typing_extensions import Buffer  # collections.abc has it from 3.12 on
 
-__all__ = ["CoreError", "Sharer", "Vm", "engines", "enter_jail", "host_features"]
+__all__ = ["CoreError", "Sharer", "VirtioDevice", "Vm", "engines", "enter_jail", "host_features", "raw_disk"]
 
 class CoreError(Exception):
     """The core refused or failed: the message is one sentence and says what to do."""
