@@ -194,7 +194,11 @@ class FakeMemory:
 
     def __init__(self, evictable: int = 1 << 30) -> None:
         self.evictable = evictable
+        self.private = 0
         self.calls: list[tuple[str, int]] = []
+
+    def counts(self) -> dict[str, int]:
+        return {"private": self.private}
 
     def balloon(self, pages: int) -> None:
         self.calls.append(("balloon", pages))
@@ -207,6 +211,7 @@ class FakeMemory:
         self.calls.append(("evict", pages))
         gone = min(pages, self.evictable)
         self.evictable -= gone
+        self.private -= gone
         return gone, None if gone == pages else "the store is full"
 
 
@@ -245,6 +250,42 @@ def test_a_store_that_is_full_ends_an_eviction() -> None:
     done, _ = orders(memory, {"evict": 10_000})
     assert done.totals["evicted"] == 300 and done.full == "the store is full"
     assert len(memory.calls) == 2
+
+
+def test_a_bound_is_kept_whatever_comes_back() -> None:
+    memory = FakeMemory()
+    memory.private = 1500
+    loop = Loop()
+    of_vm = Orders(loop, SimpleNamespace(), memory)  # type: ignore[arg-type]
+    of_vm.take({"evict": 500, "most": 1000})
+
+    def come_back() -> None:
+        memory.private += 300
+
+    loop.call_later(0.1, come_back)
+    loop.call_later(0.2, loop.stop)
+    loop.run()
+    assert memory.private == 1000
+    of_vm.take({"most": None})
+    memory.private = 2000
+    loop.call_later(0.1, loop.stop)
+    loop.run()
+    loop.close()
+    assert memory.private == 2000
+
+
+def test_a_bound_holds_no_longer_than_the_daemon_lives(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ringzero.host.vm_orders.ORDERS_HOLD", 0.05)
+    memory = FakeMemory()
+    loop = Loop()
+    Orders(loop, SimpleNamespace(), memory).take({"most": 0})  # type: ignore[arg-type]
+    loop.call_later(0.2, loop.stop)
+    loop.run()
+    memory.private = 100
+    loop.call_later(0.1, loop.stop)
+    loop.run()
+    loop.close()
+    assert memory.private == 100
 
 
 def test_a_vm_is_blocked_no_longer_than_the_daemon_lives(monkeypatch: pytest.MonkeyPatch) -> None:

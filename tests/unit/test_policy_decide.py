@@ -45,6 +45,8 @@ def test_every_decision_can_be_carried_out() -> None:
             if one.compress or one.swap:
                 assert decision.level >= Level.HARD or not vm.balloons or one.balloon >= vm.ballooned
             assert one.blocked == (decision.level is Level.LOW and has > one.target)
+            assert (one.most is None) == (decision.level is Level.HIGH)
+            assert one.most is None or one.most >= min(vm.private, one.target) - one.compress - one.swap
             means["ballooned"] += one.balloon > vm.ballooned
             means["let go"] += one.balloon < vm.ballooned
             means["compressed"] += one.compress > 0
@@ -115,6 +117,25 @@ def test_a_level_chooses_its_means() -> None:
     assert low.level is Level.LOW
     assert low.vms[0].blocked
     assert not low.vms[1].blocked
+
+
+def test_who_is_above_his_target_may_not_grow_and_who_is_below_may_up_to_it() -> None:
+    host, vms = squeezed(0.015)
+    decision = decide(host, vms)
+    assert decision.level is Level.HARD
+    (idle, busy), held = decision.vms, charges(host, vms)
+    assert held[0] > idle.target and idle.most == vms[0].private - idle.compress - idle.swap
+    assert held[1] <= busy.target and busy.most == vms[1].private + busy.target - held[1]
+
+
+def test_all_that_is_taken_beyond_the_memory_is_missing() -> None:
+    host, vms = squeezed(0.0)
+    asked = []
+    for beyond in (0, 1000):
+        more = [replace(vm, overhead=vm.overhead + beyond // 2) for vm in vms]
+        decision = decide(host, more)
+        asked.append(sum(one.compress + one.swap for one in decision.vms))
+    assert asked[1] - asked[0] >= 1000
 
 
 def test_a_balloon_that_takes_untouched_pages_brings_the_missing_ones_too() -> None:
@@ -246,6 +267,8 @@ def test_a_hundred_vms_charged_for_one_pool_are_charged_what_it_takes() -> None:
         ({"balloon": 191}, "balloon"),
         ({"compress": 30, "swap": 21}, "compressing and swapping"),
         ({"scan": -1}, "scan -1"),
+        ({"most": -1}, "most -1"),
+        ({"most": 1.5}, "most 1.5"),
         ({"name": "b"}, "each vm once"),
     ],
 )

@@ -33,6 +33,8 @@ FRESH = 0.5
 """Seconds: counters that are older are asked for again when somebody looks at them."""
 WEIGHING_PERIOD = 60.0
 """Seconds until a monitor's own memory is weighed again. The system walks its page tables for that."""
+SETTLED = 10.0
+"""Seconds from the first weighing, when a guest has just booted, until its monitor has given back what that took."""
 
 
 class Arbiter:
@@ -125,13 +127,10 @@ class Arbiter:
 
     def _weigh(self, guests: list[Guest], now: float) -> None:
         """Weigh one monitor whose turn has come; those that were never weighed go first."""
-        due = [
-            one
-            for one in guests
-            if one.phase is Phase.RUNNING and now - one.memory.weighed_at >= WEIGHING_PERIOD
-        ]
-        for guest in sorted(due, key=lambda one: one.memory.weighed_at)[: max(1, len(guests) // 10)]:
-            guest.memory.weighed_at = now
+        due = [one for one in guests if one.phase is Phase.RUNNING and now >= one.memory.weigh_again_at]
+        for guest in sorted(due, key=lambda one: one.memory.weigh_again_at)[: max(1, len(guests) // 10)]:
+            is_first = not guest.memory.weigh_again_at
+            guest.memory.weigh_again_at = now + (SETTLED if is_first else WEIGHING_PERIOD)
             if guest.pid is not None:
                 guest.memory.weigh(guest.pid)
 
@@ -174,7 +173,9 @@ class Arbiter:
             self.level is not Level.HIGH and one.balloon != guest.memory.orders.get("balloon", 0)
         )
         guest.memory.target = one.target
-        orders = {"balloon": one.balloon, "scan": one.scan, "blocked": one.blocked}
+        orders = {"balloon": one.balloon, "scan": one.scan, "blocked": one.blocked, "most": one.most}
+        # A bound that falls is for now; one that is lifted can wait.
+        urgent = urgent or (one.most is not None and one.most < guest.memory.count("private"))
         guest.memory.orders = orders
         if urgent:
             now = orders | {"evict": one.compress + one.swap, "seconds": self._period()}

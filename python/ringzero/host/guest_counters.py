@@ -25,7 +25,7 @@ class GuestCounters:
         self.target: int | None = None
         self.own: facts.Own | None = None
         self.sampled_at = 0.0
-        self.weighed_at = 0.0
+        self.weigh_again_at = 0.0
 
     def take(self, answer: Message, parameters: Parameters) -> str | None:
         """Take what a VM's process told, and return what is wrong with it. It is not trusted: a guest may have it."""

@@ -39,6 +39,9 @@ class VmDecision:
     """Pages a second to read in search of equal ones."""
     blocked: bool = False
     """Not to run until the next decision."""
+    most: int | None = None
+    """Private pages that it may have until the next decision, if there is a bound: for each that it gets beyond,
+    another goes out at once. So a VM that wants more than there is pays for it itself, and soon."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,7 +74,7 @@ def decide(
     if level is Level.HIGH:
         change = _rebalance(host, vms, held, targets, p)
     else:
-        change = _revoke(vms, held, max(0, p.reserve(host.total) - host.free), p)
+        change = _revoke(vms, held, _missing(host, vms, held, p), p)
 
     gain = _gain_of_compressing(host, vms, p)
     scans = _scans(vms, p.scan_calm if level is Level.HIGH else p.scan_pressed)
@@ -87,6 +90,8 @@ def decide(
         swap_free -= swap
         unmet += rest - swap
         blocked = level is Level.LOW and has > target
+        stays = vm.private - compress - swap
+        most = None if level is Level.HIGH else stays + max(0, target - has - delta)
         decided.append(
             VmDecision(
                 name=vm.name,
@@ -96,6 +101,7 @@ def decide(
                 swap=swap,
                 scan=scan,
                 blocked=blocked,
+                most=most,
             )
         )
     return Decision(level=level, vms=tuple(decided), unmet=unmet)
@@ -140,6 +146,12 @@ def fault_of(decision: object, vms: Sequence[VmMemory]) -> str | None:
                 f"it wants {amount(one.balloon)} in the balloon of vm {vm.name!r}, which leaves the guest"
                 f" less than its min {amount(vm.min)} or more than its max {amount(vm.max)}"
             )
+        if one.most is not None and (
+            isinstance(one.most, bool) or not isinstance(one.most, int) or one.most < 0
+        ):
+            return (
+                f"it decides most {one.most!r} for vm {vm.name!r}, and not a whole number, 0 or more, or None"
+            )
         if one.compress + one.swap > vm.private:
             return (
                 f"it takes {amount(one.compress + one.swap)} from vm {vm.name!r} by compressing and swapping,"
@@ -154,6 +166,12 @@ def _claims_on_what_is_held(
     return [
         Claim(vm.shares, vm.active_pages, low, high) for vm, low, high in zip(vms, least, most, strict=True)
     ]
+
+
+def _missing(host: HostMemory, vms: Sequence[VmMemory], held: Sequence[int], p: Parameters) -> int:
+    """Return the pages that must come free: to have the reserve, and what the VMs take beyond the host's memory."""
+    beyond = sum(held) + sum(vm.overhead for vm in vms) - host.total
+    return max(0, p.reserve(host.total) - host.free) + max(0, beyond)
 
 
 def _revoke(vms: Sequence[VmMemory], held: Sequence[int], missing: int, p: Parameters) -> list[int]:

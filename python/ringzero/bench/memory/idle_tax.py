@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import statistics
 import threading
 import time
 from dataclasses import dataclass
@@ -21,20 +20,24 @@ from ringzero.policy import PAGE
 __all__ = ["IdleTax"]
 
 BAR = 30.0
-_STEPS = re.compile(r"^PATTERN STEPS (\d+)", re.MULTILINE)
+_PERIOD = 2.0
+"""Seconds: of the sampler."""
+_STEPS = re.compile(r"^PATTERN STEPS (\d+) IN ([0-9.]+)", re.MULTILINE)
 
 
 @dataclass(frozen=True)
 class IdleTax:
     """What to measure. Sizes are MiB: two guests of `memory`, `limit` for both; what each of them touches.
 
-    `seconds` is how long a run with one tax takes; what counts is its last third.
+    `settle` is how long the idle guest has slept before the active one begins, `seconds` how long that works; what
+    counts is its last half.
     """
 
     memory: int = 320
     limit: int = 330
     idle: int = 160
     active: int = 190
+    settle: float = 40.0
     seconds: float = 60.0
     taxes: tuple[float, float] = (0.0, 0.75)
 
@@ -45,7 +48,7 @@ class IdleTax:
         for tax in self.taxes:
             with console.status(f"idle-tax: tax {tax:.0%}, {self.seconds:g} s"):
                 measured = self._run(tax)
-            steps.append(statistics.fmean(measured[0][-len(measured[0]) // 3 :]))
+            steps.append(_rate(measured[0], self.seconds / 2))
             held.append(measured[1])
             details[f"{tax:.0%}"] = {"steps": measured[0], "held": measured[1]}
         if not all(steps):
@@ -67,16 +70,20 @@ class IdleTax:
             ],
             [
                 f"The idle guest has touched {self.idle} MiB and sleeps; the active one changes random pages of"
-                f" {self.active} MiB. Throughput is the mean of the last third of the run. The sampling period is 5 s"
-                " for the measurement, where the default is 30 s: it only decides how soon the policy knows.",
+                f" {self.active} MiB. Throughput is that of the second half of the run, with all times in which the"
+                f" guest was held up. The sampling period is {_PERIOD:g} s for the measurement, where the default is"
+                f" 30 s, and the idle guest has slept for {self.settle:g} s before: both only decide how soon the"
+                " policy knows.",
             ],
             details,
         )
 
-    def _run(self, tax: float) -> tuple[list[int], dict[str, int]]:
-        """Return the active guest's steps by second, and both guests' private pages at the end."""
+    def _run(self, tax: float) -> tuple[list[tuple[int, float]], dict[str, int]]:
+        """Return the active guest's steps and the seconds that they took, again and again, and both guests' private
+        pages at the end.
+        """
         with Fleet(
-            parameters={"tax": tax, "period": 5.0, "scan_calm": 0, "scan_pressed": 0},
+            parameters={"tax": tax, "period": _PERIOD, "scan_calm": 0, "scan_pressed": 0},
             memory=self.limit * MIB,
             swap=1 << 30,
             swap_folder="/tmp",
@@ -87,8 +94,9 @@ class IdleTax:
             }
             for vm in vms.values():
                 vm.run(["sh", "-c", "cat > /pattern; chmod +x /pattern"], input=pattern.program(), check=True)
-            hold = ["/pattern", "hold", str(self.idle), str(int(2 * self.seconds)), "1"]
+            hold = ["/pattern", "hold", str(self.idle), str(int(self.settle + 2 * self.seconds)), "1"]
             vms["idle"].run(["sh", "-c", f"{' '.join(hold)} > /dev/null 2>&1 &"], check=True)
+            time.sleep(self.settle)
             said: list[str] = []
             walk = ["walk", str(self.active), str(int(self.seconds)), "2"]
             thread = threading.Thread(target=_walk, args=(vms["active"], walk, said))
@@ -99,7 +107,15 @@ class IdleTax:
             time.sleep(0.1)
         if not said:
             raise GuestError("the active guest ended before its time")
-        return [int(steps) for steps in _STEPS.findall(said[0])], held
+        return [(int(steps), float(seconds)) for steps, seconds in _STEPS.findall(said[0])], held
+
+
+def _rate(steps: list[tuple[int, float]], last: float) -> float:
+    """Return the steps a second in about the `last` seconds."""
+    taken: list[tuple[int, float]] = []
+    while len(taken) < len(steps) and sum(seconds for _, seconds in taken) < last:
+        taken.append(steps[-1 - len(taken)])
+    return sum(one for one, _ in taken) / max(1.0, sum(seconds for _, seconds in taken))
 
 
 def _walk(vm: HostVm, words: list[str], said: list[str]) -> None:
