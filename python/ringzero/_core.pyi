@@ -7,9 +7,22 @@ wait releases the GIL. What the operator must know is raised as `CoreError`, one
 from collections.abc import Sequence
 from typing import Protocol, Self, final, type_check_only
 
-from typing_extensions import Buffer  # collections.abc has it from 3.12 on
+from typing_extensions import (
+    Buffer,  # collections.abc has it from 3.12 on
+    disjoint_base,
+)
 
-__all__ = ["CoreError", "Sharer", "VirtioDevice", "Vm", "engines", "enter_jail", "host_features", "raw_disk"]
+__all__ = [
+    "Console",
+    "CoreError",
+    "Sharer",
+    "VirtioDevice",
+    "Vm",
+    "engines",
+    "enter_jail",
+    "host_features",
+    "raw_disk",
+]
 
 class CoreError(Exception):
     """The core refused or failed: the message is one sentence and says what to do."""
@@ -145,9 +158,26 @@ class Vm:
     def stats(self) -> dict[str, int]:
         """Return the counters, by dotted name. A VM that runs is stopped for it, between two instructions."""
 
-@final
+@disjoint_base
 class VirtioDevice:
     """A device that waits for its machine: `Vm` takes it, once. Made by functions such as `raw_disk`."""
+
+@final
+class Console(VirtioDevice):
+    """Ports that carry bytes between programs of the guest and sockets of this process, as a virtio console."""
+
+    def __new__(cls, names: Sequence[str], *, consoles: int = 0) -> Self:
+        """Make a device with so many `consoles` (terminals of the guest: hvc0 and so on), which are its first ports,
+        and a port for each of `names` (/dev/virtio-ports/NAME where udev runs, /dev/vport0pN elsewhere)."""
+    def port(self, index: int) -> int:
+        """Return a stream socket joined to a port, counted from 0. The caller owns and closes it; then the port can be
+        joined anew. Bytes written to it wait until a program of the guest has the port open, and reach it in order,
+        with back pressure. What the guest sends while nobody has the socket is gone. When the VM has ended, the socket
+        reads to the last byte that the guest sent, and then the end of the stream."""
+    def is_open(self, index: int) -> bool:
+        """Return whether a program of the guest has the port open."""
+    def resize(self, index: int, rows: int, columns: int) -> None:
+        """Tell the guest the size of the window that a terminal of its is shown in."""
 
 def raw_disk(path: str, *, read_only: bool = False, serial: str = "", queues: int = 1) -> VirtioDevice:
     """Return a disk in a raw file, which is locked as long as there is the device. `serial` has up to 20 characters,

@@ -2,6 +2,7 @@
 //! mean is told in `python/ringzero/_core.pyi`.
 #![deny(unsafe_code)]
 
+mod console;
 mod device;
 mod disk;
 mod enter;
@@ -17,6 +18,8 @@ mod vm;
 mod core {
     use pyo3::prelude::*;
 
+    #[pymodule_export]
+    use crate::console::Console;
     #[pymodule_export]
     use crate::disk::raw_disk;
     #[pymodule_export]

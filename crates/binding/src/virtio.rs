@@ -8,7 +8,7 @@ use pyo3::prelude::*;
 use crate::enter::CoreError;
 
 /// A device that waits for its machine.
-#[pyclass(frozen, module = "ringzero._core")]
+#[pyclass(frozen, subclass, module = "ringzero._core")]
 pub struct VirtioDevice {
     /// Gone when a machine has it.
     backend: Mutex<Option<Arc<dyn Backend>>>,

@@ -22,6 +22,8 @@ pub enum Rank {
     Device,
     /// One virtqueue, held by the thread that serves it.
     Queue,
+    /// What the back end of a virtio device keeps beside its queues: one port of a console, the connections of a vsock.
+    Backend,
     /// The interrupts of one PCI function: its MSI-X table and its INTA#.
     FunctionInterrupts,
     /// The interrupt lines and the two controllers behind them, PIC and IOAPIC.

@@ -47,6 +47,8 @@ pub enum Error {
     Trace { path: PathBuf, error: std::io::Error },
     #[error("the disk {} cannot be used: {error}", .path.display())]
     Disk { path: PathBuf, error: std::io::Error },
+    #[error(transparent)]
+    Console(#[from] io::virtio::console::ConsoleError),
     #[error("the host gave no {what}: {error}")]
     Host { what: &'static str, error: std::io::Error },
 }

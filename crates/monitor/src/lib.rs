@@ -35,4 +35,5 @@ pub use vm::{ENGINES, Options, Region, RegionKind, Vm};
 pub use host::clock::begin_to_measure;
 pub use io::virtio::Backend;
 pub use io::virtio::block as disk;
+pub use io::virtio::console;
 pub use x86::Gpa;

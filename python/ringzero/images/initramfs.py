@@ -29,6 +29,7 @@ MODULES = (
     "virtio_pci.ko",
     "virtio_balloon.ko",
     "virtio_blk.ko",
+    "virtio_console.ko",
     "virtio-rng.ko",
 )
 

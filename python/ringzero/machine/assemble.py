@@ -15,6 +15,7 @@ from ringzero.errors import InputError, InternalError
 from ringzero.machine.boot import BootPlan, bzimage, plan_boot, read_file, unpacked_vmlinux
 from ringzero.machine.boot.sealed import SealedPages
 from ringzero.machine.disk import Disk
+from ringzero.machine.ports import Ports
 from ringzero.machine.spec import MachineSpec, requested_features
 
 if TYPE_CHECKING:
@@ -80,6 +81,7 @@ def assemble(
     translations: str | None = None,
     translation_bytes: int | None = None,
     disks: Iterable[Disk] = (),
+    ports: Ports | None = None,
     files: BootFiles | None = None,
 ) -> _core.Vm:
     """Return a VM that is ready to start, with the PC's slow devices and `devices` on its bus.
@@ -100,6 +102,9 @@ def assemble(
         raise InputError(
             f"this build has no engine {spec.engine!r}: choose one of {', '.join(core.engines())}"
         )
+    parts: list[Disk | Ports] = [*disks]
+    if ports:
+        parts.append(ports)
     vm: _core.Vm = core.Vm(
         spec.memory,
         cpus=spec.cpus,
@@ -110,7 +115,7 @@ def assemble(
         trace_path=trace,
         translations=translations,
         translation_bytes=translation_bytes,
-        devices=[disk.device(spec.cpus) for disk in disks],
+        devices=[part.device(spec.cpus) for part in parts],
     )
     attach_devices(vm, devices)
     plan.load(vm, files.sealed)

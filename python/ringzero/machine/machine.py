@@ -26,6 +26,7 @@ from ringzero.errors import GuestEnded, GuestError, InputError, InternalError
 from ringzero.machine.console import Console, Sink
 from ringzero.machine.disk import Disk
 from ringzero.machine.memory import MachineMemory
+from ringzero.machine.ports import Ports
 from ringzero.machine.spec import MachineSpec, parse_size
 from ringzero.machine.translations import translation_folder
 
@@ -69,6 +70,7 @@ class Machine:
         append: str | None = None,
         devices: Sequence[Any] = (),
         disks: Sequence[Disk | str | os.PathLike[str]] = (),
+        ports: Sequence[str] = (),
         console: Sink | None = None,
         agent: bool = True,
         shell: bool = True,
@@ -88,7 +90,8 @@ class Machine:
         which makes a guest that uses it slower: "+pku,+pks". `devices` are slow devices in Python
         (ringzero.devices.Device), or names of ours ("debug-exit"). `disks` are raw files ("FILE", "FILE,ro", or a
         Disk), virtio disks in the guest, in this order: our images have /dev/vda and so on before the first
-        command, with the kernel that belongs to them. `console` is given every piece of console output.
+        command, with the kernel that belongs to them. `ports` are names of channels to programs of the guest (see
+        `port`). `console` is given every piece of console output.
         `agent` and `shell` choose what an image with our agent starts: commands for `run`, and a
         login shell on the console. Without `quiet` the kernel's messages show. With `kaslr` a bzImage unpacks
         itself, at a random address, and no translations are kept; otherwise it is unpacked before it starts,
@@ -114,6 +117,7 @@ class Machine:
         self._append = append or ""
         self._devices = list(devices)
         self._disks = [Disk.parse(disk) for disk in disks]
+        self._ports = Ports(ports)
         if names := [device for device in self._devices if isinstance(device, str)]:
             from ringzero.devices import check_names
 
@@ -227,6 +231,15 @@ class Machine:
         if self._console is None:
             raise InputError("the machine was not started: its console is not there yet")
         return self._console
+
+    def port(self, name: str) -> socket.socket:
+        """Return a stream socket joined to one of the machine's `ports`: once, and again when it is closed.
+
+        What is sent waits until a program of the guest has opened the port (/dev/virtio-ports/NAME with udev,
+        /dev/vport0pN elsewhere, or a terminal: /dev/hvc0); what the guest sends while nobody is joined is gone.
+        """
+        with core_errors():
+            return self._ports.join(name)
 
     @property
     def has_agent(self) -> bool:
@@ -411,6 +424,7 @@ class Machine:
             translations=self._translations,
             translation_bytes=self._translation_bytes,
             disks=self._disks,
+            ports=self._ports,
             files=files,
         )
 
@@ -447,6 +461,7 @@ class Machine:
             words += ["ringzero.agent"] if self._with_agent else []
             words += ["ringzero.shell"] if self._with_shell else []
             words += ["ringzero.disks"] if self._disks else []
+            words += ["ringzero.ports"] if self._ports else []
         return " ".join(word for word in [*words, self._append] if word)
 
     def _resolved_image(self) -> Image:

@@ -60,4 +60,11 @@ impl Line {
             service.look_at(queue);
         }
     }
+
+    /// Serves a queue before it returns, in the caller's thread: one of the back end's own, that holds no lock.
+    pub fn serve(&self, queue: u16) {
+        if let Some(service) = self.service() {
+            service.serve_here(queue);
+        }
+    }
 }

@@ -6,6 +6,7 @@
 
 pub mod balloon;
 pub mod block;
+pub mod console;
 pub mod entropy;
 pub mod line;
 pub mod queue;
@@ -78,6 +79,9 @@ pub trait Backend: Send + Sync {
 
     fn restore(&self, _state: &BackendState) {}
 
+    /// The processors have ended, and the queues are still served: what the guest said last can still be carried out.
+    fn finish(&self) {}
+
     /// The machine has ended: lets go of what others may want.
     fn end(&self) {}
 
@@ -91,6 +95,7 @@ pub enum BackendState {
     /// It has no state of its own.
     Plain,
     Balloon(balloon::State),
+    Console(console::State),
 }
 
 /// What becomes of a request.

@@ -67,7 +67,7 @@ pub(super) struct Shared {
     bells: Vec<Bell>,
     stopping: AtomicBool,
     is_broken: AtomicBool,
-    /// Threads that may still touch guest memory.
+    /// Threads that may still touch guest memory: our own, and those of the back end that serve a queue just now.
     running: AtomicUsize,
 }
 
@@ -189,7 +189,7 @@ impl Bell {
     }
 }
 
-/// Counts a thread out, however it ends: one that panics leaves a device that needs a reset.
+/// Counts who serves out, however that ends: a thread that panics leaves a device that needs a reset.
 struct Leave<'a>(&'a Shared);
 
 impl Drop for Leave<'_> {
@@ -222,13 +222,27 @@ impl Shared {
         while !self.stopping.load(Ordering::SeqCst) && !self.is_broken() {
             self.bells[bell].wait();
             for ring in self.rings.iter().filter(|ring| ring.bell == bell) {
-                if self.serve(ring).is_err() {
-                    // 2.1.2: the device does nothing more until it is reset, and says so.
-                    self.is_broken.store(true, Ordering::Release);
-                    self.bells.iter().for_each(Bell::ring);
-                    self.tell_config();
-                }
+                self.serve_or_break(ring);
             }
+        }
+    }
+
+    /// Serves a queue in the caller's own thread, which is spared waking the queue's.
+    pub(super) fn serve_here(&self, number: u16) {
+        // Counted before it looks whether it may: a reset is over when nobody is left.
+        self.running.fetch_add(1, Ordering::SeqCst);
+        let _leave = Leave(self);
+        if let Some(ring) = self.rings.iter().find(|ring| ring.number == number) {
+            self.serve_or_break(ring);
+        }
+    }
+
+    fn serve_or_break(&self, ring: &Ring) {
+        if self.serve(ring).is_err() {
+            // 2.1.2: the device does nothing more until it is reset, and says so.
+            self.is_broken.store(true, Ordering::Release);
+            self.bells.iter().for_each(Bell::ring);
+            self.tell_config();
         }
     }
 

@@ -401,6 +401,7 @@ impl Function for Transport {
     }
 
     fn end(&mut self) {
+        self.backend.finish();
         // What a saved machine would keep stays.
         if let FunctionState::Virtio(state) = self.state() {
             self.state = state;

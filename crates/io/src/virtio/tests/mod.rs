@@ -1,6 +1,7 @@
 //! Queues and the transport, driven from the guest's side: a driver that writes its rings into guest memory.
 
 mod balloon;
+mod console;
 mod queue;
 mod transport;
 
