@@ -20,7 +20,7 @@ __all__ = [
     "Vm",
     "engines",
     "enter_jail",
-    "host_features",
+    "host_features", "prepare",
     "raw_disk",
 ]
 
@@ -218,6 +218,9 @@ def enter_jail() -> None:
     """Put all threads of this process into the jail, for ever: from now on it makes only the system calls that a VM
     needs while it runs, and gains no privileges. Whatever else it tries fails with EPERM: no file, socket or program is
     opened by name. Raises CoreError where the system has no such filters."""
+
+def prepare() -> None:
+    """Make what all machines of a process have in common, which else the first makes: before a process forks."""
 
 def engines() -> list[str]: ...
 def host_features() -> dict[str, bool | int | str]:

@@ -10,6 +10,12 @@ pub fn engines() -> Vec<&'static str> {
     monitor::ENGINES.to_vec()
 }
 
+/// Makes what all machines of a process have in common.
+#[pyfunction]
+pub fn prepare(py: Python<'_>) {
+    py.detach(monitor::prepare);
+}
+
 /// What `ringzero doctor` shows of the host processor.
 #[pyfunction]
 pub fn host_features(py: Python<'_>) -> PyResult<Bound<'_, PyDict>> {

@@ -25,7 +25,7 @@ mod core {
     #[pymodule_export]
     use crate::enter::CoreError;
     #[pymodule_export]
-    use crate::features::{engines, host_features};
+    use crate::features::{engines, host_features, prepare};
     #[pymodule_export]
     use crate::jail::enter_jail;
     #[pymodule_export]

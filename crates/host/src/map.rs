@@ -135,8 +135,14 @@ pub fn zero_and_let_go<const N: usize>(table: &mut [[u64; N]]) {
 pub fn trim_stack() {
     let here = 0_u8;
     // SAFETY: the attributes are filled by the call before they are read, and destroyed once. The advice concerns addresses of
-    // our own stack well below the frame of this function, where nothing is that counts.
+    // our own stack well below the frame of this function, where nothing is that counts. The first thread's stack is asked
+    // for in no file, which a jailed process could not read: below what is mapped of it the system keeps a gap, where the
+    // advice fails and the walk ends.
     unsafe {
+        if libc::gettid() == libc::getpid() {
+            give_back_below((&raw const here) as usize, 0);
+            return;
+        }
         let mut attributes = std::mem::MaybeUninit::<libc::pthread_attr_t>::uninit();
         if libc::pthread_getattr_np(libc::pthread_self(), attributes.as_mut_ptr()) != 0 {
             return;
@@ -144,16 +150,23 @@ pub fn trim_stack() {
         let (mut base, mut size) = (std::ptr::null_mut(), 0);
         let result = libc::pthread_attr_getstack(attributes.as_ptr(), &raw mut base, &raw mut size);
         libc::pthread_attr_destroy(attributes.as_mut_ptr());
-        let (low, here) = (base as usize, (&raw const here) as usize);
-        let end = here.saturating_sub(STACK_IN_USE) / PAGE * PAGE;
-        // Of the first thread's stack only a part is mapped, and a limit may say that it has no end.
-        let low = low.max(end.saturating_sub(MOST_STACK)).next_multiple_of(PAGE);
-        if result == 0 && low < end && here < base as usize + size {
-            let mut at = end;
-            while at > low && libc::madvise((at - PAGE) as *mut libc::c_void, PAGE, libc::MADV_DONTNEED) == 0 {
-                at -= PAGE;
-            }
+        let here = (&raw const here) as usize;
+        if result == 0 && here < base as usize + size {
+            give_back_below(here, base as usize);
         }
+    }
+}
+
+/// Gives the pages of a stack back that lie well below a frame's address, down to `low` or to where nothing is mapped.
+///
+/// # Safety
+/// All of what is mapped between them must be of the calling thread's stack.
+unsafe fn give_back_below(frame: usize, low: usize) {
+    let mut at = frame.saturating_sub(STACK_IN_USE) / PAGE * PAGE;
+    let low = low.max(at.saturating_sub(MOST_STACK)).next_multiple_of(PAGE);
+    // SAFETY: what the caller promised, and nothing lives below a frame.
+    while at > low && unsafe { libc::madvise((at - PAGE) as *mut libc::c_void, PAGE, libc::MADV_DONTNEED) } == 0 {
+        at -= PAGE;
     }
 }
 

@@ -15,6 +15,11 @@ pub mod slow;
 pub mod trace;
 pub mod vm;
 
+/// Makes what all machines of this process have in common, before it forks.
+pub fn prepare() {
+    processor::prepare();
+}
+
 /// Puts all threads of this process into the jail ([`host::jail`]), for ever.
 ///
 /// # Errors

@@ -131,6 +131,7 @@ impl Vm {
     pub fn trim(&self) -> Result<u64, Error> {
         let pages = self.hall().memory.pool().trim()?;
         host::map::trim_heap();
+        host::map::trim_stack();
         Ok(pages)
     }
 

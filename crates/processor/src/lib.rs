@@ -1,6 +1,13 @@
 //! PROCESSOR VIRTUALIZATION. Two engines behind one trait: `interpret`, the specification, and `translate`, which turns
 //! guest code into host code block by block. Both work on the same [`Core`], so every rare instruction is written once.
 
+/// Has tables made that all engines of this process share, and that are else made when they are first needed: a process that
+/// forks has them once.
+pub fn prepare() {
+    translate::make_tables();
+    native::make_tables();
+}
+
 mod access;
 pub mod code_cache;
 pub mod core;

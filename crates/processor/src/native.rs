@@ -165,6 +165,13 @@ impl Arena {
     }
 }
 
+/// This module's part of [`crate::prepare`].
+pub fn make_tables() {
+    let nop = Instruction::with(iced_x86::Code::Nopd);
+    // What comes of it does not matter: the first encoding makes the tables.
+    let _ = Encoder::new(64).encode(&nop, 0);
+}
+
 /// The general register that `instruction` names, by operand, if any.
 #[must_use]
 pub fn general_operand(instruction: &Instruction) -> Option<(u32, Register)> {

@@ -22,6 +22,7 @@ import sys
 from pathlib import Path
 from typing import NoReturn
 
+from ringzero import _core
 from ringzero.errors import InternalError, RingzeroError
 from ringzero.host.loop import Loop
 from ringzero.host.spec import GuestSpec
@@ -49,6 +50,7 @@ class ForkServer:
 
     def run(self) -> None:
         """Serve until the daemon has gone."""
+        _core.prepare()
         self._settle()
         self._loop.run()
 
@@ -74,14 +76,16 @@ class ForkServer:
         peer.send(answer | {"id": message.get("id")})
 
     def _boot_files(self, spec: GuestSpec) -> BootFiles:
-        """Return the files of a spec's image, read once for all VMs that start from the same ones."""
+        """Return the files of a spec's image, read once for all VMs that start from the same ones, with the plan for
+        this one: what is done before the fork, its process has in common with others.
+        """
         machine = spec.machine()
         mark = tuple(_mark(path) for path in machine.file_names())
-        files = self._files.pop(mark, None)
-        if files is None:
-            files = machine.boot_files()
-            if len(self._files) >= MOST_IMAGES:
-                del self._files[next(iter(self._files))]
+        known = self._files.pop(mark, None)
+        files = machine.boot_files(known)
+        if known is None and len(self._files) >= MOST_IMAGES:
+            del self._files[next(iter(self._files))]
+        if files is not known:
             self._settle()
         self._files[mark] = files
         return files

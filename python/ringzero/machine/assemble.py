@@ -35,6 +35,21 @@ class BootFiles:
     """What a bzImage unpacks to, unless it shall unpack itself."""
     sealed: SealedPages | None = None
     """The pages that all machines have in common that start from these files."""
+    planned: tuple[MachineSpec, BootPlan] | None = None
+    """How one kind of machine starts from them: no other of its kind has to find out again."""
+
+    def plan(self, spec: MachineSpec) -> BootPlan:
+        """Return how a machine starts from these files. Raises as `plan_boot`."""
+        if self.planned is not None and self.planned[0] == spec:
+            return self.planned[1]
+        return _plan(spec, self)
+
+    def prepared(self, spec: MachineSpec) -> BootFiles:
+        """Return these files with the plan for a machine. Raises as `plan_boot`."""
+        spec = _checked(spec, self)
+        if self.planned is not None and self.planned[0] == spec:
+            return self
+        return dataclasses.replace(self, planned=(spec, _plan(spec, self)))
 
 
 def read_boot_files(spec: MachineSpec) -> BootFiles:
@@ -56,6 +71,12 @@ def share_boot_files(spec: MachineSpec) -> BootFiles:
         # A host that gives no such file gives each machine its own pages.
         files = dataclasses.replace(files, sealed=SealedPages(_plan(spec, files).pieces))
     return files
+
+
+def _checked(spec: MachineSpec, files: BootFiles) -> MachineSpec:
+    """Check a spec again: only when its files are read is it known whether this is a Linux, which needs more memory."""
+    linux = spec.linux or bzimage.looks_like(files.kernel)
+    return MachineSpec.checked(**(dataclasses.asdict(spec) | {"linux": linux}))
 
 
 def _plan(spec: MachineSpec, files: BootFiles) -> BootPlan:
@@ -93,10 +114,8 @@ def assemble(
     core's own CoreError when that refuses.
     """
     files = files or read_boot_files(spec)
-    # Only now is it known whether this is a Linux, which needs more memory.
-    linux = spec.linux or bzimage.looks_like(files.kernel)
-    spec = MachineSpec.checked(**(dataclasses.asdict(spec) | {"linux": linux}))
-    plan = _plan(spec, files)
+    spec = _checked(spec, files)
+    plan = files.plan(spec)
     core = _load_core()
     if spec.engine not in core.engines():
         raise InputError(

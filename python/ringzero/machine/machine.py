@@ -433,12 +433,15 @@ class Machine:
         image = self._resolved_image()
         return (image.kernel, image.initrd)
 
-    def boot_files(self) -> BootFiles:
+    def boot_files(self, known: BootFiles | None = None) -> BootFiles:
         """Read the files that this machine starts from, for `assembled`; they fit other machines of this image, which
-        then have the pages of the files in common, until they write to them."""
+        then have the pages of the files in common, until they write to them. `known` are the same files, read before
+        for another machine: only the plan of this one's start is made.
+        """
         from ringzero.machine.assemble import share_boot_files
 
-        return share_boot_files(self._completed_spec(self._resolved_image()))
+        spec = self._completed_spec(self._resolved_image())
+        return (known or share_boot_files(spec)).prepared(spec)
 
     def assembled(self, files: BootFiles | None = None) -> _core.Vm:
         """Return the core VM of this machine, ready to start, for who looks after it himself: its console, its

@@ -7,7 +7,7 @@
 mod exceptions;
 pub mod features;
 mod masked;
-mod plan;
+pub(crate) mod plan;
 
 use iced_x86::{Instruction, Mnemonic as M};
 use x86::registers::xcr0;

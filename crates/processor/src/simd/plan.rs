@@ -61,10 +61,11 @@ pub struct Plan {
 
 const ENTRIES: usize = 2048;
 
-type Cache = Box<[Option<(Instruction, Plan)>]>;
+/// Most places stay empty.
+type Cache = Box<[Option<Box<(Instruction, Plan)>>]>;
 
 thread_local! {
-    static CACHE: RefCell<Cache> = RefCell::new(vec![None; ENTRIES].into_boxed_slice());
+    static CACHE: RefCell<Cache> = RefCell::new(Box::default());
 }
 
 /// A place in the cache: the low bits of a mix of what tells instructions of a program apart.
@@ -81,8 +82,11 @@ fn place(i: &Instruction) -> usize {
 /// The system's, when it gives us no executable memory.
 pub fn find(instruction: &Instruction) -> io::Result<Option<Plan>> {
     CACHE.with_borrow_mut(|cache| {
+        if cache.is_empty() {
+            *cache = (0..ENTRIES).map(|_| None).collect();
+        }
         let entry = &mut cache[place(instruction)];
-        if let Some((known, plan)) = entry
+        if let Some((known, plan)) = entry.as_deref()
             && known == instruction
         {
             let slot = match plan.kind {
@@ -95,10 +99,15 @@ pub fn find(instruction: &Instruction) -> io::Result<Option<Plan>> {
         }
         let plan = make(instruction)?;
         if let Some(plan) = plan {
-            *entry = Some((*instruction, plan));
+            *entry = Some(Box::new((*instruction, plan)));
         }
         Ok(plan)
     })
+}
+
+/// Nothing was wanted for a while: gives back what this thread's plans take.
+pub fn rest() {
+    CACHE.with_borrow_mut(|cache| *cache = Box::default());
 }
 
 fn class(i: &Instruction) -> Class {

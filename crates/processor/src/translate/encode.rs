@@ -21,6 +21,12 @@ pub fn slots(code: Code) -> u8 {
     TABLE.get_or_init(|| Code::values().map(find_slots).collect())[code as usize]
 }
 
+/// The translators' part of [`crate::prepare`].
+pub fn make_tables() {
+    let mut decoder = iced_x86::Decoder::new(64, &[0x90], iced_x86::DecoderOptions::NONE);
+    slots(decoder.decode().code());
+}
+
 fn find_slots(code: Code) -> u8 {
     let info = code.op_code();
     (0..info.op_count()).fold(0, |slots, operand| slots | slot_of(info.op_kind(operand)))

@@ -9,15 +9,20 @@ use std::time::{Duration, Instant};
 
 use super::Translator;
 use crate::core::Core;
+use crate::simd;
 
 /// Code that was written since the last look does not count as quiet when it is more than this.
 const STIR: u64 = 64 << 10;
+/// The same for one that had next to nothing left, in a second: what it translates to keep its clock is no work.
+const WAKES: u64 = 512 << 10;
+const SECOND: Duration = Duration::from_secs(1);
 /// How long a guest must have been quiet.
 const QUIET: Duration = Duration::from_millis(1500);
-/// How long it must have been quiet to drop nearly everything, how often it does, and how much code it then keeps.
+/// How long it must have been quiet to drop nearly everything, how much code it may have then, and how soon it does so
+/// again: what it needs now and then comes back, and takes twice as long to be dropped each time.
 const LONG: Duration = Duration::from_secs(10);
-const SELDOM: Duration = Duration::from_secs(60);
-const LITTLE: usize = 512 << 10;
+const LITTLE: usize = 384 << 10;
+const AGAIN: Duration = Duration::from_secs(30);
 /// How much code makes the first drop worth while.
 const WORTH: usize = 1 << 20;
 /// Pages that were looked for in the guest's tables since the last look: a guest that is busy with code it had before.
@@ -26,12 +31,13 @@ const STIRRED_PAGES: u64 = 4096;
 #[derive(Debug)]
 pub struct Idle {
     since: Instant,
+    looked: Instant,
     added: u64,
     fills: u64,
     worth: usize,
     has_rested: bool,
-    has_slept: bool,
-    slept: Option<Instant>,
+    slept: Instant,
+    again: Duration,
 }
 
 impl Idle {
@@ -39,12 +45,13 @@ impl Idle {
         host::map::keep_heap_small();
         Idle {
             since: Instant::now(),
+            looked: Instant::now(),
             added: 0,
             fills: 0,
             worth: WORTH,
             has_rested: false,
-            has_slept: false,
-            slept: None,
+            slept: Instant::now(),
+            again: Duration::ZERO,
         }
     }
 }
@@ -54,24 +61,30 @@ impl Translator {
     pub(super) fn idle(&mut self, core: &mut Core<'_>) {
         let (used, added) = (self.cache.used(), self.cache.added());
         let fills = core.vcpu.tlb.fills;
-        if added - self.idle.added > STIR || fills - self.idle.fills > STIRRED_PAGES {
+        let stir = if self.recall.is_asleep { WAKES } else { STIR };
+        if added - self.idle.added > stir || fills - self.idle.fills > STIRRED_PAGES {
             (self.idle.added, self.idle.fills) = (added, fills);
             self.idle.since = Instant::now();
-            (self.idle.has_rested, self.idle.has_slept) = (false, false);
+            self.idle.has_rested = false;
+            if std::mem::take(&mut self.recall.is_asleep) {
+                self.idle.again = AGAIN;
+            }
             return;
         }
+        if self.recall.is_asleep && self.idle.looked.elapsed() >= SECOND {
+            (self.idle.added, self.idle.fills, self.idle.looked) = (added, fills, Instant::now());
+        }
         let quiet = self.idle.since.elapsed();
-        let sleeps = !self.idle.has_slept
-            && quiet >= LONG
-            && used > LITTLE
-            && self.idle.slept.is_none_or(|slept| slept.elapsed() >= SELDOM);
+        let sleeps = quiet >= LONG && used > LITTLE && self.idle.slept.elapsed() >= self.idle.again;
         if !sleeps && (self.idle.has_rested || quiet < QUIET) {
             return;
         }
         self.idle.has_rested = true;
         let drops = sleeps || used > self.idle.worth;
         if sleeps {
-            (self.idle.has_slept, self.idle.slept) = (true, Some(Instant::now()));
+            self.idle.slept = Instant::now();
+            self.idle.again = (2 * self.idle.again).max(AGAIN);
+            self.recall.is_asleep = true;
         } else if drops {
             self.idle.worth = 2 * used;
         }
@@ -87,6 +100,7 @@ impl Translator {
         if let Some(direct) = &mut self.direct {
             direct.let_go();
         }
+        simd::plan::rest();
         host::map::trim_heap();
     }
 }

@@ -48,6 +48,7 @@ use x86::{CpuState, Gpa, GuestFault, PAGE_MASK, PAGE_SIZE, Ppn, cr0, cr4, dr7, r
 use self::asm::Asm;
 use self::block::{BlockDecoder, Features};
 use self::blocks::{Blocks, Key};
+pub(crate) use self::encode::make_tables;
 use self::enter::Stubs;
 use self::fetch::FetchCache;
 use self::groups::Groups;

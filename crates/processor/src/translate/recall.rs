@@ -23,6 +23,9 @@ pub struct Recall {
     has_left: bool,
     /// Blocks had to make way since all were dropped.
     pub is_crowded: bool,
+    /// The guest has nothing to do but to keep its clock: it translates the little that this needs. What is kept comes by
+    /// pages, and would lie there unused.
+    pub is_asleep: bool,
     /// How often code of a page was written.
     writes: HashMap<Ppn, u32>,
     near: Near,
@@ -105,7 +108,7 @@ impl Translator {
     pub(super) fn recall(&mut self, core: &mut Core<'_>, key: &Key) -> Option<(u64, u64)> {
         let kept = self.recall.kept.clone()?;
         let store = kept.store()?;
-        if !self.recall.is_steady(key.gpa.ppn()) {
+        if self.recall.is_asleep || !self.recall.is_steady(key.gpa.ppn()) {
             return None;
         }
         let group = self.group(&kept, core, key);
