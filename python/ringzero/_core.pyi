@@ -20,7 +20,8 @@ __all__ = [
     "Vm",
     "engines",
     "enter_jail",
-    "host_features", "prepare",
+    "host_features",
+    "prepare",
     "raw_disk",
 ]
 
