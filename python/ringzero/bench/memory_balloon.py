@@ -122,8 +122,8 @@ class Figures:
 class BalloonBench:
     """What to measure. `give`, `sizes` and `full` are MiB; `full` is what a ballooned guest begins with.
 
-    Of each size there are so many `pairs`, each of two guests that were just started: what a guest translated first, and
-    where it lies, makes one guest faster than its twin for all its life.
+    Of each size there are so many `pairs`, each of two guests that were just started: what a guest translated
+    first, and where it lies, makes one guest faster than its twin for all its life.
     """
 
     image: str = "debian"

@@ -67,8 +67,8 @@ class Ballooning:
             figures,
             [
                 "Rates are medians. The two guests of a size take turns, so that both meet the same host; the best"
-                " round of each counts, since what else the host does only makes one slower. Of the pairs of a size, all"
-                " freshly started, the median counts.",
+                " round of each counts, since what else the host does only makes one slower. Of the pairs of a size,"
+                " all freshly started, the median counts.",
                 *wrong,
             ],
             details,
