@@ -7,6 +7,7 @@
  *   ringzero.agent      commands from the host over the second serial port (frame.h)
  *   ringzero.disks      the drivers of disks, before anything else
  *   ringzero.ports      the driver of named ports, likewise
+ *   ringzero.vsock      that of sockets between guest and host, likewise
  *   ringzero.poweroff   power off at once: what the boot bench measures
  * With none of them: a shell, so that the image also works in another machine.
  *
@@ -125,6 +126,12 @@ static const char *const virtio_modules[] = {
 };
 static const char *const disk_modules[] = {"/lib/modules/virtio_blk.ko", 0};
 static const char *const port_modules[] = {"/lib/modules/virtio_console.ko", 0};
+static const char *const vsock_modules[] = {
+    "/lib/modules/vsock.ko",
+    "/lib/modules/vmw_vsock_virtio_transport_common.ko",
+    "/lib/modules/vmw_vsock_virtio_transport.ko",
+    0,
+};
 /* The first two tell the machine of a panic through its pvpanic port. */
 static const char *const other_modules[] = {
     "/lib/modules/pvpanic.ko",
@@ -288,6 +295,10 @@ __attribute__((used)) static void agent_main(void)
     if (asked("ringzero.ports")) {
         load_all(virtio_modules);
         load_all(port_modules);
+    }
+    if (asked("ringzero.vsock")) {
+        load_all(virtio_modules);
+        load_all(vsock_modules);
     }
     sys_mask(SIG_BLOCK, &watched);
     int signals = (int)sys_signalfd(&watched, O_NONBLOCK | O_CLOEXEC);

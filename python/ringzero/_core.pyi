@@ -18,6 +18,7 @@ __all__ = [
     "Sharer",
     "VirtioDevice",
     "Vm",
+    "Vsock",
     "engines",
     "enter_jail",
     "host_features",
@@ -179,6 +180,23 @@ class Console(VirtioDevice):
         """Return whether a program of the guest has the port open."""
     def resize(self, index: int, rows: int, columns: int) -> None:
         """Tell the guest the size of the window that a terminal of its is shown in."""
+
+@final
+class Vsock(VirtioDevice):
+    """Streams between programs of the guest (AF_VSOCK) and programs of the host, as a virtio socket device."""
+
+    def __new__(cls, *, cid: int = 3, path: str | None = None) -> Self:
+        """Make the device of a guest with this address; the host is 2. With a `path`, programs of the host connect to
+        that Unix socket and say "CONNECT PORT" and a newline, and are told "OK PORT" when a program of the guest has
+        taken the connection; a guest that connects to a port where nobody of this process listens reaches the Unix
+        socket path_PORT. Raises CoreError for an address that is none, and a path that another machine has."""
+    def connect(self, port: int) -> int:
+        """Ask for a connection to a port of the guest, and return a stream socket, which is the caller's to close. It
+        brings "OK PORT" and a newline when a program of the guest has taken the connection, and ends at once when none
+        does. A guest whose driver is not there yet is asked when it is."""
+    def listen(self, port: int) -> int:
+        """Take the guest's connections to a port: return a Unix socket that brings, for each, the port of the guest's
+        program (4 bytes, little-endian) and with them the descriptor of a stream socket. Closing it ends that."""
 
 def raw_disk(path: str, *, read_only: bool = False, serial: str = "", queues: int = 1) -> VirtioDevice:
     """Return a disk in a raw file, which is locked as long as there is the device. `serial` has up to 20 characters,

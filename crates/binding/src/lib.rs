@@ -12,6 +12,7 @@ mod memory;
 mod sharer;
 mod virtio;
 mod vm;
+mod vsock;
 
 /// The core of ringzero; see `_core.pyi`.
 #[pyo3::pymodule(name = "_core")]
@@ -34,6 +35,8 @@ mod core {
     use crate::virtio::VirtioDevice;
     #[pymodule_export]
     use crate::vm::Vm;
+    #[pymodule_export]
+    use crate::vsock::Vsock;
 
     #[pymodule_init]
     fn init(module: &Bound<'_, PyModule>) -> PyResult<()> {

@@ -7,6 +7,7 @@ pub mod clock;
 pub mod counters;
 pub mod events;
 pub mod jail;
+pub mod local;
 pub mod lock;
 pub mod map;
 pub mod nameless;

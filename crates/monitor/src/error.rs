@@ -49,6 +49,8 @@ pub enum Error {
     Disk { path: PathBuf, error: std::io::Error },
     #[error(transparent)]
     Console(#[from] io::virtio::console::ConsoleError),
+    #[error(transparent)]
+    Vsock(#[from] io::virtio::vsock::VsockError),
     #[error("the host gave no {what}: {error}")]
     Host { what: &'static str, error: std::io::Error },
 }

@@ -28,6 +28,7 @@ OPTIONS: dict[str, tuple[str, Callable[[str], Any] | None]] = {
     "-e": ("env", str),
     "--device": ("device", str),
     "--disk": ("disk", str),
+    "--vsock": ("vsock", str),
     "--cwd": ("cwd", str),
     "-w": ("cwd", str),
     "--stats": ("stats", None),

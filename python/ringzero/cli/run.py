@@ -86,6 +86,10 @@ def run(
     disk: Annotated[
         list[str] | None, typer.Option(metavar="FILE[,ro]", help="Add a virtio disk: a raw file.")
     ] = None,
+    vsock: Annotated[
+        str | None,
+        typer.Option(metavar="SOCKET", help="Let programs here and in the guest connect, by this name."),
+    ] = None,
     stats: Annotated[bool, typer.Option("--stats", help="Print the counters at the end.")] = False,
     trace: Annotated[
         str | None, typer.Option(metavar="FILE", help="Write a trace of every instruction.")
@@ -117,6 +121,7 @@ def run(
         cwd=cwd,
         device=tuple(device or ()),
         disk=tuple(disk or ()),
+        vsock=vsock,
         stats=stats,
         trace=trace,
         verbose=verbose,

@@ -17,6 +17,7 @@ from ringzero.machine.boot.sealed import SealedPages
 from ringzero.machine.disk import Disk
 from ringzero.machine.ports import Ports
 from ringzero.machine.spec import MachineSpec, requested_features
+from ringzero.machine.vsock import Vsock
 
 if TYPE_CHECKING:
     from ringzero import _core
@@ -103,6 +104,7 @@ def assemble(
     translation_bytes: int | None = None,
     disks: Iterable[Disk] = (),
     ports: Ports | None = None,
+    vsock: Vsock | None = None,
     files: BootFiles | None = None,
 ) -> _core.Vm:
     """Return a VM that is ready to start, with the PC's slow devices and `devices` on its bus.
@@ -121,9 +123,9 @@ def assemble(
         raise InputError(
             f"this build has no engine {spec.engine!r}: choose one of {', '.join(core.engines())}"
         )
-    parts: list[Disk | Ports] = [*disks]
-    if ports:
-        parts.append(ports)
+    parts: list[Disk | Ports | Vsock] = [*disks]
+    parts += [ports] if ports else []
+    parts += [vsock] if vsock else []
     vm: _core.Vm = core.Vm(
         spec.memory,
         cpus=spec.cpus,

@@ -29,6 +29,7 @@ from ringzero.machine.memory import MachineMemory
 from ringzero.machine.ports import Ports
 from ringzero.machine.spec import MachineSpec, parse_size
 from ringzero.machine.translations import translation_folder
+from ringzero.machine.vsock import Vsock
 
 if TYPE_CHECKING:
     import subprocess
@@ -71,6 +72,7 @@ class Machine:
         devices: Sequence[Any] = (),
         disks: Sequence[Disk | str | os.PathLike[str]] = (),
         ports: Sequence[str] = (),
+        vsock: bool | str | os.PathLike[str] = False,
         console: Sink | None = None,
         agent: bool = True,
         shell: bool = True,
@@ -91,7 +93,8 @@ class Machine:
         (ringzero.devices.Device), or names of ours ("debug-exit"). `disks` are raw files ("FILE", "FILE,ro", or a
         Disk), virtio disks in the guest, in this order: our images have /dev/vda and so on before the first
         command, with the kernel that belongs to them. `ports` are names of channels to programs of the guest (see
-        `port`). `console` is given every piece of console output.
+        `port`); with `vsock` there are sockets between the two (see `vsock`), by the name of a Unix socket as well if
+        that is what it is. `console` is given every piece of console output.
         `agent` and `shell` choose what an image with our agent starts: commands for `run`, and a
         login shell on the console. Without `quiet` the kernel's messages show. With `kaslr` a bzImage unpacks
         itself, at a random address, and no translations are kept; otherwise it is unpacked before it starts,
@@ -118,6 +121,7 @@ class Machine:
         self._devices = list(devices)
         self._disks = [Disk.parse(disk) for disk in disks]
         self._ports = Ports(ports)
+        self._vsock = Vsock.parse(vsock)
         if names := [device for device in self._devices if isinstance(device, str)]:
             from ringzero.devices import check_names
 
@@ -240,6 +244,13 @@ class Machine:
         """
         with core_errors():
             return self._ports.join(name)
+
+    @property
+    def vsock(self) -> Vsock:
+        """Sockets between programs of the guest and this process: `connect(port)` and `listen(port)`."""
+        if self._vsock is None:
+            raise InputError("this machine has no vsock: make it with vsock=True")
+        return self._vsock
 
     @property
     def has_agent(self) -> bool:
@@ -425,6 +436,7 @@ class Machine:
             translation_bytes=self._translation_bytes,
             disks=self._disks,
             ports=self._ports,
+            vsock=self._vsock,
             files=files,
         )
 
@@ -465,6 +477,7 @@ class Machine:
             words += ["ringzero.shell"] if self._with_shell else []
             words += ["ringzero.disks"] if self._disks else []
             words += ["ringzero.ports"] if self._ports else []
+            words += ["ringzero.vsock"] if self._vsock else []
         return " ".join(word for word in [*words, self._append] if word)
 
     def _resolved_image(self) -> Image:

@@ -14,6 +14,7 @@ pub mod service;
 #[cfg(test)]
 mod tests;
 pub mod transport;
+pub mod vsock;
 
 use std::borrow::Cow;
 use std::sync::Arc;
@@ -96,6 +97,7 @@ pub enum BackendState {
     Plain,
     Balloon(balloon::State),
     Console(console::State),
+    Vsock(vsock::State),
 }
 
 /// What becomes of a request.

@@ -4,6 +4,7 @@ mod balloon;
 mod console;
 mod queue;
 mod transport;
+mod vsock;
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
