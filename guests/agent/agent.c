@@ -8,6 +8,7 @@
  *   ringzero.disks      the drivers of disks, before anything else
  *   ringzero.ports      the driver of named ports, likewise
  *   ringzero.vsock      that of sockets between guest and host, likewise
+ *   ringzero.mount=...  a folder of the host, likewise (mount.c)
  *   ringzero.poweroff   power off at once: what the boot bench measures
  * With none of them: a shell, so that the image also works in another machine.
  *
@@ -126,6 +127,7 @@ static const char *const virtio_modules[] = {
 };
 static const char *const disk_modules[] = {"/lib/modules/virtio_blk.ko", 0};
 static const char *const port_modules[] = {"/lib/modules/virtio_console.ko", 0};
+static const char *const folder_modules[] = {"/lib/modules/fuse.ko", "/lib/modules/virtiofs.ko", 0};
 static const char *const vsock_modules[] = {
     "/lib/modules/vsock.ko",
     "/lib/modules/vmw_vsock_virtio_transport_common.ko",
@@ -299,6 +301,11 @@ __attribute__((used)) static void agent_main(void)
     if (asked("ringzero.vsock")) {
         load_all(virtio_modules);
         load_all(vsock_modules);
+    }
+    if (mount_folders(command_line, 0)) {
+        load_all(virtio_modules);
+        load_all(folder_modules);
+        mount_folders(command_line, 1);
     }
     sys_mask(SIG_BLOCK, &watched);
     int signals = (int)sys_signalfd(&watched, O_NONBLOCK | O_CLOEXEC);

@@ -33,4 +33,7 @@ void process_service(void); /* move what can be moved, report what has ended */
 void agent_frame(u8 type, u8 flags, u16 id, u8 *payload, u32 size);
 void child_reset_signals(void);
 
+/* mount.c: counts the folders of the host that the command line asks for, and mounts them if that is wanted. */
+int mount_folders(const char *command_line, int really);
+
 #endif

@@ -106,6 +106,10 @@ static inline long sys_mkdir(const char *path, int mode) { return SYS(83, path, 
 static inline long sys_unlink(const char *path) { return SYS(87, path, 0, 0, 0, 0); }
 static inline long sys_setsid(void) { return SYS(112, 0, 0, 0, 0, 0); }
 static inline long sys_sync(void) { return SYS(162, 0, 0, 0, 0, 0); }
+static inline long sys_mount_with(const char *what, const char *where, const char *type, long flags)
+{
+    return SYS(165, what, where, type, flags, 0);
+}
 static inline long sys_mount(const char *what, const char *where, const char *type, const char *options)
 {
     return SYS(165, what, where, type, 0, options);

@@ -24,6 +24,7 @@ __all__ = [
     "host_features",
     "prepare",
     "raw_disk",
+    "shared_folder",
 ]
 
 class CoreError(Exception):
@@ -240,6 +241,11 @@ def enter_jail() -> None:
 
 def prepare() -> None:
     """Make what all machines of a process have in common, which else the first makes: before a process forks."""
+
+def shared_folder(path: str, tag: str, *, read_only: bool = False) -> VirtioDevice:
+    """Return a device by which a guest mounts a folder of this host (`mount -t virtiofs TAG /there`). It reaches
+    nothing that is not below the folder, follows no symbolic link, and makes no device. Files of this process's user
+    and group are root's in the guest, all others nobody's. `tag` has 1 to 36 letters, digits, dots and dashes."""
 
 def engines() -> list[str]: ...
 def host_features() -> dict[str, bool | int | str]:

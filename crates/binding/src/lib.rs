@@ -7,6 +7,7 @@ mod device;
 mod disk;
 mod enter;
 mod features;
+mod folder;
 mod jail;
 mod memory;
 mod sharer;
@@ -27,6 +28,8 @@ mod core {
     use crate::enter::CoreError;
     #[pymodule_export]
     use crate::features::{engines, host_features, prepare};
+    #[pymodule_export]
+    use crate::folder::shared_folder;
     #[pymodule_export]
     use crate::jail::enter_jail;
     #[pymodule_export]

@@ -50,6 +50,8 @@ pub enum Error {
     #[error(transparent)]
     Console(#[from] io::virtio::console::ConsoleError),
     #[error(transparent)]
+    Fs(#[from] io::virtio::fs::FsError),
+    #[error(transparent)]
     Vsock(#[from] io::virtio::vsock::VsockError),
     #[error("the host gave no {what}: {error}")]
     Host { what: &'static str, error: std::io::Error },

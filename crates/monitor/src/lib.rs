@@ -41,5 +41,6 @@ pub use host::clock::begin_to_measure;
 pub use io::virtio::Backend;
 pub use io::virtio::block as disk;
 pub use io::virtio::console;
+pub use io::virtio::fs;
 pub use io::virtio::vsock;
 pub use x86::Gpa;

@@ -59,6 +59,7 @@ class RunOptions:
     cwd: str | None = None
     device: tuple[str, ...] = ()
     disk: tuple[str, ...] = ()
+    mount: tuple[str, ...] = ()
     vsock: str | None = None
     stats: bool = False
     trace: str | None = None
@@ -127,6 +128,7 @@ def run_guest(options: RunOptions) -> int:
         initrd=options.initrd,
         devices=options.device,
         disks=options.disk,
+        mounts=options.mount,
         vsock=False if options.vsock is None else options.vsock,
         append=_terminal_words(options.append, command),
         console=show(1) if command is None else show(2) if options.verbose else None,

@@ -28,6 +28,7 @@ OPTIONS: dict[str, tuple[str, Callable[[str], Any] | None]] = {
     "-e": ("env", str),
     "--device": ("device", str),
     "--disk": ("disk", str),
+    "--mount": ("mount", str),
     "--vsock": ("vsock", str),
     "--cwd": ("cwd", str),
     "-w": ("cwd", str),
@@ -37,7 +38,7 @@ OPTIONS: dict[str, tuple[str, Callable[[str], Any] | None]] = {
     "--verbose": ("verbose", None),
     "-v": ("verbose", None),
 }
-REPEATED = frozenset({"env", "device", "disk"})
+REPEATED = frozenset({"env", "device", "disk", "mount"})
 """Fields that collect every value that is given."""
 
 

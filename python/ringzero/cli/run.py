@@ -86,6 +86,9 @@ def run(
     disk: Annotated[
         list[str] | None, typer.Option(metavar="FILE[,ro]", help="Add a virtio disk: a raw file.")
     ] = None,
+    mount: Annotated[
+        list[str] | None, typer.Option(metavar="HERE:THERE[:ro]", help="Share a folder with the guest.")
+    ] = None,
     vsock: Annotated[
         str | None,
         typer.Option(metavar="SOCKET", help="Let programs here and in the guest connect, by this name."),
@@ -121,6 +124,7 @@ def run(
         cwd=cwd,
         device=tuple(device or ()),
         disk=tuple(disk or ()),
+        mount=tuple(mount or ()),
         vsock=vsock,
         stats=stats,
         trace=trace,

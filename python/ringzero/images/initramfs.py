@@ -30,6 +30,8 @@ MODULES = (
     "virtio_balloon.ko",
     "virtio_blk.ko",
     "virtio_console.ko",
+    "fuse.ko",
+    "virtiofs.ko",
     "vsock.ko",
     "vmw_vsock_virtio_transport_common.ko",
     "vmw_vsock_virtio_transport.ko",

@@ -15,6 +15,7 @@ from ringzero.errors import InputError, InternalError
 from ringzero.machine.boot import BootPlan, bzimage, plan_boot, read_file, unpacked_vmlinux
 from ringzero.machine.boot.sealed import SealedPages
 from ringzero.machine.disk import Disk
+from ringzero.machine.mount import Mount
 from ringzero.machine.ports import Ports
 from ringzero.machine.spec import MachineSpec, requested_features
 from ringzero.machine.vsock import Vsock
@@ -103,6 +104,7 @@ def assemble(
     translations: str | None = None,
     translation_bytes: int | None = None,
     disks: Iterable[Disk] = (),
+    mounts: Iterable[Mount] = (),
     ports: Ports | None = None,
     vsock: Vsock | None = None,
     files: BootFiles | None = None,
@@ -123,7 +125,7 @@ def assemble(
         raise InputError(
             f"this build has no engine {spec.engine!r}: choose one of {', '.join(core.engines())}"
         )
-    parts: list[Disk | Ports | Vsock] = [*disks]
+    parts: list[Disk | Mount | Ports | Vsock] = [*disks, *mounts]
     parts += [ports] if ports else []
     parts += [vsock] if vsock else []
     vm: _core.Vm = core.Vm(

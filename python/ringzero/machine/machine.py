@@ -26,6 +26,7 @@ from ringzero.errors import GuestEnded, GuestError, InputError, InternalError
 from ringzero.machine.console import Console, Sink
 from ringzero.machine.disk import Disk
 from ringzero.machine.memory import MachineMemory
+from ringzero.machine.mount import Mount
 from ringzero.machine.ports import Ports
 from ringzero.machine.spec import MachineSpec, parse_size
 from ringzero.machine.translations import translation_folder
@@ -71,6 +72,7 @@ class Machine:
         append: str | None = None,
         devices: Sequence[Any] = (),
         disks: Sequence[Disk | str | os.PathLike[str]] = (),
+        mounts: Sequence[Mount | str] = (),
         ports: Sequence[str] = (),
         vsock: bool | str | os.PathLike[str] = False,
         console: Sink | None = None,
@@ -92,9 +94,10 @@ class Machine:
         which makes a guest that uses it slower: "+pku,+pks". `devices` are slow devices in Python
         (ringzero.devices.Device), or names of ours ("debug-exit"). `disks` are raw files ("FILE", "FILE,ro", or a
         Disk), virtio disks in the guest, in this order: our images have /dev/vda and so on before the first
-        command, with the kernel that belongs to them. `ports` are names of channels to programs of the guest (see
-        `port`); with `vsock` there are sockets between the two (see `vsock`), by the name of a Unix socket as well if
-        that is what it is. `console` is given every piece of console output.
+        command, with the kernel that belongs to them. `mounts` are folders of this host ("./here:/there",
+        "./here:/there:ro"), which our images mount before the first command. `ports` are names of channels to
+        programs of the guest (see `port`); with `vsock` there are sockets between the two (see `vsock`), by the
+        name of a Unix socket as well if that is what it is. `console` is given every piece of console output.
         `agent` and `shell` choose what an image with our agent starts: commands for `run`, and a
         login shell on the console. Without `quiet` the kernel's messages show. With `kaslr` a bzImage unpacks
         itself, at a random address, and no translations are kept; otherwise it is unpacked before it starts,
@@ -120,6 +123,7 @@ class Machine:
         self._append = append or ""
         self._devices = list(devices)
         self._disks = [Disk.parse(disk) for disk in disks]
+        self._mounts = Mount.parse_all(mounts)
         self._ports = Ports(ports)
         self._vsock = Vsock.parse(vsock)
         if names := [device for device in self._devices if isinstance(device, str)]:
@@ -435,6 +439,7 @@ class Machine:
             translations=self._translations,
             translation_bytes=self._translation_bytes,
             disks=self._disks,
+            mounts=self._mounts,
             ports=self._ports,
             vsock=self._vsock,
             files=files,
@@ -478,6 +483,7 @@ class Machine:
             words += ["ringzero.disks"] if self._disks else []
             words += ["ringzero.ports"] if self._ports else []
             words += ["ringzero.vsock"] if self._vsock else []
+            words += [mount.word for mount in self._mounts]
         return " ".join(word for word in [*words, self._append] if word)
 
     def _resolved_image(self) -> Image:

@@ -8,6 +8,7 @@ pub mod balloon;
 pub mod block;
 pub mod console;
 pub mod entropy;
+pub mod fs;
 pub mod line;
 pub mod queue;
 pub mod service;
@@ -98,6 +99,7 @@ pub enum BackendState {
     Balloon(balloon::State),
     Console(console::State),
     Vsock(vsock::State),
+    Fs(fs::State),
 }
 
 /// What becomes of a request.

@@ -2,6 +2,7 @@
 
 mod balloon;
 mod console;
+mod fs;
 mod queue;
 mod transport;
 mod vsock;
