@@ -105,10 +105,14 @@ impl Drop for Map {
 }
 
 /// Makes the heap return free memory at its end to the system at once. Without it, the C library raises that threshold
-/// by itself to tens of MiB, and keeps as much in each thread's arena for ever.
+/// by itself to tens of MiB, and keeps as much in each thread's arena for ever. Tables get mappings of their own, which
+/// leave no hole: from what size on, the library has raised by itself, too, in a process that had large ones before.
 pub fn keep_heap_small() {
     // SAFETY: mallopt may be called at any time.
-    unsafe { libc::mallopt(libc::M_TRIM_THRESHOLD, 256 << 10) };
+    unsafe {
+        libc::mallopt(libc::M_TRIM_THRESHOLD, 256 << 10);
+        libc::mallopt(libc::M_MMAP_THRESHOLD, 64 << 10);
+    }
 }
 
 /// Makes all words of a large table of the heap zero, and gives its memory back to the system until they are used.

@@ -57,7 +57,7 @@ __all__ = ["Place", "VmProcess", "run_vm"]
 
 SCROLLBACK = 64 << 10
 """Bytes of the console's last output that are kept for who attaches."""
-SETTLED, TRIM_PERIOD = 6.0, 60.0
+SETTLED, TRIM_PERIOD = 6.0, 20.0
 """Seconds from when a guest has booted until what that took is given back (the translator drops its own part of it
 after 1.5 s of quiet), and from then on until it is looked after again: a millisecond's work."""
 _PIECE = 64 << 10

@@ -120,7 +120,7 @@ class Overhead:
 
     count: int = 4
     memory: int = 128
-    settle: float = 15.0
+    settle: float = 75.0
 
     def measure(self, console: Console) -> Outcome:
         """Boot the VMs on a daemon, leave them alone, and weigh them."""
