@@ -1,10 +1,12 @@
 /*
- * /init of the guest images: makes the file systems ready, then serves the console, the host, or both.
+ * /init of the guest images: makes the file systems ready, then serves the console, the host, or both. Started as any other
+ * process (a service of a whole system) it serves the host alone, and with --fd N over that descriptor.
  *
  * What it does is chosen by words on the kernel command line (the kernel keeps words with a dot from init's
  * environment, so they are read from /proc/cmdline):
  *   ringzero.shell      a login shell on the console; the machine powers off when it ends
- *   ringzero.agent      commands from the host over the second serial port (frame.h)
+ *   ringzero.agent      commands from the host (frame.h), over a virtio console port named
+ *                       org.ringzero.agent where there is one, else over the second serial port
  *   ringzero.disks      the drivers of disks, before anything else
  *   ringzero.ports      the driver of named ports, likewise
  *   ringzero.vsock      that of sockets between guest and host, likewise
@@ -19,6 +21,7 @@
 static char command_line[4096];
 static int console_pid;
 static int others_loaded;
+static int is_init;
 
 void *memcpy(void *to, const void *from, usize size)
 {
@@ -76,8 +79,17 @@ static int asked(const char *word)
     return 0;
 }
 
+/* A system with an init of its own is asked: systemd's signals (systemd(1), version 252, "SIGNALS"), as halt and poweroff use
+ * them; the first real-time signal is 34. */
+#define SYSTEMD_POWEROFF (34 + 4)
+#define SYSTEMD_REBOOT (34 + 5)
+
 static void end(long how)
 {
+    if (!is_init) {
+        sys_kill(1, how == REBOOT_RESTART ? SYSTEMD_REBOOT : SYSTEMD_POWEROFF);
+        return;
+    }
     line_drain();
     /* The kernel does not wait for a terminal's queue before it powers off: the last words would be lost. */
     sys_ioctl(1, TCSBRK, (void *)1);
@@ -89,8 +101,9 @@ static void end(long how)
 
 void child_reset_signals(void)
 {
-    u64 none = 0;
+    u64 none = 0, as_by_default[4] = {0};
     sys_mask(SIG_SETMASK, &none);
+    sys_sigaction(SIGPIPE, as_by_default); /* systemd starts its services with it ignored, and that is inherited */
 }
 
 static void prepare(void)
@@ -207,7 +220,11 @@ static void read_signals(int fd)
 {
     u32 info[32]; /* struct signalfd_siginfo: 128 bytes, the number first */
     while (sys_read(fd, info, sizeof info) == sizeof info) {
-        switch (info[0]) {
+        if (!is_init && info[0] == SIGTERM) {
+            process_forget_all();
+            sys_exit(0);
+        }
+        switch (is_init ? info[0] : 0) {
         case SIGUSR2: end(REBOOT_POWER_OFF); break;
         case SIGUSR1: end(REBOOT_POWER_OFF); break; /* halt: a halted machine is of no use to anyone */
         case SIGTERM: end(REBOOT_RESTART); break;
@@ -242,6 +259,11 @@ void agent_frame(u8 type, u8 flags, u16 id, u8 *payload, u32 size)
         if (size >= 4)
             process_signal(id, payload[0]);
         break;
+    case FRAME_TAKEN:
+        if (size >= 4)
+            process_taken(id, flags, payload[0] | payload[1] << 8 | payload[2] << 16 | (u32)payload[3] << 24);
+        break;
+    case FRAME_CLOSE: process_close(id, flags); break;
     case FRAME_POWEROFF: end(REBOOT_POWER_OFF); break;
     case FRAME_REBOOT: end(REBOOT_RESTART); break;
     }
@@ -256,12 +278,19 @@ static void serve(int signals)
         if (line_fd >= 0)
             list[count++] = (struct pollfd){line_fd, (short)(POLLIN | (line_pending() ? POLLOUT : 0)), 0};
         count += process_poll_list(list + count);
-        if (sys_poll(list, count, others_loaded ? -1 : 50) == 0) {
+        if (sys_poll(list, count, others_loaded ? -1 : 50) == 0 && !others_loaded) {
             load_others();
             continue;
         }
         if (line_fd >= 0)
             line_receive();
+        if (line_fd >= 0 && line_ended()) {
+            process_forget_all();
+            if (!is_init)
+                sys_exit(0); /* a service is started again, and looks for its port again */
+            sys_close(line_fd);
+            line_fd = -1;
+        }
         read_signals(signals);
         process_service();
         if (line_fd >= 0)
@@ -269,11 +298,47 @@ static void serve(int signals)
     }
 }
 
-/* Called by _start below, as process 1. */
-__attribute__((used)) static void agent_main(void)
+static u64 watch(void)
 {
-    u64 watched = 1UL << (SIGUSR1 - 1) | 1UL << (SIGUSR2 - 1) | 1UL << (SIGTERM - 1) | 1UL << (SIGCHLD - 1);
+    return 1UL << (SIGUSR1 - 1) | 1UL << (SIGUSR2 - 1) | 1UL << (SIGTERM - 1) | 1UL << (SIGCHLD - 1);
+}
+
+static int watch_signals(void)
+{
+    u64 watched = watch(), blocked = watched | 1UL << (SIGPIPE - 1);
+    sys_mask(SIG_BLOCK, &blocked);
+    return (int)sys_signalfd(&watched, O_NONBLOCK | O_CLOEXEC);
+}
+
+/* Life as a service, or as a test's other side. */
+static void serve_beside_others(int count, char **arguments)
+{
+    int signals = watch_signals();
+    others_loaded = 1;
+    if (count == 3 && length(arguments[1]) == 4 && memcmp(arguments[1], "--fd", 4) == 0) {
+        int fd = 0;
+        for (const char *c = arguments[2]; *c >= '0' && *c <= '9'; c++)
+            fd = 10 * fd + *c - '0';
+        line_take(fd);
+        line_greet(0);
+        serve(signals);
+    }
+    for (line_find(); line_fd < 0; line_find()) {
+        struct pollfd end = {signals, POLLIN, 0}; /* the port's driver may not be there yet */
+        sys_poll(&end, 1, 1000);
+        read_signals(signals);
+    }
+    line_greet(1);
+    serve(signals);
+}
+
+/* Called by _start below, with the stack as the kernel made it: the number of arguments, and pointers to them. */
+__attribute__((used)) static void agent_main(long *stack)
+{
     int fd, shell, agent;
+    is_init = sys_getpid() == 1;
+    if (!is_init)
+        serve_beside_others((int)stack[0], (char **)(stack + 1));
     /* Without a console the first descriptors would be taken for other things, and given to commands as theirs. */
     while ((fd = (int)sys_open("/dev/null", O_RDWR)) >= 0 && fd < 3)
         ;
@@ -307,20 +372,15 @@ __attribute__((used)) static void agent_main(void)
         load_all(folder_modules);
         mount_folders(command_line, 1);
     }
-    sys_mask(SIG_BLOCK, &watched);
-    int signals = (int)sys_signalfd(&watched, O_NONBLOCK | O_CLOEXEC);
+    int signals = watch_signals();
     agent = asked("ringzero.agent");
     shell = asked("ringzero.shell") || !agent;
     if (agent) {
-        line_open();
+        line_find();
         if (line_fd < 0)
-            say("ringzero: the agent's serial port (ttyS1) is not there\n");
-        else {
-            usize size = sizeof FRAME_MAGIC - 1;
-            memcpy(line_payload(), FRAME_MAGIC, size);
-            line_commit(FRAME_READY, 0, (u32)size);
-            line_flush();
-        }
+            say("ringzero: the agent's port (ttyS1) is not there\n");
+        else
+            line_greet(0);
     }
     if (shell)
         start_shell();
@@ -328,4 +388,4 @@ __attribute__((used)) static void agent_main(void)
 }
 
 /* The kernel enters here with the stack pointer on argc: align it as the ABI wants it before a call. */
-__asm__(".globl _start\n_start:\n\txor %ebp, %ebp\n\tand $-16, %rsp\n\tcall agent_main\n\thlt\n");
+__asm__(".globl _start\n_start:\n\txor %ebp, %ebp\n\tmov %rsp, %rdi\n\tand $-16, %rsp\n\tcall agent_main\n\thlt\n");

@@ -7,7 +7,10 @@
 
 /* line.c: frames out and in. */
 extern int line_fd; /* -1 when there is no agent port */
-void line_open(void);
+void line_find(void);                        /* open the best port that is there; line_fd stays -1 when there is none */
+void line_take(int fd);                      /* use this descriptor */
+void line_greet(int again);                  /* say READY; `again` when another agent may have spoken on this line before */
+int line_ended(void);                        /* the other side of the line is gone */
 int line_has_room(usize payload);            /* room for a frame with so much payload? */
 u8 *line_payload(void);                      /* where the payload of the next frame goes */
 void line_commit(u8 type, u16 id, u32 size); /* the payload is in its place: queue the frame */
@@ -23,11 +26,23 @@ void process_stdin(u16 id, const u8 *data, u32 size);
 void process_stdin_eof(u16 id);
 void process_resize(u16 id, u16 rows, u16 columns);
 void process_signal(u16 id, u32 number);
+void process_taken(u16 id, int which, u32 size);
+void process_close(u16 id, int which);
+void process_forget_all(void); /* the host has forgotten them: end them */
 int process_reap(int pid, int status); /* 1: it was one of ours */
 int process_poll_list(struct pollfd *list);
 void process_service(void); /* move what can be moved, report what has ended */
-#define PROCESS_MAX 32
+#define PROCESS_MAX 128
 #define POLL_MAX (3 * PROCESS_MAX + 4)
+
+/* builtin.c, tar_out.c, tar_in.c: what a child of the agent does itself, instead of another program. They return errno. */
+long builtin_run(char **argv);
+long builtin_fail(long error, const char *path); /* say on standard error what it was about, and return the errno */
+const char *followed(const char *path);          /* where a link leads */
+long tar_out(const char *path);
+long tar_in(const char *path);
+long write_all(int fd, const void *data, usize size); /* 0, or -errno */
+long read_exactly(int fd, void *data, usize size);    /* bytes, fewer only at the end; or -errno */
 
 /* agent.c */
 void agent_frame(u8 type, u8 flags, u16 id, u8 *payload, u32 size);

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-SOURCES = ("agent.c", "line.c", "mount.c", "process.c")
+SOURCES = ("agent.c", "line.c", "mount.c", "process.c", "builtin.c", "tar_out.c", "tar_in.c")
 DEFAULT_OUTPUT = HERE.parents[1] / "python" / "ringzero" / "images" / "builtin" / "agent"
 
 # -mgeneral-regs-only: no vector state, so the guest kernel has none to save for process 1.

@@ -2,22 +2,32 @@
 #include "agent.h"
 
 /* Largest piece of output in one frame: the room of a pipe, so that one read empties it. */
-#define OUTPUT_CHUNK 65536
+#define OUTPUT_CHUNK OUTPUT_MAX
 /* Kept free in the queue for the small frames (EXIT, CREDIT, ACK), so that output never shuts them out. */
 #define RESERVE 1024
 #define ARGUMENTS_MAX 1024
+#define CREDENTIALS_GROUPS 256
 
 struct process {
     int used, pid, ended, status;
     u16 id;
     int in, out, err; /* our ends; -1 when closed. With a terminal, `in` and `out` are both its master side. */
-    int terminal, eof;
+    int terminal, eof, builtin;
     u32 out_left, err_left; /* once ended: what is still to be read from the pipes */
+    u32 out_room, err_room; /* what the host still has a place for */
     u32 input_head, input_tail, credit;
-    u8 input[STDIN_WINDOW];
+    u8 *input;
+};
+
+/* Who a command is to be, as EXEC says it. */
+#define AS_IT_IS 0xffffffffu
+struct credentials {
+    u32 user, group, mask, count;
+    const u8 *groups;
 };
 
 static struct process processes[PROCESS_MAX];
+static u8 inputs[PROCESS_MAX][STDIN_WINDOW]; /* beside the table, which is looked through all the time */
 static char *arguments[ARGUMENTS_MAX];
 
 static struct process *find(u16 id)
@@ -72,8 +82,33 @@ static long exec_along_path(char **argv, char **env)
     return error;
 }
 
+static u32 get32(const u8 *at)
+{
+    return at[0] | at[1] << 8 | at[2] << 16 | (u32)at[3] << 24;
+}
+
+/* The groups first: whoever is no longer root may not change them. */
+static long become(const struct credentials *who)
+{
+    static u32 groups[CREDENTIALS_GROUPS];
+    long error = 0;
+    if (who->count != AS_IT_IS) {
+        for (u32 i = 0; i < who->count; i++)
+            groups[i] = get32(who->groups + 4 * i);
+        error = sys_setgroups(who->count, groups);
+    }
+    if (error == 0 && who->group != AS_IT_IS)
+        error = sys_setresgid(who->group);
+    if (error == 0 && who->user != AS_IT_IS)
+        error = sys_setresuid(who->user);
+    if (who->mask != AS_IT_IS)
+        sys_umask(who->mask);
+    return -error;
+}
+
 /* Runs in the child: never returns. */
-static void child(struct process *p, char **argv, char **env, const char *directory, int *ends, int report)
+static void child(struct process *p, char **argv, char **env, const char *directory, const struct credentials *who, int *ends,
+                  int report)
 {
     long error = 0;
     sys_setsid();
@@ -82,8 +117,14 @@ static void child(struct process *p, char **argv, char **env, const char *direct
         sys_dup2(ends[i], i);
     if (p->terminal)
         sys_ioctl(0, TIOCSCTTY, 0);
-    if (*directory)
-        error = -sys_chdir(directory);
+    if (*directory && (error = -sys_chdir(directory)) != 0)
+        error |= FAILED_DIRECTORY;
+    if (error == 0 && (error = become(who)) != 0)
+        error |= FAILED_CREDENTIALS;
+    if (error == 0 && p->builtin) {
+        sys_close(report); /* as exec would: it has started */
+        sys_exit((int)builtin_run(argv));
+    }
     if (error == 0)
         error = exec_along_path(argv, env);
     u32 word = (u32)error;
@@ -121,11 +162,11 @@ static long open_terminal(struct process *p, int *ends, u16 rows, u16 columns)
     return 0;
 }
 
-static long open_pipes(struct process *p, int *ends, int no_stdin)
+static long open_pipes(struct process *p, int *ends, int flags)
 {
     int pair[2];
     long result;
-    if (no_stdin) {
+    if (flags & FLAG_NO_STDIN) {
         result = sys_open("/dev/null", O_RDONLY | O_CLOEXEC);
         if (result < 0)
             return result;
@@ -139,6 +180,16 @@ static long open_pipes(struct process *p, int *ends, int no_stdin)
         sys_fcntl(p->in, 4 /* F_SETFL */, O_WRONLY | O_NONBLOCK);
     }
     for (int i = 1; i < 3; i++) {
+        if (i == 2 && flags & FLAG_JOIN) {
+            ends[2] = ends[1];
+            continue;
+        }
+        if (flags & (i == 1 ? FLAG_NO_STDOUT : FLAG_NO_STDERR)) {
+            if ((result = sys_open("/dev/null", O_WRONLY | O_CLOEXEC)) < 0)
+                return result;
+            ends[i] = (int)result;
+            continue;
+        }
         if ((result = sys_pipe2(pair, O_CLOEXEC)) < 0)
             return result;
         ends[i] = pair[1];
@@ -157,14 +208,27 @@ static void forget(struct process *p)
 }
 
 /* Split the payload of EXEC in place. Returns 0, or errno for a payload that is not as frame.h says. */
-static long parse(u8 *payload, u32 size, char **directory, char ***argv, char ***env)
+static long parse(u8 flags, u8 *payload, u32 size, struct credentials *who, char **directory, char ***argv, char ***env)
 {
+    *who = (struct credentials){AS_IT_IS, AS_IT_IS, AS_IT_IS, AS_IT_IS, 0};
     if (size < 8 + 2 || payload[size - 1] != 0)
         return EINVAL;
     u32 argc = payload[0] | payload[1] << 8, envc = payload[2] | payload[3] << 8;
     if (argc == 0 || argc + envc + 2 > ARGUMENTS_MAX)
         return argc == 0 ? EINVAL : E2BIG;
     u32 at = 8, slot = 0;
+    if (flags & FLAG_CREDENTIALS) {
+        if (size < at + 16 + 2)
+            return EINVAL;
+        *who = (struct credentials){get32(payload + at), get32(payload + at + 4), get32(payload + at + 8),
+                                    get32(payload + at + 12), payload + at + 16};
+        at += 16;
+        if (who->count != AS_IT_IS) {
+            if (who->count > CREDENTIALS_GROUPS || size < at + 4 * who->count + 2)
+                return EINVAL;
+            at += 4 * who->count;
+        }
+    }
     *directory = (char *)payload + at;
     at += (u32)length((char *)payload + at) + 1;
     for (u32 i = 0; i < argc + envc; i++) {
@@ -187,19 +251,21 @@ static long start(struct process *p, u8 flags, u8 *payload, u32 size)
 {
     int ends[3] = {-1, -1, -1}, report[2];
     char *directory, **argv, **env;
+    struct credentials who;
     u32 child_error = 0;
-    long result = parse(payload, size, &directory, &argv, &env);
+    long result = parse(flags, payload, size, &who, &directory, &argv, &env);
     if (result)
         return result;
     p->terminal = flags & FLAG_TTY;
+    p->builtin = flags & FLAG_BUILTIN;
     result = p->terminal ? open_terminal(p, ends, (u16)(payload[4] | payload[5] << 8), (u16)(payload[6] | payload[7] << 8))
-                         : open_pipes(p, ends, flags & FLAG_NO_STDIN);
+                         : open_pipes(p, ends, flags);
     if (result >= 0)
         result = sys_pipe2(report, O_CLOEXEC);
     if (result >= 0) {
         result = sys_fork();
         if (result == 0)
-            child(p, argv, env, directory, ends, report[1]);
+            child(p, argv, env, directory, &who, ends, report[1]);
         sys_close(report[1]);
         /* The child's end closes on exec, so this waits for either the new program or the reason why not. */
         if (result > 0 && sys_read(report[0], &child_error, sizeof child_error) == sizeof child_error)
@@ -207,7 +273,7 @@ static long start(struct process *p, u8 flags, u8 *payload, u32 size)
         sys_close(report[0]);
     }
     for (int i = 0; i < 3; i++)
-        if (ends[i] >= 0 && (i == 0 || ends[i] != ends[0]))
+        if (ends[i] >= 0 && (i == 0 || (ends[i] != ends[0] && (i == 1 || ends[2] != ends[1]))))
             sys_close(ends[i]);
     if (result < 0)
         return -result;
@@ -230,10 +296,42 @@ void process_exec(u16 id, u8 flags, u8 *payload, u32 size)
     p->in = p->out = p->err = -1;
     p->pid = p->ended = p->eof = p->terminal = 0;
     p->input_head = p->input_tail = p->credit = 0;
+    p->out_room = p->err_room = OUTPUT_WINDOW;
+    p->input = inputs[p - processes];
     long error = start(p, flags, payload, size);
     if (error) {
         forget(p);
         line_send_u32(FRAME_FAILED, id, (u32)error);
+    } else if (flags & FLAG_TELL)
+        line_send_u32(FRAME_STARTED, id, (u32)p->pid);
+}
+
+void process_taken(u16 id, int which, u32 size)
+{
+    struct process *p = find(id);
+    if (!p)
+        return;
+    u32 *room = which ? &p->err_room : &p->out_room;
+    *room = size > OUTPUT_WINDOW - *room ? OUTPUT_WINDOW : *room + size;
+}
+
+void process_close(u16 id, int which)
+{
+    struct process *p = find(id);
+    if (p && !p->terminal)
+        close_fd(which ? &p->err : &p->out);
+}
+
+void process_forget_all(void)
+{
+    for (int i = 0; i < PROCESS_MAX; i++) {
+        struct process *p = &processes[i];
+        if (!p->used)
+            continue;
+        /* One of our own ends by itself when its streams do, and puts what it was doing in order first. */
+        if (p->pid > 0 && !p->ended && !p->builtin)
+            sys_kill(-p->pid, SIGKILL);
+        forget(p);
     }
 }
 
@@ -330,11 +428,15 @@ static void take_input(struct process *p)
 enum pass { NOTHING, PASSED, NO_ROOM };
 
 /* Pass on one read's worth. */
-static enum pass pass_output(struct process *p, int *fd, u8 type, u32 *left)
+static enum pass pass_output(struct process *p, int *fd, u8 type, u32 *left, u32 *window)
 {
     u32 room = OUTPUT_CHUNK;
     if (*fd < 0)
         return NOTHING;
+    if (room > *window)
+        room = *window;
+    if (room == 0 && !(p->ended && !p->terminal && *left == 0))
+        return NOTHING; /* TAKEN comes when the host has a place for it */
     if (p->ended && !p->terminal) {
         if (*left == 0) {
             close_fd(fd);
@@ -348,6 +450,7 @@ static enum pass pass_output(struct process *p, int *fd, u8 type, u32 *left)
     long got = sys_read(*fd, line_payload(), room);
     if (got > 0) {
         line_commit(type, p->id, (u32)got);
+        *window -= (u32)got;
         if (p->ended && !p->terminal)
             *left -= (u32)got;
         return PASSED;
@@ -369,8 +472,8 @@ void process_service(void)
             continue;
         enum pass out, err;
         do { /* poll does not wake for a process that has ended: empty its pipes now, or when the line has room */
-            out = pass_output(p, &p->out, FRAME_STDOUT, &p->out_left);
-            err = pass_output(p, &p->err, FRAME_STDERR, &p->err_left);
+            out = pass_output(p, &p->out, FRAME_STDOUT, &p->out_left, &p->out_room);
+            err = pass_output(p, &p->err, FRAME_STDERR, &p->err_left, &p->err_room);
         } while (p->ended && (out == PASSED || err == PASSED));
         take_input(p);
         if (p->ended && p->out < 0 && p->err < 0) {
@@ -387,9 +490,9 @@ int process_poll_list(struct pollfd *list)
         struct process *p = &processes[i];
         if (!p->used)
             continue;
-        if (room && p->out >= 0)
+        if (room && p->out >= 0 && p->out_room)
             list[count++] = (struct pollfd){p->out, POLLIN, 0};
-        if (room && p->err >= 0)
+        if (room && p->err >= 0 && p->err_room)
             list[count++] = (struct pollfd){p->err, POLLIN, 0};
         if (p->in >= 0 && p->input_head != p->input_tail)
             list[count++] = (struct pollfd){p->in, POLLOUT, 0};

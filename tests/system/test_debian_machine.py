@@ -15,6 +15,9 @@ from ringzero.devices import PortRange
 
 from .conftest import ENGINE
 
+PROCESS_MAX = 128
+"""As guests/agent/agent.h has it."""
+
 pytestmark = pytest.mark.needs_debian
 
 
@@ -86,18 +89,18 @@ def test_eight_commands_at_once(debian: Machine) -> None:
 
 
 def test_more_processes_than_the_agent_takes_is_an_error_not_a_hang(debian: Machine) -> None:
-    sleepers = [debian.popen(["sleep", "100"], stdin=False) for _ in range(32)]
+    sleepers = [debian.spawn(["sleep", "100"], stdin=False) for _ in range(PROCESS_MAX)]
     with pytest.raises(OSError, match="unavailable"):
         debian.run(["true"])
     for sleeper in sleepers:
         sleeper.kill()
-    assert [sleeper.wait(60) for sleeper in sleepers] == [-9] * 32
+    assert [sleeper.wait(60) for sleeper in sleepers] == [-9] * PROCESS_MAX
     assert debian.run(["true"]).returncode == 0
 
 
 def test_a_terminal_of_its_own(debian: Machine) -> None:
     out: list[bytes] = []
-    process = debian.popen(
+    process = debian.spawn(
         ["sh", "-c", "tty; stty size; read x; stty size"], stdout=out.append, window=(33, 111)
     )
     while b"33 111" not in b"".join(out):

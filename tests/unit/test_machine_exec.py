@@ -3,12 +3,13 @@
 import re
 import socket
 import struct
+import subprocess
 import threading
 from pathlib import Path
 
 import pytest
 
-from ringzero.errors import GuestEnded, InputError
+from ringzero.errors import GuestEnded, GuestError, InputError
 from ringzero.machine import exec as link_module
 from ringzero.machine.exec import (
     ACK,
@@ -16,9 +17,13 @@ from ringzero.machine.exec import (
     EXEC,
     EXIT,
     FAILED,
+    FAILED_DIRECTORY,
     HEADER,
+    HELLO,
     LINE_WINDOW,
     MAGIC,
+    OUTPUT_MAX,
+    OUTPUT_WINDOW,
     READY,
     SIGNAL,
     STDERR,
@@ -26,10 +31,13 @@ from ringzero.machine.exec import (
     STDIN_EOF,
     STDIN_WINDOW,
     STDOUT,
+    TAKEN,
     WORD,
     AgentLink,
     pack_exec,
 )
+from ringzero.machine.popen import run
+from ringzero.machine.streams import OutputPipe
 
 FRAME_H = Path(__file__).parents[2] / "guests" / "agent" / "frame.h"
 
@@ -41,8 +49,11 @@ class Agent:
         self.line = line
         self.line.settimeout(20)
 
-    def ready(self) -> None:
-        self.send(READY, 0, MAGIC)
+    def ready(self, number: int = 1234) -> None:
+        self.send(READY, 0, MAGIC + WORD.pack(number))
+        self.hello = HEADER.pack(HELLO, 0, 0, len(MAGIC) + 4) + MAGIC + WORD.pack(number)
+        assert self.exactly(len(self.hello)) == self.hello
+        self.send(ACK, 0, WORD.pack(len(self.hello)))
 
     def send(self, kind: int, number: int, payload: bytes = b"") -> None:
         self.line.sendall(HEADER.pack(kind, 0, number, len(payload)) + payload)
@@ -77,16 +88,30 @@ def test_the_numbers_are_those_of_frame_h() -> None:
     numbers = {name: int(value, 0) for name, value in re.findall(r"\b([A-Z_]+) = (0x[0-9a-f]+|\d+),", text)}
     ours = {
         "FRAME_MAX": link_module.FRAME_MAX,
+        "OUTPUT_MAX": link_module.OUTPUT_MAX,
+        "OUTPUT_WINDOW": link_module.OUTPUT_WINDOW,
         "LINE_WINDOW": link_module.LINE_WINDOW,
         "STDIN_WINDOW": link_module.STDIN_WINDOW,
         "CONSOLE_ID": link_module.CONSOLE_ID,
         "FRAME_HEADER": HEADER.size,
-        "FLAG_TTY": link_module.FLAG_TTY,
-        "FLAG_NO_STDIN": link_module.FLAG_NO_STDIN,
     }
-    for name in ("EXEC", "STDIN", "STDIN_EOF", "RESIZE", "SIGNAL", "POWEROFF", "REBOOT"):
+    for name in vars(link_module):
+        if name.startswith(("FLAG_", "FAILED_")):
+            ours[name] = getattr(link_module, name)
+    for name in (
+        "EXEC",
+        "STDIN",
+        "STDIN_EOF",
+        "RESIZE",
+        "SIGNAL",
+        "POWEROFF",
+        "REBOOT",
+        "TAKEN",
+        "CLOSE",
+        "HELLO",
+    ):
         ours[f"FRAME_{name}"] = getattr(link_module, name)
-    for name in ("READY", "STDOUT", "STDERR", "EXIT", "FAILED", "CREDIT", "ACK"):
+    for name in ("READY", "STDOUT", "STDERR", "EXIT", "FAILED", "CREDIT", "ACK", "STARTED"):
         ours[f"FRAME_{name}"] = getattr(link_module, name)
     assert numbers == ours
     assert '"' + MAGIC.decode().replace("\n", "\\n") + '"' in text
@@ -105,7 +130,8 @@ def test_a_command_from_start_to_end(pair) -> None:
     agent.ready()
     out: list[bytes] = []
     err: list[bytes] = []
-    process = link.start(["echo", "x"], env={"A": "b"}, cwd="/tmp", stdout=out.append, stderr=err.append)
+    how = {"env": {"A": "b"}, "cwd": "/tmp"}
+    process = link.start(["echo", "x"], stdout=out.append, stderr=err.append, **how)
     kind, flags, number, payload = agent.take()
     assert (kind, flags) == (EXEC, 0)
     assert payload == struct.pack("<HHHH", 2, 1, 0, 0) + b"/tmp\0echo\0x\0A=b\0"
@@ -130,18 +156,23 @@ def test_the_end_by_a_signal(pair) -> None:
 
 def test_a_command_that_is_not_there(pair) -> None:
     link, agent = pair
-    process = link.start(["nonesuch"])
     agent.ready()
+    process = link.start(["nonesuch"], cwd="/nowhere")
     agent.send(FAILED, agent.take()[2], WORD.pack(2))
     with pytest.raises(FileNotFoundError) as caught:
         process.wait(20)
     assert caught.value.filename == "nonesuch"
+    process = link.start(["true"], cwd="/nowhere")
+    agent.send(FAILED, agent.take()[2], WORD.pack(2 | FAILED_DIRECTORY))
+    with pytest.raises(FileNotFoundError) as caught:
+        process.wait(20)
+    assert caught.value.filename == "/nowhere"
 
 
 def test_no_more_is_sent_than_both_windows_allow(pair) -> None:
     link, agent = pair
     agent.ready()
-    process = link.start(["cat"])
+    process = link.start(["cat"], stdout=[].append)
     number = agent.take()[2]
     data = bytes(range(256)) * 1024  # four times what a process may have waiting
     writer = threading.Thread(target=lambda: (process.write(data), process.close_stdin()))
@@ -169,12 +200,13 @@ def test_no_more_is_sent_than_both_windows_allow(pair) -> None:
     assert len(frames) == STDIN_WINDOW
     # With both, everything comes, in order.
     agent.line.settimeout(20)
-    agent.send(CREDIT, number, WORD.pack(len(data)))
+    agent.send(CREDIT, number, WORD.pack(STDIN_WINDOW))
     while True:
         kind, _, _, payload = agent.take()
         if kind == STDIN_EOF:
             break
         frames += payload
+        agent.send(CREDIT, number, WORD.pack(len(payload)))
     writer.join(20)
     assert frames == data
 
@@ -231,6 +263,8 @@ def test_a_sink_that_fails_fails_its_command_alone(pair) -> None:
         HEADER.pack(ACK, 0, 0, 4) + b"\xff\xff\xff\xff",
         HEADER.pack(STDOUT, 0, 999, 3) + b"abc",
         HEADER.pack(0xEE, 9, 1, 2) + b"ab",
+        HEADER.pack(READY, 0, 0, 3) + b"abc",
+        HEADER.pack(link_module.STARTED, 0, 1, 2) + b"ab",
         HEADER.pack(EXIT, 0, 77, 4) + bytes(4),
     ],
 )
@@ -258,3 +292,110 @@ def test_what_a_hostile_guest_sends_does_no_harm(pair, frame: bytes) -> None:
 def test_commands_that_cannot_be_passed_on(args: list[str], env: dict[str, str]) -> None:
     with pytest.raises(InputError):
         pack_exec(args, env, "/", (0, 0))
+
+
+def test_nothing_is_sent_before_the_agent_is_there(pair) -> None:
+    link, agent = pair
+    starter = threading.Thread(target=lambda: link.start(["true"]), daemon=True)
+    starter.start()
+    agent.line.settimeout(0.2)
+    with pytest.raises(TimeoutError):
+        agent.line.recv(1)
+    agent.line.settimeout(20)
+    agent.ready()  # HELLO comes first
+    assert agent.take()[0] == EXEC
+    starter.join(20)
+
+
+def test_an_agent_that_is_started_again_loses_commands_and_takes_new_ones(pair) -> None:
+    link, agent = pair
+    agent.ready(1)
+    lost = link.start(["sleep", "1"], stdout=[].append)
+    number = agent.take()[2]
+    # The old one was cut off in the middle of a frame; the new one fills it up, and more, with zeros.
+    agent.line.sendall(HEADER.pack(STDOUT, 0, number, OUTPUT_MAX) + b"x" * 1001)
+    agent.line.sendall(bytes(OUTPUT_MAX + 512))
+    assert agent.take()[0] == TAKEN
+    agent.ready(2)
+    with pytest.raises(GuestError, match="started again"):
+        lost.wait(20)
+    process = link.start(["true"])
+    agent.send(EXIT, agent.take()[2], WORD.pack(0))
+    assert process.wait(20) == 0
+
+
+def test_an_agent_of_another_version_is_named(pair) -> None:
+    link, agent = pair
+    agent.send(READY, 0, b"ringzero-agent-1\n")
+    with pytest.raises(GuestError, match="speaks version 1 of its protocol"):
+        link.wait_ready(20)
+
+
+def test_a_stream_that_nobody_reads_holds_a_window_and_no_more(pair) -> None:
+    link, agent = pair
+    agent.ready()
+    pipe = OutputPipe(STDOUT)
+    process = link.start(["yes"], stdout=pipe)
+    pipe.attach(process)
+    number = agent.take()[2]
+    for _ in range(OUTPUT_WINDOW // OUTPUT_MAX):
+        agent.send(STDOUT, number, bytes(OUTPUT_MAX))
+    # What is read is said to be taken, and others are served meanwhile.
+    other = link.start(["true"])
+    agent.send(EXIT, agent.take()[2], WORD.pack(0))
+    assert other.wait(20) == 0
+    assert pipe.readinto(bytearray(OUTPUT_WINDOW)) == OUTPUT_WINDOW
+    assert agent.take() == (TAKEN, 0, number, WORD.pack(OUTPUT_WINDOW))
+    # An agent that sends more than its window is none of ours.
+    for _ in range(OUTPUT_WINDOW // OUTPUT_MAX + 1):
+        agent.send(STDOUT, number, bytes(OUTPUT_MAX))
+    with pytest.raises(GuestError, match="more output"):
+        process.wait(20)
+
+
+def test_an_enormous_frame_is_not_waited_for(pair) -> None:
+    link, agent = pair
+    agent.ready()
+    process = link.start(["true"])
+    agent.take()
+    agent.line.sendall(HEADER.pack(STDOUT, 0, 1, 0xFFFFFFFF))
+    with pytest.raises(GuestError, match="4294967295 bytes"):
+        process.wait(20)
+    with pytest.raises(GuestError, match="broke its protocol"):
+        link.wait_ready(20)
+    agent.line.sendall(bytes(1_000_003))  # thrown away
+    agent.ready()
+    assert link.wait_ready(20)
+
+
+def test_a_guest_that_acknowledges_nothing_cannot_hold_up_a_timeout(pair, monkeypatch) -> None:
+    monkeypatch.setattr(link_module, "PATIENCE", 0.2)
+    link, agent = pair
+    agent.ready()
+    with pytest.raises(subprocess.TimeoutExpired):
+        run(link, ["cat"], input=bytes(10 * STDIN_WINDOW), timeout=0.2)
+
+
+def test_a_guest_that_acknowledges_what_was_not_sent_cannot_hold_up_a_timeout(pair, monkeypatch) -> None:
+    monkeypatch.setattr(link_module, "PATIENCE", 0.2)
+    link, agent = pair
+    agent.ready()
+    for _ in range(100):  # as if everything had been read and taken, always
+        agent.send(ACK, 0, WORD.pack(0x7FFFFFFF))
+        agent.send(CREDIT, 1, WORD.pack(0x7FFFFFFF))
+    with pytest.raises(subprocess.TimeoutExpired):
+        run(link, ["cat"], input=bytes(4_000_000), timeout=0.2)
+
+
+def test_a_flood_of_rubbish_takes_no_memory(pair) -> None:
+    link, agent = pair
+    agent.ready()
+    process = link.start(["true"])
+    number = agent.take()[2]
+    for _ in range(200):
+        agent.send(STDOUT, 999, bytes(OUTPUT_MAX))  # of no command
+        agent.send(EXIT, 999, WORD.pack(0))
+    agent.send(EXIT, number, WORD.pack(0))
+    assert process.wait(20) == 0
+    assert not link._credits
+    assert not link._processes

@@ -230,7 +230,7 @@ def _run_command(
         if not machine.wait_ready(outcome.left()):
             outcome.timed_out = True
             return _status(machine, outcome)
-        process = started = machine.popen(
+        process = started = machine.spawn(
             command, stdout=show(1), stderr=show(2), env=DEFAULT_ENVIRONMENT | env, cwd=cwd, window=window
         )
         if terminal:
