@@ -19,7 +19,8 @@
  *   - the line: of all bytes that the host sends, headers included, at most LINE_WINDOW may lack an ACK;
  *   - a process's standard input: at most STDIN_WINDOW bytes may lack a CREDIT;
  *   - each of a process's outputs: at most OUTPUT_WINDOW bytes may lack a TAKEN. Further output waits in the process's own
- *     pipe, and then the process does, as under a shell: a stream that nobody reads holds up its writer alone.
+ *     pipe, and then the process does, as under a shell: a stream that nobody reads holds up its writer alone. What is in
+ *     the pipe of a process that has ended comes at once, up to OUTPUT_LEFT, so that its end is known.
  */
 #ifndef RINGZERO_FRAME_H
 #define RINGZERO_FRAME_H
@@ -33,6 +34,7 @@ enum {
     LINE_WINDOW = 32768,
     STDIN_WINDOW = 65536,
     OUTPUT_WINDOW = 262144,
+    OUTPUT_LEFT = 1048576, /* the largest pipe of a user who is not root (pipe(7), "/proc files") */
     CONSOLE_ID = 0xffff, /* id of RESIZE for the console's window */
 };
 

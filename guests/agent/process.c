@@ -122,7 +122,7 @@ static void child(struct process *p, char **argv, char **env, const char *direct
     if (error == 0 && (error = become(who)) != 0)
         error |= FAILED_CREDENTIALS;
     if (error == 0 && p->builtin) {
-        sys_close(report); /* as exec would: it has started */
+        sys_close_from(3); /* as exec would: it has started, and holds no end of a pipe but its own */
         sys_exit((int)builtin_run(argv));
     }
     if (error == 0)
@@ -433,10 +433,12 @@ static enum pass pass_output(struct process *p, int *fd, u8 type, u32 *left, u32
     u32 room = OUTPUT_CHUNK;
     if (*fd < 0)
         return NOTHING;
-    if (room > *window)
-        room = *window;
-    if (room == 0 && !(p->ended && !p->terminal && *left == 0))
-        return NOTHING; /* TAKEN comes when the host has a place for it */
+    if (!p->ended || (!p->terminal && *left > OUTPUT_LEFT)) {
+        if (*window == 0)
+            return NOTHING; /* TAKEN comes when the host has a place for it */
+        if (room > *window)
+            room = *window;
+    }
     if (p->ended && !p->terminal) {
         if (*left == 0) {
             close_fd(fd);
@@ -450,7 +452,7 @@ static enum pass pass_output(struct process *p, int *fd, u8 type, u32 *left, u32
     long got = sys_read(*fd, line_payload(), room);
     if (got > 0) {
         line_commit(type, p->id, (u32)got);
-        *window -= (u32)got;
+        *window -= (u32)got < *window ? (u32)got : *window;
         if (p->ended && !p->terminal)
             *left -= (u32)got;
         return PASSED;

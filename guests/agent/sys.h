@@ -150,6 +150,12 @@ static inline long sys_execve(const char *path, char **argv, char **env) { retur
 static inline void sys_exit(int status) { for (;;) SYS(231, status, 0, 0, 0, 0); }
 static inline long sys_wait(int pid, int *status, int options) { return SYS(61, pid, status, options, 0, 0); }
 static inline long sys_kill(int pid, int number) { return SYS(62, pid, number, 0, 0, 0); }
+static inline void sys_close_from(int first)
+{
+    if (SYS(436 /* close_range, Linux 5.9 */, first, ~0u, 0, 0, 0) < 0)
+        for (int fd = first; fd < 1024; fd++)
+            sys_close(fd);
+}
 static inline long sys_getpid(void) { return SYS(39, 0, 0, 0, 0, 0); }
 static inline long sys_ftruncate(int fd, long size) { return SYS(77, fd, size, 0, 0, 0); }
 static inline long sys_rename(const char *from, const char *to) { return SYS(82, from, to, 0, 0, 0); }

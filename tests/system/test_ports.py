@@ -28,7 +28,7 @@ def test_ports_are_found_by_name_and_carry_bytes_both_ways(guest: Machine) -> No
     assert names.split() == [ECHO, OTHER]
     with guest.port(ECHO) as line:
         line.settimeout(60)
-        echo = guest.popen(["sh", "-c", "exec cat <>/dev/vport2p1 >&0"], stdin=False)
+        echo = guest.spawn(["sh", "-c", "exec cat <>/dev/vport2p1 >&0"], stdin=False)
         line.sendall(b"ping\n")
         assert line.recv(100) == b"ping\n"
         assert guest._ports.is_open(ECHO) and not guest._ports.is_open(OTHER)
@@ -71,7 +71,7 @@ def test_a_terminal_has_a_size(guest: Machine) -> None:
         line.settimeout(60)
         guest._ports.resize("hvc0", 33, 101)
         script = "exec <>/dev/hvc0 >&0; stty raw -echo; stty size; read word; echo got $word"
-        shell = guest.popen(["sh", "-c", script], stdin=False)
+        shell = guest.spawn(["sh", "-c", script], stdin=False)
         told = b""
         while not told.endswith(b"\n"):
             told += line.recv(100)

@@ -109,7 +109,7 @@ class FakeVm:
             return data
 
         try:
-            send(READY, 0, MAGIC)
+            send(READY, 0, MAGIC + WORD.pack(1))
             while True:
                 kind, _, number, size = HEADER.unpack(exactly(HEADER.size))
                 payload = exactly(size)

@@ -22,6 +22,7 @@ from ringzero.machine.exec import (
     HELLO,
     LINE_WINDOW,
     MAGIC,
+    OUTPUT_LEFT,
     OUTPUT_MAX,
     OUTPUT_WINDOW,
     READY,
@@ -90,6 +91,7 @@ def test_the_numbers_are_those_of_frame_h() -> None:
         "FRAME_MAX": link_module.FRAME_MAX,
         "OUTPUT_MAX": link_module.OUTPUT_MAX,
         "OUTPUT_WINDOW": link_module.OUTPUT_WINDOW,
+        "OUTPUT_LEFT": link_module.OUTPUT_LEFT,
         "LINE_WINDOW": link_module.LINE_WINDOW,
         "STDIN_WINDOW": link_module.STDIN_WINDOW,
         "CONSOLE_ID": link_module.CONSOLE_ID,
@@ -347,7 +349,7 @@ def test_a_stream_that_nobody_reads_holds_a_window_and_no_more(pair) -> None:
     assert pipe.readinto(bytearray(OUTPUT_WINDOW)) == OUTPUT_WINDOW
     assert agent.take() == (TAKEN, 0, number, WORD.pack(OUTPUT_WINDOW))
     # An agent that sends more than its window is none of ours.
-    for _ in range(OUTPUT_WINDOW // OUTPUT_MAX + 1):
+    for _ in range((OUTPUT_WINDOW + OUTPUT_LEFT) // OUTPUT_MAX + 1):
         agent.send(STDOUT, number, bytes(OUTPUT_MAX))
     with pytest.raises(GuestError, match="more output"):
         process.wait(20)

@@ -27,6 +27,7 @@ OUTPUT_MAX = 65536
 LINE_WINDOW = 32768
 STDIN_WINDOW = 65536
 OUTPUT_WINDOW = 262144
+OUTPUT_LEFT = 1048576
 CONSOLE_ID = 0xFFFF
 
 EXEC, STDIN, STDIN_EOF, RESIZE, SIGNAL, POWEROFF, REBOOT, TAKEN, CLOSE, HELLO = range(1, 11)
@@ -230,7 +231,7 @@ class GuestProcess:
         if kind in self._sinks:
             with self._credited:
                 self._out[kind] += len(payload)
-                if self._out[kind] > OUTPUT_WINDOW:
+                if self._out[kind] > OUTPUT_WINDOW + OUTPUT_LEFT:
                     raise GuestError("it sent more output than there was a place for")
             sink = self._sinks[kind]
             if not callable(sink):
@@ -523,7 +524,8 @@ class AgentLink:
                 if other is not None and other[1] != MAGIC[15:-1]:
                     self._complaint = (
                         f"the agent in the guest speaks version {other[1].decode()} of its protocol, and this ringzero"
-                        f" {MAGIC[15:-1].decode()}: build the image again (ringzero pull)"
+                        f" {MAGIC[15:-1].decode()}: fetch the image again (in a source tree, build it first:"
+                        " guests/agent/build.py)"
                     )
                     with self._state:
                         self._state.notify_all()
