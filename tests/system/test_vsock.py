@@ -34,7 +34,7 @@ def guest(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
         script = "cat > /root/vsock && chmod +x /root/vsock"
         machine.run(["sh", "-c", script], input=program.read_bytes(), check=True)
         ready = threading.Event()
-        machine.popen(["/root/vsock", "echo", "7"], stdout=lambda data: ready.set(), stdin=False)
+        machine.spawn(["/root/vsock", "echo", "7"], stdout=lambda data: ready.set(), stdin=False)
         assert ready.wait(60)
         yield machine
 
