@@ -17,4 +17,5 @@ pub mod private;
 pub mod random;
 pub mod sampler;
 pub mod signal;
+pub mod socket;
 pub mod tracee;

@@ -24,6 +24,10 @@ pub enum Rank {
     Queue,
     /// What the back end of a virtio device keeps beside its queues: one port of a console, the connections of a vsock.
     Backend,
+    /// The network behind a card: the connections of one guest, or the ports of a switch.
+    Network,
+    /// The frames that wait for one guest.
+    Frames,
     /// The interrupts of one PCI function: its MSI-X table and its INTA#.
     FunctionInterrupts,
     /// The interrupt lines and the two controllers behind them, PIC and IOAPIC.

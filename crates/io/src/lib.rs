@@ -6,6 +6,7 @@
 
 pub mod bus;
 pub mod irq;
+pub mod network;
 pub mod pci;
 pub mod platform;
 pub mod scratch;

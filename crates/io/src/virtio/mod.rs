@@ -10,7 +10,9 @@ pub mod console;
 pub mod entropy;
 pub mod fs;
 pub mod line;
+pub mod net;
 pub mod queue;
+pub mod requests;
 pub mod service;
 #[cfg(test)]
 mod tests;
@@ -21,7 +23,8 @@ use std::borrow::Cow;
 use std::sync::Arc;
 
 use line::Line;
-use queue::Chain;
+use queue::{Broken, Chain};
+use requests::{Requests, Turn};
 
 /// Features that belong to all devices, 6 "Reserved Feature Bits".
 pub mod feature {
@@ -89,6 +92,19 @@ pub trait Backend: Send + Sync {
 
     /// Carries a request of a queue out; `features` were negotiated.
     fn serve(&self, queue: u16, features: u64, chain: &Chain<'_>) -> Answer;
+
+    /// Whether requests of a queue go together: it is then served by [`Backend::serve_together`], and not one by one.
+    fn serves_together(&self, _queue: u16) -> bool {
+        false
+    }
+
+    /// Takes requests of a queue, a bounded number, and finishes them.
+    ///
+    /// # Errors
+    /// [`Broken`], as the queue says it.
+    fn serve_together(&self, _queue: u16, _features: u64, _requests: &mut Requests<'_>) -> Result<Turn, Broken> {
+        Ok(Turn::Empty)
+    }
 }
 
 /// What a saved machine keeps of a back end, by its kind.
@@ -100,6 +116,7 @@ pub enum BackendState {
     Console(console::State),
     Vsock(vsock::State),
     Fs(fs::State),
+    Net(net::State),
 }
 
 /// What becomes of a request.

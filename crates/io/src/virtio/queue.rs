@@ -172,7 +172,12 @@ impl Queue {
 
     /// The request that was popped last has not been done: the next [`Queue::pop`] gives it again.
     pub fn put_back(&mut self) {
-        self.progress.available = self.progress.available.wrapping_sub(1);
+        self.put_back_last(1);
+    }
+
+    /// As [`Queue::put_back`], with as many as were popped last.
+    pub fn put_back_last(&mut self, count: u16) {
+        self.progress.available = self.progress.available.wrapping_sub(count);
     }
 
     /// Collects and checks the buffers of the chain that begins with descriptor `head`.
@@ -237,14 +242,32 @@ impl Queue {
     /// # Errors
     /// [`Broken::Place`], when the used ring is not in memory any more.
     pub fn push(&mut self, memory: &GuestMemory, head: u16, written: u32) -> Result<(), Broken> {
-        let slot = u64::from(self.progress.used % self.place.entries);
-        let at = self.place.device.add(RING_HEADER + USED_BYTES * slot);
-        store(memory, at, 4, u64::from(head))?;
-        store(memory, at.add(4), 4, u64::from(written))?;
-        self.progress.used = self.progress.used.wrapping_add(1);
+        self.push_together(memory, &[(head, written)])
+    }
+
+    /// Gives requests back, no more than the queue has entries: the driver sees all of them or none.
+    ///
+    /// # Errors
+    /// As [`Queue::push`].
+    pub fn push_together(&mut self, memory: &GuestMemory, requests: &[(u16, u32)]) -> Result<(), Broken> {
+        let mut next = self.progress.used;
+        for (head, written) in requests {
+            let slot = u64::from(next % self.place.entries);
+            let at = self.place.device.add(RING_HEADER + USED_BYTES * slot);
+            store(memory, at, 4, u64::from(*head))?;
+            store(memory, at.add(4), 4, u64::from(*written))?;
+            next = next.wrapping_add(1);
+        }
+        self.progress.used = next;
         // The driver sees the index after what it covers: stores keep their order.
         fence(Ordering::Release);
-        store(memory, self.place.device.add(2), 2, u64::from(self.progress.used))
+        store(memory, self.place.device.add(2), 2, u64::from(next))
+    }
+
+    /// How many entries the queue has.
+    #[must_use]
+    pub fn entries(&self) -> u16 {
+        self.place.entries
     }
 
     /// Whether the driver wants to be told of what was used since this was last asked (2.7.7.2, 2.7.10.2).

@@ -10,6 +10,7 @@ use memory::GuestMemory;
 
 use super::line::Line;
 use super::queue::{Broken, Progress, Queue};
+use super::requests::{Requests, Turn};
 use super::{Answer, Backend};
 use crate::pci::interrupts::Interrupts;
 
@@ -249,6 +250,7 @@ impl Shared {
     /// Serves a queue until it is empty, or the back end keeps what is in it.
     fn serve(&self, ring: &Ring) -> Result<(), Broken> {
         let work = &self.work;
+        let together = work.backend.serves_together(ring.number);
         let mut is_last_look = false;
         loop {
             let _open = work.gate.open();
@@ -257,6 +259,22 @@ impl Shared {
                 return Ok(());
             }
             let mut queue = ring.queue.lock();
+            if together {
+                let mut requests = Requests::new(&mut queue, &work.memory);
+                let turn = work.backend.serve_together(ring.number, work.features, &mut requests)?;
+                if queue.wants_interrupt(&work.memory)? {
+                    work.interrupts.raise(ring.vector.load(Ordering::Relaxed), CAUSE_QUEUE);
+                }
+                match turn {
+                    Turn::Waits => return Ok(()),
+                    Turn::Empty if is_last_look => return Ok(()),
+                    Turn::Empty => queue.want_notification(&work.memory, true)?,
+                    Turn::More if is_last_look => queue.want_notification(&work.memory, false)?,
+                    Turn::More => {}
+                }
+                is_last_look = turn == Turn::Empty;
+                continue;
+            }
             match queue.pop(&work.memory)? {
                 None if is_last_look => return Ok(()),
                 None => {
