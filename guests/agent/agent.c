@@ -11,6 +11,7 @@
  *   ringzero.ports      the driver of named ports, likewise
  *   ringzero.vsock      that of sockets between guest and host, likewise
  *   ringzero.mount=...  a folder of the host, likewise (mount.c)
+ *   ringzero.net        the drivers of network cards, and an address for each, before anything else
  *   ringzero.poweroff   power off at once: what the boot bench measures
  * With none of them: a shell, so that the image also works in another machine.
  *
@@ -147,6 +148,12 @@ static const char *const vsock_modules[] = {
     "/lib/modules/vmw_vsock_virtio_transport.ko",
     0,
 };
+static const char *const network_modules[] = {
+    "/lib/modules/failover.ko",
+    "/lib/modules/net_failover.ko",
+    "/lib/modules/virtio_net.ko",
+    0,
+};
 /* The first two tell the machine of a panic through its pvpanic port. */
 static const char *const other_modules[] = {
     "/lib/modules/pvpanic.ko",
@@ -173,6 +180,20 @@ static void load_others(void)
     load_all(virtio_modules);
     load_all(other_modules);
     sys_exit(0);
+}
+
+/* The first command finds the network there, so it is waited for: a few hundredths of a second. */
+static void start_network(void)
+{
+    static char *argv[] = {"/etc/network", 0};
+    static char *env[] = {"PATH=/usr/sbin:/usr/bin:/sbin:/bin", 0};
+    int status, pid = (int)sys_fork();
+    if (pid == 0) {
+        sys_execve("/etc/network", argv, env);
+        sys_exit(127);
+    }
+    if (pid > 0)
+        sys_wait(pid, &status, 0);
 }
 
 static void start_shell(void)
@@ -371,6 +392,11 @@ __attribute__((used)) static void agent_main(long *stack)
         load_all(virtio_modules);
         load_all(folder_modules);
         mount_folders(command_line, 1);
+    }
+    if (asked("ringzero.net")) {
+        load_all(virtio_modules);
+        load_all(network_modules);
+        start_network();
     }
     int signals = watch_signals();
     agent = asked("ringzero.agent");

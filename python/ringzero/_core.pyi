@@ -204,6 +204,41 @@ def raw_disk(path: str, *, read_only: bool = False, serial: str = "", queues: in
     `queues` a thread each, 1 to 16. Raises CoreError when the file cannot be opened, or another machine has it."""
 
 @final
+class NetworkCard(VirtioDevice):
+    """A network card, with its cable plugged in. Made by functions such as `nat_card`."""
+
+    def set_link(self, is_up: bool) -> None:
+        """Pull the cable out, or plug it in again: the guest is told."""
+
+    def ports(self) -> list[int]:
+        """Return the ports of this host that lead to the guest, in the order in which they were asked for."""
+
+    def counters(self) -> dict[str, int]:
+        """Return bytes sent and received, and frames that were lost (the guest took none) or refused (nonsense)."""
+
+def nat_card(
+    mac: bytes,
+    *,
+    mtu: int = 1500,
+    name: str = "",
+    resolvers: Sequence[str] = (),
+    rules: Sequence[tuple[str, int, int | None]] | None = None,
+    names: bool = True,
+    host_loopback: bool = False,
+    ipv6: bool = False,
+    forwards: Sequence[tuple[bool, str, int]] = (),
+    services: Sequence[tuple[str, int]] = (),
+) -> NetworkCard:
+    """Return a card on a network of its guest's own, 10.0.2.0/24, that leads out through sockets of this process.
+
+    The guest gets its address and `name` by DHCP, and asks the first of `resolvers` for names unless `names` is false.
+    Of `rules` (network, length of the prefix, port or all) one must allow what it reaches; without a list all is, but
+    for this host itself: 10.0.2.2 stands for 127.0.0.1 only with `host_loopback`. `forwards` lead from a port of
+    this host to one of the guest: whether it is UDP, "ADDRESS:PORT" (port 0 for any), the guest's port. Connections to
+    the address of one of `services` are given away: each as a descriptor that comes with a byte over the given one.
+    Raises CoreError, when a port is taken for instance."""
+
+@final
 class Sharer:
     """Counts the shared pages of a host's VMs: a thread, and for each sharing group a table and a pool, which is a file
     in memory that only the sharer writes. It ends when the object does. The VMs go on with what they have, and bring it

@@ -10,6 +10,7 @@ mod features;
 mod folder;
 mod jail;
 mod memory;
+mod network;
 mod sharer;
 mod virtio;
 mod vm;
@@ -32,6 +33,8 @@ mod core {
     use crate::folder::shared_folder;
     #[pymodule_export]
     use crate::jail::enter_jail;
+    #[pymodule_export]
+    use crate::network::{NetworkCard, nat_card};
     #[pymodule_export]
     use crate::sharer::Sharer;
     #[pymodule_export]

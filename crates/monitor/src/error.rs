@@ -53,6 +53,8 @@ pub enum Error {
     Fs(#[from] io::virtio::fs::FsError),
     #[error(transparent)]
     Vsock(#[from] io::virtio::vsock::VsockError),
+    #[error("{0}")]
+    Network(String),
     #[error("the host gave no {what}: {error}")]
     Host { what: &'static str, error: std::io::Error },
 }

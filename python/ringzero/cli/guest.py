@@ -61,6 +61,8 @@ class RunOptions:
     disk: tuple[str, ...] = ()
     mount: tuple[str, ...] = ()
     vsock: str | None = None
+    net: tuple[str, ...] = ()
+    publish: tuple[str, ...] = ()
     stats: bool = False
     trace: str | None = None
     verbose: bool = False
@@ -130,6 +132,8 @@ def run_guest(options: RunOptions) -> int:
         disks=options.disk,
         mounts=options.mount,
         vsock=False if options.vsock is None else options.vsock,
+        net=options.net,
+        publish=options.publish,
         append=_terminal_words(options.append, command),
         console=show(1) if command is None else show(2) if options.verbose else None,
         shell=command is None,

@@ -30,6 +30,9 @@ OPTIONS: dict[str, tuple[str, Callable[[str], Any] | None]] = {
     "--disk": ("disk", str),
     "--mount": ("mount", str),
     "--vsock": ("vsock", str),
+    "--net": ("net", str),
+    "--publish": ("publish", str),
+    "-p": ("publish", str),
     "--cwd": ("cwd", str),
     "-w": ("cwd", str),
     "--stats": ("stats", None),
@@ -38,7 +41,7 @@ OPTIONS: dict[str, tuple[str, Callable[[str], Any] | None]] = {
     "--verbose": ("verbose", None),
     "-v": ("verbose", None),
 }
-REPEATED = frozenset({"env", "device", "disk", "mount"})
+REPEATED = frozenset({"env", "device", "disk", "mount", "net", "publish"})
 """Fields that collect every value that is given."""
 
 

@@ -93,6 +93,16 @@ def run(
         str | None,
         typer.Option(metavar="SOCKET", help="Let programs here and in the guest connect, by this name."),
     ] = None,
+    net: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NETWORK", help="Add a network card: none, nat, or allow=CIDR[:PORT],..."),
+    ] = None,
+    publish: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--publish", "-p", metavar="[ADDRESS:]PORT:GUEST_PORT[/udp]", help="Lead a port to the guest."
+        ),
+    ] = None,
     stats: Annotated[bool, typer.Option("--stats", help="Print the counters at the end.")] = False,
     trace: Annotated[
         str | None, typer.Option(metavar="FILE", help="Write a trace of every instruction.")
@@ -126,6 +136,8 @@ def run(
         disk=tuple(disk or ()),
         mount=tuple(mount or ()),
         vsock=vsock,
+        net=tuple(net or ()),
+        publish=tuple(publish or ()),
         stats=stats,
         trace=trace,
         verbose=verbose,

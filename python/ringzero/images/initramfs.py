@@ -9,12 +9,49 @@ from ringzero.errors import FetchError, InternalError
 BUILTIN = Path(__file__).parent / "builtin"
 
 # A mount point each; the agent mounts them (guests/agent/agent.c `prepare`).
-DIRECTORIES = ("dev", "proc", "sys", "run", "tmp", "root", "etc", "var", "var/tmp", "mnt", "lib/modules")
+DIRECTORIES = (
+    "dev",
+    "proc",
+    "sys",
+    "run",
+    "tmp",
+    "root",
+    "etc",
+    "var",
+    "var/tmp",
+    "mnt",
+    "lib/modules",
+    "etc/udhcpc",
+)
 
 PROFILE = """\
 export PATH=/usr/sbin:/usr/bin:/sbin:/bin
 PS1='\\u@\\h:\\w\\$ '
 echo "Linux $(uname -r), unmodified, in an ordinary process. Ctrl-] leaves at once; exit or poweroff ends."
+"""
+
+# Run by the agent when there is a network, before the first command; and by udhcpc, with what it was told.
+NETWORK = """\
+#!/bin/sh
+export PATH=/usr/sbin:/usr/bin:/sbin:/bin
+ip link set lo up
+for card in /sys/class/net/e*; do
+    card=${card##*/}
+    ip link set "$card" up && udhcpc -q -n -f -t 5 -T 1 -A 1 -i "$card" -s /etc/udhcpc/default.script >/dev/null 2>&1
+done
+"""
+LEASE = """\
+#!/bin/sh
+case "$1" in
+bound | renew)
+    ip addr flush dev "$interface" scope global
+    ip addr add "$ip/${mask:-24}" broadcast "${broadcast:-+}" dev "$interface"
+    [ -z "$mtu" ] || ip link set dev "$interface" mtu "$mtu"
+    [ -z "$router" ] || ip route replace default via "${router%% *}" dev "$interface"
+    [ -z "$hostname" ] || hostname "$hostname"
+    [ -z "$dns" ] || for server in $dns; do echo "nameserver $server"; done >/etc/resolv.conf
+    ;;
+esac
 """
 
 # The agent loads these (guests/agent/agent.c), unless they are built into the kernel: Debian's cloud kernel 6.12.95 has
@@ -35,6 +72,9 @@ MODULES = (
     "vsock.ko",
     "vmw_vsock_virtio_transport_common.ko",
     "vmw_vsock_virtio_transport.ko",
+    "failover.ko",
+    "net_failover.ko",
+    "virtio_net.ko",
     "virtio-rng.ko",
 )
 
@@ -82,6 +122,8 @@ def build_initramfs(busybox: bytes, applets: list[str], modules: dict[str, bytes
         archive.file("etc/hostname", b"ringzero\n")
         archive.file("etc/hosts", b"127.0.0.1 localhost ringzero\n")
         archive.file("etc/profile", PROFILE.encode())
+        archive.file("etc/network", NETWORK.encode(), 0o755)
+        archive.file("etc/udhcpc/default.script", LEASE.encode(), 0o755)
     return out.getvalue()
 
 

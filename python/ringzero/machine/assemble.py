@@ -16,6 +16,7 @@ from ringzero.machine.boot import BootPlan, bzimage, plan_boot, read_file, unpac
 from ringzero.machine.boot.sealed import SealedPages
 from ringzero.machine.disk import Disk
 from ringzero.machine.mount import Mount
+from ringzero.machine.network import Networks
 from ringzero.machine.ports import Ports
 from ringzero.machine.spec import MachineSpec, requested_features
 from ringzero.machine.vsock import Vsock
@@ -107,6 +108,7 @@ def assemble(
     mounts: Iterable[Mount] = (),
     ports: Ports | None = None,
     vsock: Vsock | None = None,
+    networks: Networks | None = None,
     files: BootFiles | None = None,
 ) -> _core.Vm:
     """Return a VM that is ready to start, with the PC's slow devices and `devices` on its bus.
@@ -138,7 +140,7 @@ def assemble(
         trace_path=trace,
         translations=translations,
         translation_bytes=translation_bytes,
-        devices=[part.device(spec.cpus) for part in parts],
+        devices=[*(part.device(spec.cpus) for part in parts), *(networks.devices() if networks else [])],
     )
     attach_devices(vm, devices)
     plan.load(vm, files.sealed)

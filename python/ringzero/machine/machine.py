@@ -27,6 +27,7 @@ from ringzero.machine.disk import Disk
 from ringzero.machine.drive import Driven
 from ringzero.machine.memory import MachineMemory
 from ringzero.machine.mount import Mount
+from ringzero.machine.network import Network, Networks, Publish
 from ringzero.machine.ports import Ports
 from ringzero.machine.spec import MachineSpec, parse_size
 from ringzero.machine.translations import translation_folder
@@ -75,6 +76,9 @@ class Machine(Driven):
         mounts: Sequence[Mount | str] = (),
         ports: Sequence[str] = (),
         vsock: bool | str | os.PathLike[str] = False,
+        net: str | Network | Sequence[str | Network] | None = None,
+        publish: str | Publish | Sequence[str | Publish] = (),
+        name: str | None = None,
         console: Sink | None = None,
         agent: bool = True,
         shell: bool = True,
@@ -97,7 +101,10 @@ class Machine(Driven):
         command, with the kernel that belongs to them. `mounts` are folders of this host ("./here:/there",
         "./here:/there:ro"), which our images mount before the first command. `ports` are names of channels to
         programs of the guest (see `port`); with `vsock` there are sockets between the two (see `vsock`), by the
-        name of a Unix socket as well if that is what it is. `console` is given every piece of console output.
+        name of a Unix socket as well if that is what it is. `net` is a network, or several with a card each: "nat", "allow=192.0.2.0/24:443" (see
+        ringzero.machine.network); `publish` are ports of this host that lead to the guest: "8080:80". `name` is what
+        the guest's network calls it, and what the addresses of its cards are made of.
+        `console` is given every piece of console output.
         `agent` and `shell` choose what an image with our agent starts: commands for `run`, and a
         login shell on the console. Without `quiet` the kernel's messages show. With `kaslr` a bzImage unpacks
         itself, at a random address, and no translations are kept; otherwise it is unpacked before it starts,
@@ -126,6 +133,7 @@ class Machine(Driven):
         self._mounts = Mount.parse_all(mounts)
         self._ports = Ports(ports)
         self._vsock = Vsock.parse(vsock)
+        self.networks = Networks.parse(name or "ringzero", net, publish)
         if names := [device for device in self._devices if isinstance(device, str)]:
             from ringzero.devices import check_names
 
@@ -350,6 +358,7 @@ class Machine(Driven):
             mounts=self._mounts,
             ports=self._ports,
             vsock=self._vsock,
+            networks=self.networks,
             files=files,
         )
 
@@ -392,6 +401,7 @@ class Machine(Driven):
             words += ["ringzero.ports"] if self._ports else []
             words += ["ringzero.vsock"] if self._vsock else []
             words += [mount.word for mount in self._mounts]
+            words += ["ringzero.net"] if self.networks else []
         return " ".join(word for word in [*words, self._append] if word)
 
     def _resolved_image(self) -> Image:

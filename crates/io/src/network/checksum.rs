@@ -11,7 +11,7 @@ pub struct Sum(u64);
 impl Sum {
     /// Adds bytes, an odd last one as if a zero followed: only the last piece of a packet may have one.
     #[must_use]
-    pub fn add(self, bytes: &[u8]) -> Sum {
+    pub fn plus(self, bytes: &[u8]) -> Sum {
         let mut sum = u128::from(self.0);
         let mut eights = bytes.chunks_exact(8);
         for eight in &mut eights {
@@ -31,10 +31,10 @@ impl Sum {
     #[must_use]
     pub fn of_pseudo_header(source: IpAddr, target: IpAddr, protocol: u8, length: usize) -> Sum {
         let sum = match (source, target) {
-            (IpAddr::V4(source), IpAddr::V4(target)) => Sum::default().add(&source.octets()).add(&target.octets()),
-            (source, target) => Sum::default().add(&octets(source)).add(&octets(target)),
+            (IpAddr::V4(source), IpAddr::V4(target)) => Sum::default().plus(&source.octets()).plus(&target.octets()),
+            (source, target) => Sum::default().plus(&octets(source)).plus(&octets(target)),
         };
-        sum.add(&(length as u32).to_be_bytes()).add(&[0, protocol])
+        sum.plus(&(length as u32).to_be_bytes()).plus(&[0, protocol])
     }
 
     /// The sum itself, as it stands in a packet whose checksum a card is to finish.
@@ -79,7 +79,7 @@ mod tests {
     #[test]
     fn the_sum_is_that_of_the_words() {
         // RFC 1071, 3. "Numerical Examples".
-        assert_eq!(Sum::default().add(&[0x00, 0x01, 0xf2, 0x03, 0xf4, 0xf5, 0xf6, 0xf7]).partial(), [0xdd, 0xf2]);
+        assert_eq!(Sum::default().plus(&[0x00, 0x01, 0xf2, 0x03, 0xf4, 0xf5, 0xf6, 0xf7]).partial(), [0xdd, 0xf2]);
         let mut random = 0x9e37_79b9_7f4a_7c15_u64;
         for length in 0..200 {
             let bytes: Vec<u8> = (0..length)
@@ -90,9 +90,9 @@ mod tests {
                     random as u8
                 })
                 .collect();
-            assert_eq!(Sum::default().add(&bytes).partial(), plain(&bytes), "{length} bytes");
+            assert_eq!(Sum::default().plus(&bytes).partial(), plain(&bytes), "{length} bytes");
             let ones = vec![0xff; length];
-            assert_eq!(Sum::default().add(&ones).partial(), plain(&ones), "{length} ones");
+            assert_eq!(Sum::default().plus(&ones).partial(), plain(&ones), "{length} ones");
         }
     }
 }

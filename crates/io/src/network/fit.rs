@@ -87,7 +87,7 @@ pub fn finish_checksum(frame: &mut Frame) {
     if place + 2 > bytes.len() {
         return;
     }
-    let mut sum = Sum::default().add(&bytes[start..]).complement();
+    let mut sum = Sum::default().plus(&bytes[start..]).complement();
     // RFC 768: a checksum of zero would say that there is none.
     if sum == [0, 0] && usize::from(offset) == usize::from(UDP_CHECKSUM) {
         sum = [0xff; 2];
@@ -120,7 +120,7 @@ fn segment(whole: &[u8], transport: usize, payload: usize, piece: usize, mut eac
         let length = bytes.len() - transport;
         let place = transport + usize::from(TCP_CHECKSUM);
         bytes[place..place + 2].copy_from_slice(&[0; 2]);
-        let sum = Sum::of_pseudo_header(source, target, TCP, length).add(&bytes[transport..]).complement();
+        let sum = Sum::of_pseudo_header(source, target, TCP, length).plus(&bytes[transport..]).complement();
         bytes[place..place + 2].copy_from_slice(&sum);
         each(Frame::plain(bytes));
     }
@@ -164,3 +164,7 @@ fn fragment(whole: &[u8], transport: usize, piece: usize, mut each: impl FnMut(F
         each(Frame::plain(bytes));
     }
 }
+
+#[cfg(test)]
+#[path = "fit_tests.rs"]
+mod tests;

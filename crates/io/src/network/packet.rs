@@ -126,7 +126,7 @@ pub fn add_ip(bytes: &mut Vec<u8>, source: IpAddr, target: IpAddr, protocol: u8,
             header[2..4].copy_from_slice(&total.to_be_bytes());
             header[12..16].copy_from_slice(&source.octets());
             header[16..20].copy_from_slice(&target.octets());
-            let sum = Sum::default().add(&header).complement();
+            let sum = Sum::default().plus(&header).complement();
             header[10..12].copy_from_slice(&sum);
             bytes.extend(header);
         }
@@ -159,7 +159,7 @@ pub fn finish_ipv4(bytes: &mut [u8]) {
     let header = usize::from(bytes[ETHERNET_BYTES] & 0xf) * 4;
     let place = ETHERNET_BYTES + 10;
     bytes[place..place + 2].copy_from_slice(&[0; 2]);
-    let sum = Sum::default().add(&bytes[ETHERNET_BYTES..ETHERNET_BYTES + header]).complement();
+    let sum = Sum::default().plus(&bytes[ETHERNET_BYTES..ETHERNET_BYTES + header]).complement();
     bytes[place..place + 2].copy_from_slice(&sum);
 }
 

@@ -52,8 +52,8 @@ pub fn answer_icmp6(source: IpAddr, data: &[u8], common: &Common) -> Option<Fram
     }
     let is_nobody = source.is_unspecified();
     let target = if is_nobody { ALL_NODES.into() } else { source };
-    match data.first()? {
-        &SOLICITATION => {
+    match *data.first()? {
+        SOLICITATION => {
             let asked = Ipv6Addr::from(take::<16>(data, 8));
             if ![GATEWAY6, RESOLVER6, ROUTER6].contains(&asked) || data.len() < 24 {
                 return None;
@@ -66,7 +66,7 @@ pub fn answer_icmp6(source: IpAddr, data: &[u8], common: &Common) -> Option<Fram
             reply.extend(ROUTER.0);
             Some(message(asked.into(), target, ICMP6, reply, common))
         }
-        &ROUTER_SOLICITATION => {
+        ROUTER_SOLICITATION => {
             let lifetime = 1800_u16.to_be_bytes();
             let mut reply =
                 vec![ROUTER_ADVERTISEMENT, 0, 0, 0, 64, 0, lifetime[0], lifetime[1], 0, 0, 0, 0, 0, 0, 0, 0];

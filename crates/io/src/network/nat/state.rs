@@ -23,8 +23,8 @@ use crate::network::{Mac, fit};
 
 /// Connections of a guest, at most. Each has a descriptor of the host's, of which a process may have 1024 unless its user
 /// allows more.
-const MOST_TCP: usize = 512;
-const MOST_UDP: usize = 256;
+const MOST_TCP: usize = if cfg!(test) { 16 } else { 512 };
+const MOST_UDP: usize = if cfg!(test) { 16 } else { 256 };
 /// Connections that are taken from a listening socket at a time.
 const MOST_ACCEPTED: usize = 64;
 
@@ -73,6 +73,11 @@ impl State {
             starved: Vec::new(),
             sleeps_until: None,
         }
+    }
+
+    #[cfg(test)]
+    pub fn counts(&self) -> (usize, usize, usize) {
+        (self.tcp, self.flows.len() - self.tcp, self.names.len())
     }
 
     // ---- time ------------------------------------------------------------------------------------------------------
@@ -352,10 +357,11 @@ impl State {
         {
             return self.lease(&datagram);
         }
-        if ip.protocol == ICMP6 && ip.target.is_ipv6() {
-            if let Some(reply) = neighbours::answer_icmp6(ip.source, data, &self.common) {
-                return self.common.send(reply);
-            }
+        if ip.protocol == ICMP6
+            && ip.target.is_ipv6()
+            && let Some(reply) = neighbours::answer_icmp6(ip.source, data, &self.common)
+        {
+            return self.common.send(reply);
         }
         // Who sends with another's address gets nothing, and nobody else does.
         if !Config::is_guests(ip.source) || ip.source.is_ipv6() && !self.common.config.has_ipv6 {
@@ -444,10 +450,12 @@ impl State {
     fn take_datagram(&mut self, datagram: &Datagram<'_>, packet: &[u8]) {
         let (guest, remote) = (datagram.source, datagram.target);
         let name = (UDP, guest, remote);
-        if Config::is_resolver(remote.ip()) && remote.port() == DNS_PORT && self.common.config.policy.names {
-            if let Some(answer) = dns::answer(datagram.data, self.common.config.has_ipv6) {
-                return self.common.send_datagram(remote, guest, &answer);
-            }
+        if Config::is_resolver(remote.ip())
+            && remote.port() == DNS_PORT
+            && self.common.config.policy.names
+            && let Some(answer) = dns::answer(datagram.data, self.common.config.has_ipv6)
+        {
+            return self.common.send_datagram(remote, guest, &answer);
         }
         let known = self.names.get(&name).copied();
         let token = known.or_else(|| {

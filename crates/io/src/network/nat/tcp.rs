@@ -1,5 +1,5 @@
 //! One TCP connection of a guest, ended here and carried on by a socket of the host. Source: RFC 9293; sections below are of
-//! it. docs/decisions/0022-tcp-ends-here.md says why it is written here, and what it leaves out.
+//! it. docs/decisions/0024-tcp-ends-here.md says why it is written here, and what it leaves out.
 //!
 //! The cable to the guest loses nothing and keeps the order, so a segment that is missing was dropped by the guest itself:
 //! what is sent is kept until it is acknowledged, and sent again when that takes too long; what comes out of order is not

@@ -160,7 +160,7 @@ pub fn message(
     data[2..4].copy_from_slice(&[0; 2]);
     let begun =
         if protocol == ICMP { Sum::default() } else { Sum::of_pseudo_header(source, target, ICMP6, data.len()) };
-    let sum = begun.add(&data).complement();
+    let sum = begun.plus(&data).complement();
     data[2..4].copy_from_slice(&sum);
     let mut head = common.ethernet(target);
     packet::add_ip(&mut head, source, target, protocol, data.len());

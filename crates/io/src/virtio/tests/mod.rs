@@ -3,6 +3,7 @@
 mod balloon;
 mod console;
 mod fs;
+mod net;
 mod queue;
 mod transport;
 mod vsock;
