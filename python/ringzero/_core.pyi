@@ -15,6 +15,7 @@ from typing_extensions import (
 __all__ = [
     "Console",
     "CoreError",
+    "NetworkCard",
     "Sharer",
     "VirtioDevice",
     "Vm",
@@ -22,6 +23,7 @@ __all__ = [
     "engines",
     "enter_jail",
     "host_features",
+    "nat_card",
     "prepare",
     "raw_disk",
     "shared_folder",
