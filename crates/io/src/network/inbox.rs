@@ -72,8 +72,9 @@ impl Inbox {
     #[must_use]
     pub fn has_room(&self) -> bool {
         let mut waiting = self.waiting.lock();
-        waiting.is_awaited = waiting.bytes >= ENOUGH;
-        !waiting.is_awaited
+        let has_room = waiting.bytes < ENOUGH;
+        waiting.is_awaited |= !has_room;
+        has_room
     }
 
     /// The next frame, and whether somebody waits for the room that there is now.

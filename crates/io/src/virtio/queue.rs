@@ -298,8 +298,11 @@ impl Queue {
     pub fn want_notification(&mut self, memory: &GuestMemory, wanted: bool) -> Result<(), Broken> {
         if self.rules.event_index {
             if wanted {
+                // Of what it adds to what is there now: requests that were put back are among that, and an index that has
+                // been passed already is never passed again.
+                let there = load(memory, self.place.driver.add(2), 2)?;
                 let end = self.place.device.add(RING_HEADER + USED_BYTES * u64::from(self.place.entries));
-                store(memory, end, 2, u64::from(self.progress.available))?;
+                store(memory, end, 2, there)?;
             }
         } else {
             store(memory, self.place.device, 2, if wanted { 0 } else { NO_NOTIFY })?;

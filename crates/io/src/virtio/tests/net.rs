@@ -273,3 +273,16 @@ fn no_chain_does_harm() {
         wait_until(|| bench.status() == 0);
     }
 }
+
+#[test]
+fn a_frame_that_waits_for_buffers_is_given_when_they_come() {
+    let mut guest = Guest::new(MERGEABLE | TO_GUEST | feature::EVENT_INDEX, false);
+    guest.offer(SIZE);
+    guest.offer(SIZE);
+    assert!(guest.give(Frame::plain(frame(MAC, 3000))));
+    // The driver is asked to tell of the next buffer, and not of those that are there: they are too few.
+    let wanted = place(RECEIVE).device.add(4 + 8 * u64::from(ENTRIES));
+    wait_until(|| guest.queues[RECEIVE].get_16(wanted) == 2);
+    guest.offer(SIZE);
+    assert_eq!(guest.take().len() + guest.take().len() + guest.take().len(), 3012);
+}
