@@ -43,7 +43,6 @@ pub use io::virtio::block as disk;
 pub use io::virtio::console;
 pub use io::virtio::fs;
 pub use io::virtio::vsock;
-pub use io::virtio::net::Net;
 pub use x86::Gpa;
 
 /// What a network card is, and what its cable may lead to.
