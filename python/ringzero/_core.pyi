@@ -271,10 +271,11 @@ class Sharer:
     def audit(self) -> list[str]:
         """Compare pools, tables, and what VMs use: a sentence for all that is not as it must be. Reads all pools."""
 
-def enter_jail() -> None:
+def enter_jail(*, network: bool = False) -> None:
     """Put all threads of this process into the jail, for ever: from now on it makes only the system calls that a VM
     needs while it runs, and gains no privileges. Whatever else it tries fails with EPERM: no file, socket or program is
-    opened by name. Raises CoreError where the system has no such filters."""
+    opened by name. With `network` it makes sockets of the Internet. Raises CoreError where the system has no such
+    filters."""
 
 def prepare() -> None:
     """Make what all machines of a process have in common, which else the first makes: before a process forks."""

@@ -309,3 +309,14 @@ def test_events_are_told_as_they_happen(host: Host) -> None:
         watcher.connection.settimeout(10)
         got = watcher.receive()
         assert got is not None and (got[0]["kind"], got[0]["vm"]) == ("ended", "seen")
+
+
+def test_a_vm_in_its_jail_has_a_network_and_a_port(host: Host) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    vm = host.up("debian", name="web", net="nat,host-loopback", publish=[f"{port}:80"], **SMALL)
+    script = f"hostname >/tmp/file; httpd -p 80 -h /tmp; wget -q -O - http://10.0.2.2:{port}/file"
+    # Out through the jail's sockets, and in again through the port.
+    assert vm.run(["sh", "-c", script], text=True, check=True).stdout == "web\n"
+    with pytest.raises(GuestEnded, match="taken already"):
+        host.up("debian", name="other", publish=[f"{port}:80"], **SMALL)

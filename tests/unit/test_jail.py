@@ -56,6 +56,39 @@ os.kill(victim, 9)
 """
 
 
+NETWORK = """
+import socket
+from ringzero import _core
+
+_core.enter_jail(network=True)
+for family in (socket.AF_INET, socket.AF_INET6):
+    for kind in (socket.SOCK_STREAM, socket.SOCK_DGRAM):
+        socket.socket(family, kind).close()
+with socket.socket() as server:
+    server.bind(("127.0.0.1", 0))
+    server.listen()
+    peer = socket.socket()
+    peer.connect(server.getsockname())
+    peer.close()
+for family in (socket.AF_UNIX, socket.AF_NETLINK, socket.AF_PACKET):
+    try:
+        socket.socket(family, socket.SOCK_DGRAM)
+        print("allowed:", family)
+    except PermissionError:
+        pass
+try:
+    open("/etc/passwd")
+    print("allowed: files")
+except PermissionError:
+    print("ok")
+"""
+
+
+def test_a_guest_with_a_network_makes_sockets_of_the_internet_and_no_others() -> None:
+    done = subprocess.run([sys.executable, "-c", NETWORK], capture_output=True, text=True, timeout=60)
+    assert (done.stdout, done.returncode) == ("ok\n", 0), done.stderr
+
+
 def test_a_guest_runs_and_nothing_else_does() -> None:
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT], capture_output=True, text=True, timeout=120, check=False

@@ -6,6 +6,7 @@ use crate::enter::py_enter;
 
 /// Puts this process into the jail.
 #[pyfunction]
-pub fn enter_jail(py: Python<'_>) -> PyResult<()> {
-    Ok(py_enter(py, monitor::enter_jail)?)
+#[pyo3(signature = (*, network = false), text_signature = "(*, network=False)")]
+pub fn enter_jail(py: Python<'_>, network: bool) -> PyResult<()> {
+    Ok(py_enter(py, || monitor::enter_jail(network))?)
 }

@@ -1,6 +1,7 @@
 //! The jail of a process that runs one VM: from when it is entered the process makes only those system calls that a machine
 //! needs while it runs, and gains no privileges. It opens no file, socket or other process, and starts no program but one that it
-//! holds a descriptor of, as tracees are started.
+//! holds a descriptor of, as tracees are started. Only one whose guest has a network with a way out makes sockets: those of the
+//! Internet, no others.
 //!
 //! Contract of the unsafe code: plain system calls on structures that outlive them.
 //!
@@ -186,6 +187,16 @@ const LIMITED: &[Limited] = &[
     },
 ];
 
+/// With a way out: sockets of IPv4 and IPv6, where they are bound, and whom they are connected to. A pair of Unix sockets is
+/// connected when it is made.
+const NETWORK: &[i64] = &[libc::SYS_bind, libc::SYS_connect];
+const NETWORK_LIMITED: &[Limited] = &[Limited {
+    call: libc::SYS_socket,
+    argument: 0,
+    bits: u32::MAX,
+    values: &[libc::AF_INET as u32, libc::AF_INET6 as u32],
+}];
+
 /// AUDIT_ARCH_X86_64.
 const ARCHITECTURE: u32 = 0xc000_003e;
 /// Places in `struct seccomp_data`.
@@ -206,16 +217,17 @@ fn end(action: u32) -> sock_filter {
     sock_filter { code: (BPF_RET | BPF_K) as u16, jt: 0, jf: 0, k: action }
 }
 
-fn program() -> Vec<sock_filter> {
+fn program(has_network: bool) -> Vec<sock_filter> {
+    let network = if has_network { (NETWORK, NETWORK_LIMITED) } else { (&[][..], &[][..]) };
     let allow = end(libc::SECCOMP_RET_ALLOW);
     let refuse = |error: i32| end(libc::SECCOMP_RET_ERRNO | error as u32);
     let mut program = vec![load(ARCH), jump(ARCHITECTURE, 1, 0), end(libc::SECCOMP_RET_KILL_PROCESS), load(NUMBER)];
-    for call in ALLOWED {
+    for call in ALLOWED.iter().chain(network.0) {
         program.extend([jump(*call as u32, 0, 1), allow]);
     }
     // The C library then uses clone, whose flags can be looked at.
     program.extend([jump(libc::SYS_clone3 as u32, 0, 1), refuse(libc::ENOSYS)]);
-    for limited in LIMITED {
+    for limited in LIMITED.iter().chain(network.1) {
         let mut part = vec![
             load(ARGUMENTS + 8 * limited.argument),
             sock_filter { code: (BPF_ALU | BPF_AND | BPF_K) as u16, jt: 0, jf: 0, k: limited.bits },
@@ -235,12 +247,13 @@ fn check(result: libc::c_long) -> io::Result<()> {
     if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
-/// Puts all threads of this process into the jail, for ever, and what they start.
+/// Puts all threads of this process into the jail, for ever, and what they start; with `has_network`, one that makes sockets
+/// of the Internet.
 ///
 /// # Errors
 /// When the system has no such filters; then nothing is filtered.
-pub fn enter() -> io::Result<()> {
-    let mut program = program();
+pub fn enter(has_network: bool) -> io::Result<()> {
+    let mut program = program(has_network);
     let filter = sock_fprog { len: program.len() as u16, filter: program.as_mut_ptr() };
     let none = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
     // SAFETY: see the head of the file.
@@ -258,11 +271,13 @@ mod tests {
 
     #[test]
     fn jumps_of_the_filter_reach_their_targets() {
-        let program = program();
-        assert!(program.len() < 4096);
-        for (at, instruction) in program.iter().enumerate() {
-            if instruction.code & 7 == BPF_JMP as u16 {
-                assert!(at + 1 + usize::from(instruction.jt.max(instruction.jf)) < program.len());
+        for has_network in [false, true] {
+            let program = program(has_network);
+            assert!(program.len() < 4096);
+            for (at, instruction) in program.iter().enumerate() {
+                if instruction.code & 7 == BPF_JMP as u16 {
+                    assert!(at + 1 + usize::from(instruction.jt.max(instruction.jf)) < program.len());
+                }
             }
         }
         // No part is so long that its skip does not fit into a byte.

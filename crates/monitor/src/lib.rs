@@ -24,8 +24,8 @@ pub fn prepare() {
 ///
 /// # Errors
 /// When the system has no such filters.
-pub fn enter_jail() -> Result<(), Error> {
-    host::jail::enter().map_err(|error| Error::Host { what: "jail", error })
+pub fn enter_jail(has_network: bool) -> Result<(), Error> {
+    host::jail::enter(has_network).map_err(|error| Error::Host { what: "jail", error })
 }
 
 #[cfg(test)]

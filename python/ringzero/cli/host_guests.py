@@ -40,6 +40,15 @@ def up(
     append: Annotated[
         str | None, typer.Option(metavar="WORDS", help="For the kernel's command line.")
     ] = None,
+    net: Annotated[
+        str | None, typer.Option(metavar="NETWORK", help="A network: none, nat, or allow=CIDR[:PORT],...")
+    ] = None,
+    publish: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--publish", "-p", metavar="[ADDRESS:]PORT:GUEST_PORT[/udp]", help="Lead a port to the guest."
+        ),
+    ] = None,
     wait: Annotated[bool, typer.Option(help="Wait until the guests have booted.")] = True,
 ) -> None:
     """Start VMs: all of them, or none where the host could not keep what it would promise."""
@@ -62,6 +71,8 @@ def up(
             kernel=kernel,
             initrd=initrd,
             append=append,
+            net=net,
+            publish=publish or (),
         )
     seconds = time.monotonic() - began
     done = "booted" if wait else "started"

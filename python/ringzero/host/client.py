@@ -114,8 +114,8 @@ class Host:
 
         Sizes are bytes, or text like "128M". `min` is what it can always have of the host's memory (a quarter of
         `memory` if nothing is said), `max` what it never has more of. VMs of one `share_group` share pages of equal
-        content. `machine` are `cpus`, `engine`, `kernel`, `initrd`, `append` as `Machine` has them. Raises InputError
-        when the host cannot keep what it would promise, with the sum.
+        content. `machine` are `cpus`, `engine`, `kernel`, `initrd`, `append`, `net` and `publish` as `Machine` has
+        them. Raises InputError when the host cannot keep what it would promise, with the sum.
         """
         (vm,) = self.up_many(
             1,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Self
@@ -9,6 +10,7 @@ from typing import Any, Self
 from ringzero.errors import InputError
 from ringzero.host.runtime import checked_name
 from ringzero.machine.machine import Machine
+from ringzero.machine.network import Networks
 from ringzero.machine.spec import MachineSpec, format_size, parse_size
 from ringzero.policy import PAGE
 from ringzero.policy.counters import MOST_SHARES
@@ -39,6 +41,9 @@ class GuestSpec:
     initrd: str | None = None
     append: str | None = None
     shell: bool = True
+    net: str | None = None
+    """As `Machine` has it."""
+    publish: tuple[str, ...] = ()
 
     @classmethod
     def checked(
@@ -57,6 +62,8 @@ class GuestSpec:
         initrd: str | None = None,
         append: str | None = None,
         shell: bool = True,
+        net: str | None = None,
+        publish: Sequence[str] = (),
     ) -> Self:
         """Return a spec of which every field makes sense; sizes are bytes, or text like "128M".
 
@@ -76,6 +83,7 @@ class GuestSpec:
             )
         if isinstance(shares, bool) or not isinstance(shares, int) or not 1 <= shares <= MOST_SHARES:
             raise InputError(f"{shares!r:.40} shares cannot be: give a number from 1 to {MOST_SHARES}")
+        Networks.parse(name, net, publish)
         for file in (kernel, initrd):
             if file is not None and not Path(file).is_absolute():
                 raise InputError(
@@ -95,6 +103,8 @@ class GuestSpec:
             initrd=initrd,
             append=append,
             shell=bool(shell),
+            net=net,
+            publish=tuple(publish),
         )
 
     @classmethod
@@ -106,9 +116,12 @@ class GuestSpec:
         for key, value in values.items():
             if key not in known:
                 raise InputError(f"a vm has no {key!r:.40}: there is {', '.join(known)}")
-            if key in ("image", "kernel", "initrd", "append", "group", "engine"):
+            if key in ("image", "kernel", "initrd", "append", "group", "engine", "net"):
                 if value is not None and not isinstance(value, str):
                     raise InputError(f"{key} is {value!r:.40}, and must be text")
+            elif key == "publish":
+                if not isinstance(value, list | tuple) or not all(isinstance(port, str) for port in value):
+                    raise InputError(f"publish is {value!r:.40}, and must be a list of texts")
             elif key in ("memory", "min", "max") and isinstance(value, bool | float | list | dict):
                 raise InputError(f"{key} is {value!r:.40}, and must be a size")
         return cls.checked(**{key: value for key, value in values.items() if value is not None})
@@ -128,4 +141,7 @@ class GuestSpec:
             initrd=self.initrd,
             append=self.append,
             shell=self.shell,
+            net=self.net,
+            publish=self.publish,
+            name=self.name,
         )

@@ -204,6 +204,7 @@ class VmProcess:
         self._began = time.time()
         machine = spec.machine()
         self._vm = machine.assembled(files)
+        self._has_network = bool(machine.networks)
         self._memory = GuestMemory(self._vm, spec.memory)
         with core_errors():
             self._memory.use_swap(place.swap_folder, place.swap_bytes)
@@ -238,7 +239,7 @@ class VmProcess:
         from ringzero import _core
 
         try:
-            _core.enter_jail()
+            _core.enter_jail(network=self._has_network)
             self._jail = ["no new privileges", "seccomp"]
         except _core.CoreError as error:
             print(f"the vm is not jailed: {error}", file=sys.stderr, flush=True)
