@@ -15,6 +15,7 @@ from typing_extensions import (
 __all__ = [
     "Console",
     "CoreError",
+    "Disk",
     "NetworkCard",
     "Sharer",
     "VirtioDevice",
@@ -25,7 +26,6 @@ __all__ = [
     "host_features",
     "nat_card",
     "prepare",
-    "raw_disk",
     "shared_folder",
 ]
 
@@ -165,7 +165,7 @@ class Vm:
 
 @disjoint_base
 class VirtioDevice:
-    """A device that waits for its machine: `Vm` takes it, once. Made by functions such as `raw_disk`."""
+    """A device that waits for its machine: `Vm` takes it, once. What it is, its subclass says."""
 
 @final
 class Console(VirtioDevice):
@@ -201,9 +201,34 @@ class Vsock(VirtioDevice):
         """Take the guest's connections to a port: return a Unix socket that brings, for each, the port of the guest's
         program (4 bytes, little-endian) and with them the descriptor of a stream socket. Closing it ends that."""
 
-def raw_disk(path: str, *, read_only: bool = False, serial: str = "", queues: int = 1) -> VirtioDevice:
-    """Return a disk in a raw file, which is locked as long as there is the device. `serial` has up to 20 characters,
-    `queues` a thread each, 1 to 16. Raises CoreError when the file cannot be opened, or another machine has it."""
+@final
+class Disk(VirtioDevice):
+    """A disk in a file, which is locked as long as its machine, or this, is there."""
+
+    def __new__(
+        cls,
+        path: str,
+        *,
+        read_only: bool = False,
+        serial: str = "",
+        queues: int = 1,
+        cache: str = "writeback",
+        on_error: str = "auto",
+        iops: int = 0,
+        bps: int = 0,
+    ) -> Self:
+        """Open it. `serial` has up to 20 characters, `queues` a thread each, 1 to 16. `cache` is writeback, writethrough,
+        none or unsafe; `on_error` is auto (a full host pauses the machine, the guest is told of other errors), report or
+        pause; `iops` and `bps` are limits a second, 0 for none. Raises CoreError when the file cannot be opened, or
+        another machine has it."""
+    def trouble(self) -> str | None:
+        """Return why requests wait for the operator, and the machine was paused; None when none do."""
+    def retry(self) -> None:
+        """Try those requests again. Resume the machine, too."""
+    def limit(self, *, iops: int = 0, bps: int = 0) -> None:
+        """Set other limits."""
+    def stats(self) -> dict[str, int]:
+        """Return what was done: numbers of requests by kind, and bytes."""
 
 @final
 class NetworkCard(VirtioDevice):

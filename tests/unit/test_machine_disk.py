@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from ringzero._core import CoreError, Vm, raw_disk
+from ringzero import _core
+from ringzero._core import CoreError, VirtioDevice, Vm
 from ringzero.errors import InputError
 from ringzero.machine.disk import Disk
 
@@ -24,6 +25,32 @@ def test_a_disk_is_a_file_and_whether_it_is_read_only(image: Path) -> None:
     assert Disk.parse(Disk(image, serial="a1")) == Disk(image, serial="a1")
 
 
+def test_options_of_a_disk_and_commas_in_its_name(image: Path) -> None:
+    text = f"{image},serial=a b,cache=none,iops=5000,bps=2M,on-error=pause,ro"
+    assert Disk.parse(text) == Disk(image, True, "a b", "none", "pause", 5000, 2 << 20)
+    odd = image.with_name("a,b=c,d")
+    image.rename(odd)
+    assert Disk.parse(f"{odd},ro") == Disk(odd, read_only=True)
+
+
+@pytest.mark.parametrize(
+    ("option", "complaint"),
+    [
+        ("rw", "no disk option 'rw': there is ro"),
+        ("ro=1", "write ro$"),
+        ("cache", "write cache=VALUE"),
+        ("cache=warm", "no cache mode 'warm'.*writeback"),
+        ("on-error=panic", "auto, report, pause"),
+        ("iops=10K", "operations a second"),
+        ("bps=fast", "rate 'fast' is not a size"),
+        ("ro,ro", "given twice"),
+    ],
+)
+def test_options_that_are_not(image: Path, option: str, complaint: str) -> None:
+    with pytest.raises(InputError, match=complaint):
+        Disk.parse(f"{image},{option}")
+
+
 @pytest.mark.parametrize("name", ["", "nowhere", "nowhere,ro"])
 def test_what_is_no_file_is_refused(tmp_path: Path, name: str) -> None:
     with pytest.raises(InputError, match="is not a file"):
@@ -34,6 +61,10 @@ def test_what_is_no_file_is_refused(tmp_path: Path, name: str) -> None:
 def test_impossible_serial_numbers(image: Path, serial: str) -> None:
     with pytest.raises(InputError, match="serial number"):
         Disk(image, serial=serial)
+
+
+def raw_disk(path: str, *, read_only: bool = False) -> VirtioDevice:
+    return _core.Disk(path, read_only=read_only)
 
 
 def find_disks(vm: Vm) -> list[int]:

@@ -24,7 +24,7 @@ mod core {
     #[pymodule_export]
     use crate::console::Console;
     #[pymodule_export]
-    use crate::disk::raw_disk;
+    use crate::disk::Disk;
     #[pymodule_export]
     use crate::enter::CoreError;
     #[pymodule_export]

@@ -6,6 +6,7 @@ pub mod arena;
 pub mod clock;
 pub mod counters;
 pub mod events;
+pub mod file;
 pub mod folder;
 pub mod jail;
 pub mod local;

@@ -5,6 +5,7 @@
 #![forbid(unsafe_code)]
 
 pub mod bus;
+pub mod disk;
 pub mod irq;
 pub mod network;
 pub mod pci;

@@ -10,9 +10,12 @@
 //! 9.2.2 "Memory Ordering in P6 and More Recent Processor Families".
 
 use std::arch::asm;
+use std::fs::File;
+use std::io;
 use std::marker::PhantomData;
 use std::ptr;
 
+use host::file::{self, Run};
 use host::map::Map;
 use x86::{PAGE_SHIFT, PAGE_SIZE};
 
@@ -144,6 +147,74 @@ impl PageMut<'_> {
     pub fn replace_u64(self, offset: u64, expected: u64, new: u64) -> bool {
         self.compare_exchange(offset & !7, 8, expected, new) == expected
     }
+}
+
+/// Some bytes of pages as runs of memory: pages that are neighbours in the host, too, make one.
+fn runs<'m>(pieces: impl Iterator<Item = (PageRef<'m>, u64, u64)>) -> Vec<Run> {
+    let mut runs: Vec<Run> = Vec::with_capacity(8);
+    for (page, offset, size) in pieces {
+        let (address, size) = (page.at(offset, size as usize), size as usize);
+        match runs.last_mut() {
+            Some(last) if last.address as usize + last.size == address as usize => last.size += size,
+            _ => runs.push(Run { address, size }),
+        }
+    }
+    runs
+}
+
+/// Takes `count` bytes off the front of some runs.
+fn advance(runs: &mut Vec<Run>, mut count: usize) {
+    let done = runs
+        .iter()
+        .take_while(|run| {
+            count >= run.size && {
+                count -= run.size;
+                true
+            }
+        })
+        .count();
+    runs.drain(..done);
+    if let Some(first) = runs.first_mut() {
+        first.address = first.address.wrapping_add(count);
+        first.size -= count;
+    }
+}
+
+/// Calls `transfer` until all runs are done: it may do less than it was asked for.
+fn each_run(mut at: u64, mut runs: Vec<Run>, transfer: impl Fn(u64, &[Run]) -> io::Result<usize>) -> io::Result<()> {
+    while !runs.is_empty() {
+        match transfer(at, &runs) {
+            Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
+            Ok(count) => {
+                at += count as u64;
+                advance(&mut runs, count);
+            }
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(())
+}
+
+/// Reads a file from `at` on into pieces of pages: page, offset in it, size.
+pub(crate) fn read_file<'m>(
+    source: &File,
+    at: u64,
+    pieces: impl Iterator<Item = (PageMut<'m>, u64, u64)>,
+) -> io::Result<()> {
+    let runs = runs(pieces.map(|(page, offset, size)| (page.to_read(), offset, size)));
+    // SAFETY: each run is inside pages that are mapped and writable as long as 'm, which is past this call.
+    each_run(at, runs, |at, runs| unsafe { file::read_runs(source, at, runs) })
+}
+
+/// Writes pieces of pages to a file from `at` on.
+pub(crate) fn write_file<'m>(
+    target: &File,
+    at: u64,
+    pieces: impl Iterator<Item = (PageRef<'m>, u64, u64)>,
+) -> io::Result<()> {
+    // SAFETY: as in `read_file`; they are only read.
+    each_run(at, runs(pieces), |at, runs| unsafe { file::write_runs(target, at, runs) })
 }
 
 /// Whether an access stays in one cache line: whether LOCK is one step without locking the bus.

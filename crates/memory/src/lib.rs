@@ -24,6 +24,7 @@ pub mod share;
 pub mod swap;
 pub mod tlb;
 pub mod trace;
+pub mod transfer;
 pub mod walk;
 pub mod worker;
 pub mod writers;

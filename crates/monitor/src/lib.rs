@@ -38,11 +38,11 @@ pub use vm::{ENGINES, Options, Region, RegionKind, Vm};
 
 // For `binding`, which names no crate of ours but this one.
 pub use host::clock::begin_to_measure;
+pub use io::disk;
 pub use io::virtio::Backend;
-pub use io::virtio::block as disk;
-pub use io::virtio::console;
 pub use io::virtio::fs;
 pub use io::virtio::vsock;
+pub use io::virtio::{block, console};
 pub use x86::Gpa;
 
 /// What a network card is, and what its cable may lead to.

@@ -214,6 +214,12 @@ impl Vm {
         let balloon = Arc::new(Balloon::new(memory.clone(), memory.pmap().pages()));
         platform.add_virtio(balloon.clone(), Arc::clone(&memory))?;
         for device in &options.devices {
+            let paused = Arc::clone(&control);
+            device.connect_pause(Box::new(move || {
+                let control = Arc::clone(&paused);
+                // A thread of its own: whoever asks may be waited for by those who wait for the machine to stand still.
+                let _ = std::thread::Builder::new().name("rz-pause".into()).spawn(move || control.pause());
+            }));
             platform.add_virtio(Arc::clone(device), Arc::clone(&memory))?;
         }
         for processor in &mut processors {

@@ -9,6 +9,7 @@ pub mod block;
 pub mod console;
 pub mod entropy;
 pub mod fs;
+mod helpers;
 pub mod line;
 pub mod net;
 pub mod queue;
@@ -40,6 +41,9 @@ pub mod status {
     pub const NEEDS_RESET: u8 = 64;
 }
 
+/// Asks for a machine's processors to be paused, and does not wait for it.
+pub type Pause = Box<dyn Fn() + Send + Sync>;
+
 /// What a device is and does. It is asked from several threads at once, one for each of its queues.
 pub trait Backend: Send + Sync {
     /// Its number, 5 "Device Types".
@@ -63,6 +67,12 @@ pub trait Backend: Send + Sync {
         false
     }
 
+    /// How many threads more may serve one of its queues while requests wait for something, 7 at most. Requests are done
+    /// in any order then.
+    fn helpers(&self) -> usize {
+        0
+    }
+
     /// Its configuration, as the guest reads it. Its length never changes.
     fn config(&self) -> Cow<'_, [u8]> {
         Cow::Borrowed(&[])
@@ -76,6 +86,9 @@ pub trait Backend: Send + Sync {
 
     /// The driver has gone, or begins anew.
     fn reset(&self) {}
+
+    /// Gives the back end a way to have its machine paused, before the machine starts.
+    fn connect_pause(&self, _pause: Pause) {}
 
     /// What a saved machine keeps of it.
     fn state(&self) -> BackendState {
@@ -113,6 +126,7 @@ pub enum BackendState {
     /// It has no state of its own.
     Plain,
     Balloon(balloon::State),
+    Block(block::State),
     Console(console::State),
     Vsock(vsock::State),
     Fs(fs::State),

@@ -4,6 +4,8 @@
 //! All three parts of a queue are in memory that the guest writes at any time. So each value is read once, checked, and
 //! used as it was read; what cannot be is [`Broken`], and the device then needs a reset (2.1.2).
 
+use std::fs::File;
+use std::io;
 use std::sync::atomic::{Ordering, fence};
 
 use memory::GuestMemory;
@@ -11,6 +13,8 @@ use x86::Gpa;
 
 /// The longest queue that any device of ours offers.
 pub const MOST_ENTRIES: u16 = 256;
+/// How many requests of a queue can be under way at once, each in a thread of its own.
+pub const MOST_KEPT: usize = 8;
 
 /// 2.7.5 "The Virtqueue Descriptor Table".
 const DESCRIPTOR_BYTES: u64 = 16;
@@ -76,6 +80,31 @@ pub struct Progress {
     pub used: u16,
     /// The used index when the driver was last told, or would have been.
     pub told: u16,
+    pub kept: Kept,
+}
+
+/// Requests that were taken and have not been done, by the heads of their chains, the oldest first.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Kept {
+    heads: [u16; MOST_KEPT],
+    count: usize,
+}
+
+impl Kept {
+    /// Takes one in; false when there is no place.
+    fn push(&mut self, head: u16) -> bool {
+        let Some(place) = self.heads.get_mut(self.count) else { return false };
+        *place = head;
+        self.count += 1;
+        true
+    }
+
+    fn pop(&mut self) -> Option<u16> {
+        let first = *self.heads[..self.count].first()?;
+        self.heads.copy_within(1..self.count, 0);
+        self.count -= 1;
+        Some(first)
+    }
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -148,11 +177,14 @@ impl Queue {
         self.progress
     }
 
-    /// The next request; `None` when there is none for now.
+    /// The next request, a kept one before others; `None` when there is none for now.
     ///
     /// # Errors
     /// [`Broken`], when the driver's index or its descriptors make no sense.
     pub fn pop<'m>(&mut self, memory: &'m GuestMemory) -> Result<Option<Chain<'m>>, Broken> {
+        if let Some(head) = self.progress.kept.pop() {
+            return self.follow(memory, head).map(Some);
+        }
         let index = load(memory, self.place.driver.add(2), 2)? as u16;
         let next = self.progress.available;
         match index.wrapping_sub(next) {
@@ -170,14 +202,29 @@ impl Queue {
         Ok(Some(chain))
     }
 
-    /// The request that was popped last has not been done: the next [`Queue::pop`] gives it again.
-    pub fn put_back(&mut self) {
-        self.put_back_last(1);
-    }
-
-    /// As [`Queue::put_back`], with as many as were popped last.
+    /// The requests that were popped last, so many, have not been done: the next [`Queue::pop`]s give them again.
     pub fn put_back_last(&mut self, count: u16) {
         self.progress.available = self.progress.available.wrapping_sub(count);
+    }
+
+    /// A request that was popped has not been done: the next [`Queue::pop`] gives it again.
+    ///
+    /// # Errors
+    /// [`Broken::Chain`], when as many as can be are kept already.
+    pub fn keep(&mut self, head: u16) -> Result<(), Broken> {
+        if self.progress.kept.push(head) { Ok(()) } else { Err(Broken::Chain) }
+    }
+
+    /// Whether there is more to pop than what was popped, as far as can be seen.
+    #[must_use]
+    pub fn has_more(&self, memory: &GuestMemory) -> bool {
+        load(memory, self.place.driver.add(2), 2).is_ok_and(|index| index as u16 != self.progress.available)
+    }
+
+    /// How many requests the driver has not been told of as done.
+    #[must_use]
+    pub fn untold(&self) -> u16 {
+        self.progress.used.wrapping_sub(self.progress.told)
     }
 
     /// Collects and checks the buffers of the chain that begins with descriptor `head`.
@@ -333,6 +380,28 @@ impl Chain<'_> {
         self.buffers[self.readable..].iter().map(|buffer| (buffer.address, u64::from(buffer.size)))
     }
 
+    /// All bytes of its buffers.
+    #[must_use]
+    pub fn bytes(&self) -> u64 {
+        sum(&self.buffers)
+    }
+
+    /// Reads a file from `at` on to `size` bytes of what the driver will read, from `offset` on.
+    ///
+    /// # Errors
+    /// As [`GuestMemory::read_file`], and when there is no room for so much.
+    pub fn take_from(&self, offset: u64, size: u64, file: &File, at: u64) -> io::Result<()> {
+        self.memory.read_file(file, at, ranges(&self.buffers[self.readable..], offset, size)?)
+    }
+
+    /// Writes `size` bytes of what the driver wrote, from `offset` on, to a file from `at` on.
+    ///
+    /// # Errors
+    /// As [`GuestMemory::write_file`], and when there is not so much.
+    pub fn put_into(&self, offset: u64, size: u64, file: &File, at: u64) -> io::Result<()> {
+        self.memory.write_file(file, at, ranges(&self.buffers[..self.readable], offset, size)?)
+    }
+
     /// Copies what the driver wrote, from `offset` on; false, and nothing, when there is not so much.
     #[must_use]
     pub fn read(&self, offset: u64, bytes: &mut [u8]) -> bool {
@@ -350,6 +419,20 @@ impl Chain<'_> {
 
 fn sum(buffers: &[Buffer]) -> u64 {
     buffers.iter().map(|buffer| u64::from(buffer.size)).sum()
+}
+
+/// The ranges of memory that are `size` bytes of some buffers, from `offset` on.
+fn ranges(buffers: &[Buffer], mut offset: u64, mut size: u64) -> io::Result<impl Iterator<Item = (Gpa, u64)>> {
+    if sum(buffers).checked_sub(offset).is_none_or(|left| left < size) {
+        return Err(io::ErrorKind::InvalidInput.into());
+    }
+    Ok(buffers.iter().filter_map(move |buffer| {
+        let skipped = offset.min(buffer.size.into());
+        let count = (u64::from(buffer.size) - skipped).min(size);
+        offset -= skipped;
+        size -= count;
+        (count > 0).then(|| (buffer.address.add(skipped), count))
+    }))
 }
 
 /// Calls `copy` with each piece of `size` bytes from `offset` of some buffers: its address, and the range of the bytes.

@@ -1,18 +1,30 @@
-//! The threads that serve a device's queues, one each or one for all, from the driver's DRIVER_OK to its reset.
+//! The threads that serve a device's queues, one each or one for all, from the driver's DRIVER_OK to its reset. Where
+//! requests take long, others help ([`helpers`]).
 
 use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU16, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
 
 use host::lock::{Rank, RankedMutex};
 use memory::GuestMemory;
 
+use super::helpers::Helpers;
 use super::line::Line;
 use super::queue::{Broken, Progress, Queue};
 use super::requests::{Requests, Turn};
 use super::{Answer, Backend};
 use crate::pci::interrupts::Interrupts;
+
+/// How many requests may be done before the driver is told of them, while more wait: an interrupt each would cost the guest
+/// more than the requests do.
+const MOST_UNTOLD: u16 = 8;
+/// With a longer request before it, the driver is told first.
+const LONG_BYTES: u64 = 64 << 10;
+/// A request that takes longer than copying its bytes does waits for something: meanwhile others can be served.
+const COPY_BYTES_A_NANOSECOND: u64 = 2;
+const COPY: Duration = Duration::from_micros(40);
 
 /// Why INTA# is asserted, 4.1.4.5 "ISR status capability".
 const CAUSE_QUEUE: u8 = 1;
@@ -51,6 +63,9 @@ struct Ring {
     number: u16,
     vector: AtomicU16,
     queue: RankedMutex<Queue>,
+    helpers: Helpers,
+    /// The last request waited for something.
+    is_slow: AtomicBool,
     /// Its thread's, in [`Shared::bells`].
     bell: usize,
 }
@@ -89,6 +104,8 @@ impl Service {
             number,
             vector: AtomicU16::new(vector),
             queue: RankedMutex::new(Rank::Queue, queue),
+            helpers: Helpers::new(work.backend.helpers()),
+            is_slow: AtomicBool::new(false),
             bell: if is_shared { 0 } else { index },
         });
         let rings: Vec<Ring> = rings.collect();
@@ -140,7 +157,7 @@ impl Service {
     /// Asks the threads to end after what they do now; does not wait.
     pub fn stop(&self) {
         self.shared.stopping.store(true, Ordering::SeqCst);
-        self.shared.bells.iter().for_each(Bell::ring);
+        self.shared.wake_all();
     }
 
     /// No thread will touch guest memory any more.
@@ -163,6 +180,7 @@ impl Drop for Service {
             // It has told nobody of a panic but the standard error; the device it served is gone.
             let _ = thread.join();
         }
+        self.shared.rings.iter().for_each(|ring| ring.helpers.join());
     }
 }
 
@@ -218,53 +236,100 @@ impl Shared {
         self.work.interrupts.raise(self.work.config_vector, CAUSE_CONFIG);
     }
 
-    fn run(&self, bell: usize) {
+    fn wake_all(&self) {
+        self.bells.iter().for_each(Bell::ring);
+        self.rings.iter().for_each(|ring| ring.helpers.wake_all());
+    }
+
+    fn is_over(&self) -> bool {
+        self.stopping.load(Ordering::SeqCst) || self.is_broken()
+    }
+
+    /// 2.1.2: the device does nothing more until it is reset, and says so.
+    fn break_down(&self) {
+        self.is_broken.store(true, Ordering::Release);
+        self.wake_all();
+        self.tell_config();
+    }
+
+    fn run(self: &Arc<Self>, bell: usize) {
         let _leave = Leave(self);
-        while !self.stopping.load(Ordering::SeqCst) && !self.is_broken() {
+        while !self.is_over() {
             self.bells[bell].wait();
-            for ring in self.rings.iter().filter(|ring| ring.bell == bell) {
-                self.serve_or_break(ring);
+            for (index, ring) in self.rings.iter().enumerate().filter(|(_, ring)| ring.bell == bell) {
+                self.serve_or_break(index, ring, false);
             }
         }
     }
 
     /// Serves a queue in the caller's own thread, which is spared waking the queue's.
-    pub(super) fn serve_here(&self, number: u16) {
+    pub(super) fn serve_here(self: &Arc<Self>, number: u16) {
         // Counted before it looks whether it may: a reset is over when nobody is left.
         self.running.fetch_add(1, Ordering::SeqCst);
         let _leave = Leave(self);
-        if let Some(ring) = self.rings.iter().find(|ring| ring.number == number) {
-            self.serve_or_break(ring);
+        if let Some((index, ring)) = self.rings.iter().enumerate().find(|(_, ring)| ring.number == number) {
+            self.serve_or_break(index, ring, false);
         }
     }
 
-    fn serve_or_break(&self, ring: &Ring) {
-        if self.serve(ring).is_err() {
-            // 2.1.2: the device does nothing more until it is reset, and says so.
-            self.is_broken.store(true, Ordering::Release);
-            self.bells.iter().for_each(Bell::ring);
-            self.tell_config();
+    fn serve_or_break(self: &Arc<Self>, index: usize, ring: &Ring, is_helper: bool) {
+        if self.serve(index, ring, is_helper).is_err() {
+            self.break_down();
         }
     }
 
-    /// Serves a queue until it is empty, or the back end keeps what is in it.
-    fn serve(&self, ring: &Ring) -> Result<(), Broken> {
+    /// What a helper of a queue does.
+    fn help(self: &Arc<Self>, index: usize) {
+        let _leave = Leave(self);
+        let ring = &self.rings[index];
+        loop {
+            self.serve_or_break(index, ring, true);
+            if !ring.helpers.wait_for_call(|| self.is_over()) {
+                return;
+            }
+        }
+    }
+
+    /// Has another thread serve a queue, too, if there may be one.
+    fn call_helper(self: &Arc<Self>, index: usize) {
+        let ring = &self.rings[index];
+        ring.helpers.call(|| {
+            self.running.fetch_add(1, Ordering::SeqCst);
+            let name = format!("rz-virtio{}.{}+", self.work.backend.device_type(), ring.number);
+            let twin = Arc::clone(self);
+            let spawned = thread::Builder::new().name(name).spawn(move || twin.help(index));
+            if spawned.is_err() {
+                self.running.fetch_sub(1, Ordering::SeqCst);
+            }
+            spawned.ok()
+        });
+    }
+
+    /// Tells the driver of what was done since it was last told, if it wants to know.
+    fn tell(&self, ring: &Ring, queue: &mut Queue) -> Result<(), Broken> {
+        if queue.wants_interrupt(&self.work.memory)? {
+            self.work.interrupts.raise(ring.vector.load(Ordering::Relaxed), CAUSE_QUEUE);
+        }
+        Ok(())
+    }
+
+    /// Serves a queue until it is empty, or the back end keeps what is in it. Whoever helps leaves it to the queue's own
+    /// thread to ask for notifications.
+    fn serve(self: &Arc<Self>, index: usize, ring: &Ring, is_helper: bool) -> Result<(), Broken> {
         let work = &self.work;
         let together = work.backend.serves_together(ring.number);
-        let mut is_last_look = false;
+        let mut is_last_look = is_helper;
         loop {
             let _open = work.gate.open();
             // A guest that has lost memory may order anything until it stands.
-            if self.stopping.load(Ordering::SeqCst) || self.is_broken() || work.memory.is_lost() {
+            if self.is_over() || work.memory.is_lost() {
                 return Ok(());
             }
             let mut queue = ring.queue.lock();
             if together {
                 let mut requests = Requests::new(&mut queue, &work.memory);
                 let turn = work.backend.serve_together(ring.number, work.features, &mut requests)?;
-                if queue.wants_interrupt(&work.memory)? {
-                    work.interrupts.raise(ring.vector.load(Ordering::Relaxed), CAUSE_QUEUE);
-                }
+                self.tell(ring, &mut queue)?;
                 match turn {
                     Turn::Waits => return Ok(()),
                     Turn::Empty if is_last_look => return Ok(()),
@@ -275,28 +340,47 @@ impl Shared {
                 is_last_look = turn == Turn::Empty;
                 continue;
             }
-            match queue.pop(&work.memory)? {
-                None if is_last_look => return Ok(()),
-                None => {
-                    queue.want_notification(&work.memory, true)?;
-                    is_last_look = true;
+            let Some(chain) = queue.pop(&work.memory)? else {
+                self.tell(ring, &mut queue)?;
+                if is_last_look {
+                    return Ok(());
                 }
-                Some(chain) => {
-                    if is_last_look {
-                        queue.want_notification(&work.memory, false)?;
-                        is_last_look = false;
-                    }
-                    let Answer::Done(written) = work.backend.serve(ring.number, work.features, &chain) else {
-                        // The driver notifies of what it adds after this one, and the back end rings on its own account.
-                        queue.want_notification(&work.memory, true)?;
-                        queue.put_back();
-                        return Ok(());
-                    };
-                    queue.push(&work.memory, chain.head(), written)?;
-                    if queue.wants_interrupt(&work.memory)? {
-                        work.interrupts.raise(ring.vector.load(Ordering::Relaxed), CAUSE_QUEUE);
-                    }
+                queue.want_notification(&work.memory, true)?;
+                is_last_look = true;
+                continue;
+            };
+            if is_last_look && !is_helper {
+                queue.want_notification(&work.memory, false)?;
+                is_last_look = false;
+            }
+            let bytes = chain.bytes();
+            if queue.untold() >= MOST_UNTOLD || bytes > LONG_BYTES {
+                self.tell(ring, &mut queue)?;
+            }
+            // A queue that nobody helps with stays locked: its requests are served one after the other, whoever comes.
+            let mut locked = Some(queue);
+            if ring.helpers.may_come() {
+                let wants_help = ring.is_slow.load(Ordering::Relaxed)
+                    && locked.as_ref().is_some_and(|queue| queue.has_more(&work.memory));
+                locked = None;
+                if wants_help {
+                    self.call_helper(index);
                 }
+            }
+            let began = Instant::now();
+            let answer = work.backend.serve(ring.number, work.features, &chain);
+            let is_slow = began.elapsed() > COPY + Duration::from_nanos(bytes / COPY_BYTES_A_NANOSECOND);
+            ring.is_slow.store(is_slow, Ordering::Relaxed);
+            let mut queue = locked.unwrap_or_else(|| ring.queue.lock());
+            let Answer::Done(written) = answer else {
+                // The driver notifies of what it adds after this one, and the back end rings on its own account.
+                queue.keep(chain.head())?;
+                queue.want_notification(&work.memory, true)?;
+                return self.tell(ring, &mut queue);
+            };
+            queue.push(&work.memory, chain.head(), written)?;
+            if is_slow {
+                self.tell(ring, &mut queue)?;
             }
         }
     }

@@ -3,6 +3,7 @@
 mod balloon;
 mod console;
 mod fs;
+mod helpers;
 mod net;
 mod queue;
 mod transport;

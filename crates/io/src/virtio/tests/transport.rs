@@ -109,6 +109,12 @@ impl Bench {
         self.set_status(15);
     }
 
+    /// What a saved machine would keep of the bus.
+    pub fn saved(&self) -> crate::pci::HostState {
+        let _closed = self.gate.close();
+        self.host.lock().state()
+    }
+
     /// Sends message 0 as interrupt 0x50 to processor 0, for queue 0.
     fn enable_messages(&self) {
         self.set(0x4000, Qword, 0xfee0_0000);
@@ -285,9 +291,7 @@ fn a_saved_device_goes_on_where_it_was() {
         bench.set(NOTIFY, Word, 0);
         driver.wait_for_used(index);
     }
-    let closed = bench.gate.close();
-    let saved = bench.host.lock().state();
-    drop(closed);
+    let saved = bench.saved();
     let other = self::bench(Arc::new(Entropy));
     let mut all = vec![0; RAM as usize];
     bench.memory.read(Gpa(0), &mut all).unwrap();
