@@ -4,7 +4,7 @@
 
 #include <stdint.h>
 
-/* main.c */
+/* program.c */
 _Noreturn void die(const char *what); /* says what failed, with errno, and ends */
 void say(const char *format, ...) __attribute__((format(printf, 1, 2))); /* a line that has left when this returns */
 uint64_t mix(uint64_t x);             /* the finalizer of splitmix64: other bits for other numbers */

@@ -217,10 +217,10 @@ class Disk(VirtioDevice):
         iops: int = 0,
         bps: int = 0,
     ) -> Self:
-        """Open it. `serial` has up to 20 characters, `queues` a thread each, 1 to 16. `cache` is writeback, writethrough,
-        none or unsafe; `on_error` is auto (a full host pauses the machine, the guest is told of other errors), report or
-        pause; `iops` and `bps` are limits a second, 0 for none. Raises CoreError when the file cannot be opened, or
-        another machine has it."""
+        """Open it. `serial` has up to 20 characters, `queues` a thread each, 1 to 16. `cache` is writeback,
+        writethrough, none or unsafe; `on_error` is auto (a full host pauses the machine, the guest is told of other
+        errors), report or pause; `iops` and `bps` are limits a second, 0 for none. Raises CoreError when the file
+        cannot be opened, or another machine has it."""
     def trouble(self) -> str | None:
         """Return why requests wait for the operator, and the machine was paused; None when none do."""
     def retry(self) -> None:

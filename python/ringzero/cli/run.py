@@ -84,7 +84,7 @@ def run(
         list[str] | None, typer.Option(metavar="NAME", help="Add a device: debug-exit, or pc-testdev.")
     ] = None,
     disk: Annotated[
-        list[str] | None, typer.Option(metavar="FILE[,OPTION...]", help="Add a virtio disk: a raw file (ringzero run --help shows options).")
+        list[str] | None, typer.Option(metavar="FILE[,OPTION...]", help="Add a virtio disk (docs/disks.md).")
     ] = None,
     mount: Annotated[
         list[str] | None, typer.Option(metavar="HERE:THERE[:ro]", help="Share a folder with the guest.")
