@@ -1,8 +1,10 @@
 //! Where the bytes of a disk are. A [`Medium`] knows files and formats and nothing of virtio; a device hands it the
 //! [`Buffers`] of a request and knows no format.
 
+pub mod host_file;
 pub mod limit;
 pub mod memory;
+pub mod qcow2;
 pub mod raw;
 
 use std::cell::RefCell;
