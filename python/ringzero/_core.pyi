@@ -4,8 +4,8 @@ Addresses are guest physical, in bytes, unless a name says otherwise. Sizes are 
 wait releases the GIL. What the operator must know is raised as `CoreError`, one sentence a message.
 """
 
-from collections.abc import Sequence
-from typing import Protocol, Self, final, type_check_only
+from collections.abc import Callable, Sequence
+from typing import Protocol, Self, TypedDict, final, type_check_only
 
 from typing_extensions import (
     Buffer,  # collections.abc has it from 3.12 on
@@ -24,6 +24,13 @@ __all__ = [
     "engines",
     "enter_jail",
     "host_features",
+    "image_check",
+    "image_commit",
+    "image_convert",
+    "image_create",
+    "image_info",
+    "image_resize",
+    "image_snapshot",
     "nat_card",
     "prepare",
     "shared_folder",
@@ -209,6 +216,9 @@ class Disk(VirtioDevice):
         cls,
         path: str,
         *,
+        format: str = "raw",
+        behind: Sequence[tuple[str, str]] = (),
+        is_temporary: bool = False,
         read_only: bool = False,
         serial: str = "",
         queues: int = 1,
@@ -217,7 +227,9 @@ class Disk(VirtioDevice):
         iops: int = 0,
         bps: int = 0,
     ) -> Self:
-        """Open it. `serial` has up to 20 characters, `queues` a thread each, 1 to 16. `cache` is writeback,
+        """Open it. `format` is raw or qcow2, and `behind` the files that lie behind it, nearest first, each with its
+        format: exactly those that the images name. With `is_temporary` all are only read, and what the guest writes is
+        gone with the machine. `serial` has up to 20 characters, `queues` a thread each, 1 to 16. `cache` is writeback,
         writethrough, none or unsafe; `on_error` is auto (a full host pauses the machine, the guest is told of other
         errors), report or pause; `iops` and `bps` are limits a second, 0 for none. Raises CoreError when the file
         cannot be opened, or another machine has it."""
@@ -229,6 +241,59 @@ class Disk(VirtioDevice):
         """Set other limits."""
     def stats(self) -> dict[str, int]:
         """Return what was done: numbers of requests by kind, and bytes."""
+
+@type_check_only
+class ImageInfo(TypedDict):
+    """What a qcow2 image says of itself. A snapshot is (id, name, seconds since 1970, size of the disk in bytes)."""
+
+    size: int
+    version: int
+    cluster_size: int
+    is_dirty: bool
+    is_corrupt: bool
+    backing: str | None
+    backing_format: str | None
+    snapshots: list[tuple[str, str, int, int]]
+
+@type_check_only
+class ImageReport(TypedDict):
+    """What a check found: clusters that are used, that are lost, and errors, with sentences about the first of them."""
+
+    used: int
+    leaks: int
+    errors: int
+    sentences: list[str]
+
+def image_info(path: str) -> ImageInfo:
+    """Return what a qcow2 image says of itself; nothing of it is to be believed. Raises CoreError for what is none."""
+
+def image_create(path: str, size: int, *, backing: tuple[str, str] | None = None) -> None:
+    """Make an empty qcow2 image of a disk of `size` bytes; `backing` is what lies behind it: its name as the image
+    shall have it, and its format. Raises CoreError when the file is there already, or cannot be made."""
+
+def image_convert(
+    source: Sequence[tuple[str, str]],
+    path: str,
+    format: str,
+    *,
+    progress: Callable[[int, int], object] | None = None,
+) -> None:
+    """Copy a disk, given by its files and their formats, the top first, into a new file. `progress` is called with
+    bytes done, and bytes in all; what it raises ends the copy."""
+
+def image_check(path: str, *, repair: bool = False) -> ImageReport:
+    """Look whether the tables of a qcow2 image agree; with `repair`, make the counts of its clusters anew."""
+
+def image_resize(image: Sequence[tuple[str, str]], size: int) -> None:
+    """Give the disk of a qcow2 image, whose files are given as for `image_convert`, another size in bytes."""
+
+def image_snapshot(image: Sequence[tuple[str, str]], action: str, name: str) -> None:
+    """Create, apply or delete a snapshot of a qcow2 image."""
+
+def image_commit(
+    image: Sequence[tuple[str, str]], *, progress: Callable[[int, int], object] | None = None
+) -> None:
+    """Put what a qcow2 image has into what lies behind it, and empty the image."""
 
 @final
 class NetworkCard(VirtioDevice):

@@ -3,15 +3,14 @@
 use std::path::PathBuf;
 use std::sync::{Arc, Weak};
 
-use monitor::Error;
 use monitor::block::{self, Block, OnError};
 use monitor::disk::limit::Rates;
-use monitor::disk::raw::Raw;
-use monitor::disk::{Cache, Medium};
+use monitor::disk::{Cache, chain};
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
 
 use crate::enter::{CoreError, fit, py_enter};
+use crate::image::{Names, failed, links};
 use crate::virtio::VirtioDevice;
 
 /// An open disk: the device of one machine, and what can be asked of it and set while that runs.
@@ -26,21 +25,24 @@ fn rate(value: Option<&Bound<'_, PyAny>>, what: &str) -> PyResult<u64> {
 }
 
 /// One of some names, or what else there is.
-fn named<T>(result: Result<T, &str>, what: &str, name: &str) -> PyResult<T> {
+pub fn named<T>(result: Result<T, &str>, what: &str, name: &str) -> PyResult<T> {
     result.map_err(|known| CoreError::new_err(format!("there is no {what} '{name}': choose one of {known}")))
 }
 
 #[pymethods]
 impl Disk {
     #[new]
-    #[pyo3(signature = (path, *, read_only = false, serial = String::new(), queues = None, cache = "writeback",
+    #[pyo3(signature = (path, *, format = "raw", behind = Names::new(), is_temporary = false, read_only = false, serial = String::new(), queues = None, cache = "writeback",
             on_error = "auto", iops = None, bps = None),
-        text_signature = "(path, *, read_only=False, serial='', queues=1, cache='writeback', on_error='auto', iops=0, \
+        text_signature = "(path, *, format='raw', behind=(), is_temporary=False, read_only=False, serial='', queues=1, cache='writeback', on_error='auto', iops=0, \
             bps=0)")]
     #[expect(clippy::too_many_arguments, reason = "they are Python's keyword arguments")]
     fn new(
         py: Python<'_>,
         path: PathBuf,
+        format: &str,
+        behind: Names,
+        is_temporary: bool,
         read_only: bool,
         serial: String,
         queues: Option<&Bound<'_, PyAny>>,
@@ -54,11 +56,12 @@ impl Disk {
         let on_error = named(OnError::parse(on_error), "way with errors", on_error)?;
         let cache = named(Cache::parse(cache), "cache mode", cache)?;
         let traits = block::Disk { read_only, serial, queues, rates, on_error };
+        let mut names = vec![(path, format.to_string())];
+        names.extend(behind);
+        let links = links(names)?;
         let block = py_enter(py, || {
-            let medium: Box<dyn Medium> = Box::new(
-                Raw::open(&path, read_only, cache).map_err(|error| Error::Disk { path: path.clone(), error })?,
-            );
-            Ok(Arc::new(Block::new(medium, traits)))
+            let medium = if is_temporary { chain::over(&links, cache) } else { chain::open(&links, read_only, cache) };
+            Ok(Arc::new(Block::new(medium.map_err(failed)?, traits)))
         })?;
         let disk = Disk { block: Arc::downgrade(&block) };
         Ok(PyClassInitializer::from(VirtioDevice::new(block)).add_subclass(disk))

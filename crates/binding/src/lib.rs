@@ -8,6 +8,7 @@ mod disk;
 mod enter;
 mod features;
 mod folder;
+mod image;
 mod jail;
 mod memory;
 mod network;
@@ -31,6 +32,9 @@ mod core {
     use crate::features::{engines, host_features, prepare};
     #[pymodule_export]
     use crate::folder::shared_folder;
+    use crate::image::{
+        image_check, image_commit, image_convert, image_create, image_info, image_resize, image_snapshot,
+    };
     #[pymodule_export]
     use crate::jail::enter_jail;
     #[pymodule_export]

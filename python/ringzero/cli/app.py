@@ -19,6 +19,7 @@ COMMANDS = {
     "run": "ringzero.cli.run",
     "pull": "ringzero.cli.pull",
     "images": "ringzero.cli.images",
+    "image": "ringzero.cli.image",
     "doctor": "ringzero.cli.doctor",
     "host": "ringzero.cli.host",
     "bench": "ringzero.bench.command",

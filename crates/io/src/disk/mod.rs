@@ -1,6 +1,7 @@
 //! Where the bytes of a disk are. A [`Medium`] knows files and formats and nothing of virtio; a device hands it the
 //! [`Buffers`] of a request and knows no format.
 
+pub mod chain;
 pub mod host_file;
 pub mod limit;
 pub mod memory;

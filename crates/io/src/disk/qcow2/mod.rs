@@ -6,6 +6,7 @@
 //! that are under way.
 
 mod check;
+mod commit;
 mod compressed;
 mod create;
 pub mod header;
@@ -18,7 +19,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError, RwLock};
 
 pub use check::Report;
 pub use create::create;
-pub use snapshots::Snapshot;
+pub use snapshots::{Snapshot, read as snapshots_of};
 
 use super::host_file::HostFile;
 use super::{Buffers, Bytes, Cache, Medium, ZEROES};

@@ -327,7 +327,7 @@ impl Tables {
         let mut count = 1;
         while count < most
             && first + count < limit
-            && (first + count) % per_block != 0
+            && !(first + count).is_multiple_of(per_block)
             && self.is_free(file, first + count)?
         {
             count += 1;

@@ -1,6 +1,7 @@
 use std::path::PathBuf;
 use std::process::Command;
 
+use super::super::chain::{self, Format, Link};
 use super::super::memory::Memory;
 use super::*;
 
@@ -37,7 +38,8 @@ impl Place {
         assert_eq!((report.errors, report.leaks), (0, 0), "{:?}", report.sentences);
         // What lies behind it is in memory, where QEMU does not find it.
         let path = self.0.display();
-        let image = format!(r#"json:{{"driver":"qcow2","file":{{"driver":"file","filename":"{path}"}},"backing":null}}"#);
+        let image =
+            format!(r#"json:{{"driver":"qcow2","file":{{"driver":"file","filename":"{path}"}},"backing":null}}"#);
         if let Ok(done) = Command::new("qemu-img").args(["check", "-U", &image]).output() {
             assert!(done.status.success(), "{done:?}");
         }
@@ -50,13 +52,13 @@ impl Drop for Place {
     }
 }
 
-fn read(disk: &Qcow2, at: u64, size: u64) -> Vec<u8> {
+fn read(disk: &dyn Medium, at: u64, size: u64) -> Vec<u8> {
     let mut bytes = vec![0xee; size as usize];
     disk.read(at, size, &Bytes::new(&mut bytes), 0).unwrap();
     bytes
 }
 
-fn write(disk: &Qcow2, at: u64, bytes: &[u8]) {
+fn write(disk: &dyn Medium, at: u64, bytes: &[u8]) {
     disk.write(at, bytes.len() as u64, &Bytes::new(&mut bytes.to_vec()), 0).unwrap();
 }
 
@@ -72,7 +74,7 @@ impl Random {
 }
 
 /// Random requests, and what the disk must then hold.
-fn work(disk: &Qcow2, model: &mut [u8], random: &mut Random, rounds: u32) {
+fn work(disk: &dyn Medium, model: &mut [u8], random: &mut Random, rounds: u32) {
     for _ in 0..rounds {
         let most = if random.below(8) == 0 { 2 << 20 } else { 100 << 10 };
         let at = random.below(SIZE / 512) * 512;
@@ -216,6 +218,34 @@ fn a_disk_is_made_larger_and_smaller() {
     assert!(read(&disk, 0, 4096) == [9; 4096]);
     drop(disk);
     place.assert_clean();
+}
+
+#[test]
+fn what_an_image_has_goes_into_what_is_behind_it() {
+    let base = Place::image("commit-base", SIZE, None);
+    let top = Place::image("commit-top", SIZE, Some("base"));
+    let (mut random, mut model) = (Random(99), vec![0; SIZE as usize]);
+    work(&base.open(None), &mut model, &mut random, 60);
+    let links = [&top, &base].map(|place| Link { path: place.0.clone(), format: Format::Qcow2 });
+    let disk = chain::open_qcow2(&links, false, Cache::WriteBack, false).unwrap();
+    work(&disk, &mut model, &mut random, 100);
+    assert!(disk.commit(&mut |_, _| false).is_err(), "stopped");
+    disk.commit(&mut |_, _| true).unwrap();
+    assert!(read(&disk, 0, SIZE) == model);
+    drop(disk);
+    assert!(read(&base.open(None), 0, SIZE) == model);
+    base.assert_clean();
+    top.assert_clean();
+    // Over it, for as long as a machine runs.
+    let disk = chain::over(&links, Cache::WriteBack).unwrap();
+    let before = model.clone();
+    work(&*disk, &mut model, &mut random, 60);
+    drop(disk);
+    let disk = chain::open(&links, true, Cache::WriteBack).unwrap();
+    assert!(read(&*disk, 0, SIZE) == before);
+    let copied = Memory::new(vec![0; SIZE as usize]);
+    chain::copy(&*disk, &copied, &mut |_, _| true).unwrap();
+    assert!(read(&copied, 0, SIZE) == before);
 }
 
 #[test]
