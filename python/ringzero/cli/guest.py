@@ -147,6 +147,10 @@ def run_guest(options: RunOptions) -> int:
     if image is not None:
         _ensure(image)
     with machine:
+        if options.disk:
+            from ringzero.cli.trouble import mind_disks
+
+            mind_disks(machine)
         if command is not None:
             status = _run_command(machine, command, outcome, show, options.tty, environment, options.cwd)
         else:

@@ -106,6 +106,7 @@ def assemble(
     translation_bytes: int | None = None,
     disks: Iterable[Disk] = (),
     mounts: Iterable[Mount] = (),
+    opened: list[_core.Disk] | None = None,
     ports: Ports | None = None,
     vsock: Vsock | None = None,
     networks: Networks | None = None,
@@ -116,8 +117,8 @@ def assemble(
     `files` are those that the spec names, when they have been read already.
     `profile` samples what the processors do, for the counters named profile; `trace` is the path of an
     instruction trace, `translations` that of the folder of kept translations; `translation_bytes` limits what
-    translated code takes, where the default does not suit. Raises InputError for what cannot be used, and the
-    core's own CoreError when that refuses.
+    translated code takes, where the default does not suit. `opened` is given the disks, in their order. Raises
+    InputError for what cannot be used, and the core's own CoreError when that refuses.
     """
     files = files or read_boot_files(spec)
     spec = _checked(spec, files)
@@ -141,7 +142,10 @@ def assemble(
         translations=translations,
         translation_bytes=translation_bytes,
         devices=[*(part.device(spec.cpus) for part in parts), *(networks.devices() if networks else [])],
+        devices=(made := [part.device(spec.cpus) for part in parts]),
     )
+    if opened is not None:
+        opened += [device for device in made if isinstance(device, core.Disk)]
     attach_devices(vm, devices)
     plan.load(vm, files.sealed)
     return vm

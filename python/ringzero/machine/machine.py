@@ -105,6 +105,11 @@ class Machine(Driven):
         "allow=192.0.2.0/24:443" (see ringzero.machine.network); `publish` are ports of this host that lead to the
         guest: "8080:80". `name` is what the guest's network calls it, and what the addresses of its cards come from.
         `console` is given every piece of console output.
+        name of a Unix socket as well if that is what it is. `console` is given every piece of console output.
+        (ringzero.devices.Device), or names of ours ("debug-exit"). `disks` are files ("FILE", "FILE,ro",
+        "FILE,overlay", or a Disk: docs/disks.md), virtio disks in the guest, in this order: our images have /dev/vda and
+        so on before the first command, with the kernel that belongs to them. `ports` are names of channels to programs
+        of the guest (see `port`). `console` is given every piece of console output.
         `agent` and `shell` choose what an image with our agent starts: commands for `run`, and a
         login shell on the console. Without `quiet` the kernel's messages show. With `kaslr` a bzImage unpacks
         itself, at a random address, and no translations are kept; otherwise it is unpacked before it starts,
@@ -131,6 +136,7 @@ class Machine(Driven):
         self._devices = list(devices)
         self._disks = [Disk.parse(disk) for disk in disks]
         self._mounts = Mount.parse_all(mounts)
+        self._opened_disks: list[_core.Disk] = []
         self._ports = Ports(ports)
         self._vsock = Vsock.parse(vsock)
         self.networks = Networks.parse(name or "ringzero", net, publish)
@@ -220,9 +226,33 @@ class Machine(Driven):
             self._vm.pause()
 
     def resume(self) -> None:
-        """Let a paused machine go on."""
+        """Let a paused machine go on; what it was paused for, if a disk could not be written, is tried again."""
         with core_errors():
+            for disk in self._opened_disks:
+                disk.retry()
             self._vm.resume()
+
+    def disk_troubles(self) -> list[str]:
+        """Return a sentence for each disk that the host cannot write to as the guest wants: the machine is paused until
+        `resume`, and nothing is lost.
+        """
+        pairs = zip(self._disks, self._opened_disks, strict=False)
+        return [
+            f"the disk {disk.path}: {why}" for disk, opened in pairs if (why := opened.trouble()) is not None
+        ]
+
+    def disk_stats(self) -> list[dict[str, int]]:
+        """Return what was done with each disk: numbers of requests by kind, and bytes."""
+        return [disk.stats() for disk in self._opened_disks]
+
+    def limit_disk(self, number: int, *, iops: int = 0, bps: int = 0) -> None:
+        """Set how many operations and bytes a second a disk, counted from 0, may do from now on; 0 for no limit."""
+        if not 0 <= number < len(self._opened_disks):
+            raise InputError(
+                f"there is no disk {number}: the machine has {len(self._opened_disks)}, counted from 0"
+            )
+        with core_errors():
+            self._opened_disks[number].limit(iops=iops, bps=bps)
 
     def __enter__(self) -> Machine:
         return self.start() if self._core_vm is None else self
@@ -356,6 +386,7 @@ class Machine(Driven):
             translation_bytes=self._translation_bytes,
             disks=self._disks,
             mounts=self._mounts,
+            opened=self._opened_disks,
             ports=self._ports,
             vsock=self._vsock,
             networks=self.networks,
