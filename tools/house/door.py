@@ -85,6 +85,14 @@ def parser() -> argparse.ArgumentParser:
     )
     soak.add_argument("arguments", nargs=argparse.REMAINDER)
 
+    crash = commands.add_parser(
+        "crash",
+        help="kill machines while their guests write, and look what is on their disks",
+        description="Build, then kill machines; see `tools/dev crash --help`.",
+        add_help=False,
+    )
+    crash.add_argument("arguments", nargs=argparse.REMAINDER)
+
     bench = commands.add_parser(
         "bench",
         help="`ringzero bench ...` of this tree",
@@ -112,7 +120,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str]) -> int:
     """Run one command of tools/dev and return its exit status."""
-    if arguments[:1] in (["soak"], ["bench"]):
+    if arguments[:1] in (["soak"], ["crash"], ["bench"]):
         # All that follows is for another parser, options that come first among it, which REMAINDER leaves out.
         options = argparse.Namespace(command=arguments[0], arguments=list(arguments[1:]))
     else:
@@ -137,6 +145,9 @@ def main(arguments: Sequence[str]) -> int:
             case "soak":
                 setup.prepare()
                 return run.house_program("house.soak.command", options.arguments)
+            case "crash":
+                setup.prepare()
+                return run.house_program("house.crash.command", options.arguments)
             case "bench":
                 setup.prepare()
                 return run.ringzero(["bench", *options.arguments])

@@ -19,6 +19,7 @@ from ringzero.bench import nano as nano_bench
 from ringzero.bench import profile as profile_bench
 from ringzero.bench import programs as programs_bench
 from ringzero.bench import system as system_bench
+from ringzero.bench.io import command as io_bench
 from ringzero.bench.memory import command as memory_bench
 from ringzero.errors import InputError
 
@@ -298,3 +299,4 @@ def profile(
 
 
 app.command("memory")(memory_bench.chosen)
+app.command("io")(io_bench.chosen)

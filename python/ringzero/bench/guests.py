@@ -15,6 +15,8 @@ __all__ = [
     "boot_initramfs",
     "busybox",
     "compute_initramfs",
+    "disk_initramfs",
+    "disk_program",
     "kernel",
     "nano",
     "program",
@@ -27,6 +29,11 @@ POWEROFF = "poweroff"
 def program() -> Path:
     """Return the bench program: /init of a guest, or an ordinary program of this host (guests/bench)."""
     return _builtin("bench", "the bench program")
+
+
+def disk_program() -> Path:
+    """Return the program that works on disks: /init of a guest, or an ordinary program of this host (guests/disk)."""
+    return _builtin("disk", "the program that works on disks")
 
 
 def nano() -> Path:
@@ -65,6 +72,32 @@ def boot_initramfs() -> bytes:
 def compute_initramfs() -> bytes:
     """Return an initramfs that runs the whole compute set and powers off."""
     return _initramfs(busybox())
+
+
+# Each after those that it needs. What is built into the kernel has no file.
+_DISK_MODULES = (
+    "virtio_ring",
+    "virtio",
+    "virtio_pci_legacy_dev",
+    "virtio_pci_modern_dev",
+    "virtio_pci",
+    "virtio_blk",
+)
+
+
+def disk_initramfs(series: str) -> bytes:
+    """Return an initramfs whose /init works on virtio disks, with the drivers of a series' kernel."""
+    initrd = images.pull("debian", series).initrd
+    files = b"" if initrd is None else initrd.read_bytes()
+    out = io.BytesIO()
+    with NewcWriter(out) as archive:
+        archive.device("dev/console", 5, 1)
+        archive.device("dev/null", 1, 3, mode=0o666)
+        archive.file("init", disk_program().read_bytes(), 0o755)
+        modules = [module for name in _DISK_MODULES if (module := member(files, f"lib/modules/{name}.ko"))]
+        for number, module in enumerate(modules):
+            archive.file(f"modules/{number}", module, 0o644)
+    return out.getvalue()
 
 
 def _initramfs(tools: bytes | None) -> bytes:

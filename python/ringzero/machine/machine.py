@@ -107,9 +107,9 @@ class Machine(Driven):
         `console` is given every piece of console output.
         name of a Unix socket as well if that is what it is. `console` is given every piece of console output.
         (ringzero.devices.Device), or names of ours ("debug-exit"). `disks` are files ("FILE", "FILE,ro",
-        "FILE,overlay", or a Disk: docs/disks.md), virtio disks in the guest, in this order: our images have /dev/vda and
-        so on before the first command, with the kernel that belongs to them. `ports` are names of channels to programs
-        of the guest (see `port`). `console` is given every piece of console output.
+        "FILE,overlay", or a Disk: docs/disks.md), virtio disks in the guest, in this order: our images have /dev/vda
+        and so on before the first command, with the kernel that belongs to them. `ports` are names of channels to
+        programs of the guest (see `port`). `console` is given every piece of console output.
         `agent` and `shell` choose what an image with our agent starts: commands for `run`, and a
         login shell on the console. Without `quiet` the kernel's messages show. With `kaslr` a bzImage unpacks
         itself, at a random address, and no translations are kept; otherwise it is unpacked before it starts,

@@ -20,7 +20,8 @@ use crate::pci::interrupts::Interrupts;
 /// How many requests may be done before the driver is told of them, while more wait: an interrupt each would cost the guest
 /// more than the requests do.
 const MOST_UNTOLD: u16 = 8;
-/// With a longer request before it, the driver is told first.
+/// With a longer request before it, the driver is told first; and copying its bytes is work enough for another thread to
+/// serve the next one meanwhile.
 const LONG_BYTES: u64 = 64 << 10;
 /// A request that takes longer than copying its bytes does waits for something: meanwhile others can be served.
 const COPY_BYTES_A_NANOSECOND: u64 = 2;
@@ -360,8 +361,8 @@ impl Shared {
             // A queue that nobody helps with stays locked: its requests are served one after the other, whoever comes.
             let mut locked = Some(queue);
             if ring.helpers.may_come() {
-                let wants_help = ring.is_slow.load(Ordering::Relaxed)
-                    && locked.as_ref().is_some_and(|queue| queue.has_more(&work.memory));
+                let is_worth_it = bytes > LONG_BYTES || ring.is_slow.load(Ordering::Relaxed);
+                let wants_help = is_worth_it && locked.as_ref().is_some_and(|queue| queue.has_more(&work.memory));
                 locked = None;
                 if wants_help {
                     self.call_helper(index);

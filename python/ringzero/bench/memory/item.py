@@ -1,4 +1,4 @@
-"""What a measurement of memory gives: figures, some of which have a bar, and how they are shown and written."""
+"""What a measurement of memory or I/O gives: figures, some of which have a bar, and how they are shown and written."""
 
 from __future__ import annotations
 
@@ -51,13 +51,13 @@ def missed(outcomes: list[Outcome]) -> list[str]:
     return [f"{one.item}: {figure.name}" for one in outcomes for figure in one.figures if not figure.meets]
 
 
-def show(console: Console, outcomes: list[Outcome]) -> None:
-    """Print a table for each item, and its notes."""
+def show(console: Console, outcomes: list[Outcome], theirs_is: str = "ESX paper") -> None:
+    """Print a table for each item, and its notes; `theirs_is` says whose figures stand beside ours."""
     for one in outcomes:
         theirs = any(figure.theirs is not None for figure in one.figures)
         table = Table(title=f"{one.item}: {one.title}", title_justify="left")
         table.add_column("what")
-        for heading in ("measured", *(["ESX paper"] if theirs else []), "bar", ""):
+        for heading in ("measured", *([theirs_is] if theirs else []), "bar", ""):
             table.add_column(heading, justify="right")
         for figure in one.figures:
             bar = ""
@@ -71,10 +71,10 @@ def show(console: Console, outcomes: list[Outcome]) -> None:
             console.print(note, markup=False, highlight=False)
 
 
-def as_json(outcomes: list[Outcome], described: dict[str, Any]) -> dict[str, Any]:
+def as_json(outcomes: list[Outcome], described: dict[str, Any], bench: str = "memory") -> dict[str, Any]:
     """Return the report."""
     return {
-        "bench": "memory",
+        "bench": bench,
         "machine": described,
         "items": [
             {

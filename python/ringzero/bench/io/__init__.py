@@ -1,0 +1,1 @@
+"""The measurements of I/O virtualization, one a module: `ringzero bench io`."""
