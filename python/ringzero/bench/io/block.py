@@ -1,8 +1,9 @@
 """`block`: how fast a guest reads and writes its disk past its own cache, in sequence and at random.
 
 The guest's program (guests/disk) is the same for all, as /init with Debian's kernel and drivers; natively it works on
-the file itself. The disk is a raw file in memory, so that the monitors are measured and not what this host has for disks;
-QEMU has each of its ways of asynchronous I/O, an I/O thread, and counts with the one that is its best for an item.
+the file itself. The disk is a raw file in memory, so that the monitors are measured and not what this host has for
+disks; QEMU has each of its ways of asynchronous I/O, an I/O thread, and counts with the one that is its best for an
+item.
 """
 
 from __future__ import annotations
