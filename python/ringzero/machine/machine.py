@@ -106,6 +106,11 @@ class Machine(Driven):
         guest: "8080:80". `name` is what the guest's network calls it, and what the addresses of its cards come from.
         `console` is given every piece of console output.
         name of a Unix socket as well if that is what it is. `console` is given every piece of console output.
+        and so on before the first command, with the kernel that belongs to them. `mounts` are folders of this
+        host ("./here:/there", "./here:/there:ro"), which our images mount before the first command. `ports` are
+        names of channels to programs of the guest (see `port`); with `vsock` there are sockets between the two
+        (see `vsock`), by the name of a Unix socket as well if that is what it is. `console` is given every
+        piece of console output.
         `agent` and `shell` choose what an image with our agent starts: commands for `run`, and a
         login shell on the console. Without `quiet` the kernel's messages show. With `kaslr` a bzImage unpacks
         itself, at a random address, and no translations are kept; otherwise it is unpacked before it starts,
