@@ -96,21 +96,15 @@ class Machine(Driven):
         `append`, and with an image too it takes the place of the image's kernel. `append` adds words to the
         kernel's command line. `memory` is bytes, or a size like "512M". `cpu` adds features to the processors, each of
         which makes a guest that uses it slower: "+pku,+pks". `devices` are slow devices in Python
-        (ringzero.devices.Device), or names of ours ("debug-exit"). `disks` are files ("FILE", "FILE,ro",
-        "FILE,overlay", or a Disk: docs/disks.md), virtio disks in the guest, in this order: our images have /dev/vda
-        and so on before the first command, with the kernel that belongs to them. `mounts` are folders of this host ("./here:/there",
+        (ringzero.devices.Device), or names of ours ("debug-exit"). `disks` are files ("FILE", "FILE,ro" ...: docs/disks.md,
+        or a Disk), virtio disks in the guest, in this order: our images have /dev/vda and so on before the first
+        command, with the kernel that belongs to them. `mounts` are folders of this host ("./here:/there",
         "./here:/there:ro"), which our images mount before the first command. `ports` are names of channels to
         programs of the guest (see `port`); with `vsock` there are sockets between the two (see `vsock`), by the
         name of a Unix socket as well if that is what it is. `net` is a network, or several with a card each: "nat",
         "allow=192.0.2.0/24:443" (see ringzero.machine.network); `publish` are ports of this host that lead to the
         guest: "8080:80". `name` is what the guest's network calls it, and what the addresses of its cards come from.
         `console` is given every piece of console output.
-        name of a Unix socket as well if that is what it is. `console` is given every piece of console output.
-        and so on before the first command, with the kernel that belongs to them. `mounts` are folders of this
-        host ("./here:/there", "./here:/there:ro"), which our images mount before the first command. `ports` are
-        names of channels to programs of the guest (see `port`); with `vsock` there are sockets between the two
-        (see `vsock`), by the name of a Unix socket as well if that is what it is. `console` is given every
-        piece of console output.
         `agent` and `shell` choose what an image with our agent starts: commands for `run`, and a
         login shell on the console. Without `quiet` the kernel's messages show. With `kaslr` a bzImage unpacks
         itself, at a random address, and no translations are kept; otherwise it is unpacked before it starts,
