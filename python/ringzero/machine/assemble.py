@@ -131,6 +131,7 @@ def assemble(
     parts: list[Disk | Mount | Ports | Vsock] = [*disks, *mounts]
     parts += [ports] if ports else []
     parts += [vsock] if vsock else []
+    made = [part.device(spec.cpus) for part in parts]
     vm: _core.Vm = core.Vm(
         spec.memory,
         cpus=spec.cpus,
@@ -141,8 +142,7 @@ def assemble(
         trace_path=trace,
         translations=translations,
         translation_bytes=translation_bytes,
-        devices=[*(part.device(spec.cpus) for part in parts), *(networks.devices() if networks else [])],
-        devices=(made := [part.device(spec.cpus) for part in parts]),
+        devices=[*made, *(networks.devices() if networks else [])],
     )
     if opened is not None:
         opened += [device for device in made if isinstance(device, core.Disk)]
