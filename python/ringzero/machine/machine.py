@@ -97,8 +97,8 @@ class Machine(Driven):
         kernel's command line. `memory` is bytes, or a size like "512M". `cpu` adds features to the processors, each of
         which makes a guest that uses it slower: "+pku,+pks". `devices` are slow devices in Python
         (ringzero.devices.Device), or names of ours ("debug-exit"). `disks` are files ("FILE", "FILE,ro", or a
-        Disk: docs/disks.md), virtio disks in the guest, in this order: our images have /dev/vda and so on before the first
-        command, with the kernel that belongs to them. `mounts` are folders of this host ("./here:/there",
+        Disk: docs/disks.md), virtio disks in the guest, in this order: our images have /dev/vda and so on before the
+        first command, with the kernel that belongs to them. `mounts` are folders of this host ("./here:/there",
         "./here:/there:ro"), which our images mount before the first command. `ports` are names of channels to
         programs of the guest (see `port`); with `vsock` there are sockets between the two (see `vsock`), by the
         name of a Unix socket as well if that is what it is. `net` is a network, or several with a card each: "nat",
