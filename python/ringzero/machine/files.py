@@ -223,7 +223,8 @@ class GuestPath:
             times = numbers[7:10]
             seconds: list[Any] = [time // 10**9 for time in times]
             return os.stat_result(
-                [*numbers[:7], *seconds, *(time / 1e9 for time in times), *times]  # as structseq has them
+                # As structseq has them; rounded as os.stat does it.
+                [*numbers[:7], *seconds, *(time // 10**9 + 1e-9 * (time % 10**9) for time in times), *times]
             )
         except (ValueError, TypeError, IndexError):
             raise GuestError(f"the guest's agent did not tell what {self} is") from None
