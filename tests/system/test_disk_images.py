@@ -134,7 +134,7 @@ def test_a_limited_disk_is_slow_and_its_guest_is_not(tmp_path: Path) -> None:
         read = "dd if=/dev/vda of=/dev/null bs=4k count=1 skip=$((i * 16)) iflag=direct"
         reading = machine.popen(["sh", "-c", f"for i in 1 2 3 4 5 6 7 8; do {read}; done"], stdin=False)
         while machine.disk_stats()[0]["delayed"] == 0:
-            assert reading.wait(0) is None
+            assert reading.poll() is None
         # The machine itself is not held up.
         assert machine.run(["echo", "here"], text=True).stdout == "here\n"
         machine.limit_disk(0)

@@ -19,6 +19,7 @@ Examples:
   ringzero run debian:6.12 -- uname -r         one command in the 6.12 kernel
   ringzero run debian -- cat < in > out        standard input and output pass through
   ringzero run hello --engine interpret --stats
+  ringzero run debian --disk base.qcow2,overlay --disk data.raw,ro
   ringzero run --kernel bzImage --initrd root.cpio --append 'console=ttyS0' --timeout 60
 """
 
