@@ -18,6 +18,7 @@ __all__ = [
     "Disk",
     "NetworkCard",
     "Sharer",
+    "Switch",
     "VirtioDevice",
     "Vm",
     "Vsock",
@@ -307,6 +308,14 @@ class NetworkCard(VirtioDevice):
 
     def counters(self) -> dict[str, int]:
         """Return bytes sent and received, and frames that were lost (the guest took none) or refused (nonsense)."""
+
+@final
+class Switch:
+    """Joins cards of machines of this process, and learns where addresses are. Lasts as long as a card of it does."""
+
+    def __new__(cls) -> Self: ...
+    def card(self, mac: bytes, *, mtu: int = 1500) -> NetworkCard:
+        """Return a card that is plugged in, until its machine ends. Raises CoreError when another has its address."""
 
 def nat_card(
     mac: bytes,

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import pytest
 
 from ringzero import Machine
+from ringzero.errors import InputError
 
 from .conftest import ENGINE
 
@@ -100,3 +101,17 @@ def test_what_is_not_allowed_is_refused_at_once() -> None:
             done = machine.run(["sh", "-c", f"nc -w 30 {target} </dev/null"], text=True)
             assert done.returncode != 0 and "refused" in done.stderr, target
         assert "nameserver" not in shell(machine, "cat /etc/resolv.conf 2>/dev/null || true")
+
+
+def test_a_switch_joins_machines_and_keeps_others_out() -> None:
+    def machine(number: int, switch: str) -> Machine:
+        net = f"switch={switch},ip=192.168.7.{number}/24"
+        return Machine("debian", engine=ENGINE, name=f"m{number}", net=net)
+
+    with machine(1, "lan") as first, machine(2, "lan") as second, machine(3, "other") as third:
+        shell(first, "head -c 20000000 /dev/urandom >/tmp/file; httpd -p 80 -h /tmp")
+        expected = shell(first, "sha256sum </tmp/file")
+        assert shell(second, "wget -q -O - http://192.168.7.1/file | sha256sum") == expected
+        assert third.run(["ping", "-c", "1", "-W", "1", "192.168.7.1"]).returncode != 0
+        with pytest.raises(InputError, match="another machine on this switch"), machine(1, "lan"):
+            pass

@@ -22,6 +22,8 @@ def test_networks_are_read_as_they_are_written() -> None:
         ("2001:db8::", 32, 80),
         ("2001:db8::1", 128, None),
     )
+    joined = Network.parse("switch=lan,ip=192.168.7.1/24")
+    assert (joined.kind, joined.switch, joined.address) == ("switch", "lan", "192.168.7.1/24")
     assert (strict.names, Network.parse("allow=192.0.2.1,dns").names) == (False, True)
 
 
@@ -38,7 +40,17 @@ def test_networks_are_read_as_they_are_written() -> None:
             "nat,more",
             "none,nat",
         ),
-        *("nat,mtu=20", "nat,mtu=x", "nat,mac=01:00:00:00:00:00", "nat,mac=02", "nat,dns"),
+        *(
+            "nat,mtu=20",
+            "nat,mtu=x",
+            "nat,mac=01:00:00:00:00:00",
+            "nat,mac=02",
+            "nat,dns",
+            "nat,ip=192.0.2.1/24",
+            "switch=",
+            "switch=a b",
+            "switch=lan,host-loopback",
+        ),
     ],
 )
 def test_other_networks_are_refused(text: str) -> None:
@@ -116,3 +128,15 @@ def test_connections_to_a_service_come_one_by_one() -> None:
             connection.sendall(b"here")
             assert ours.recv(4) == b"here"
     listener.close()
+
+
+def test_a_card_is_on_a_switch_once_and_leaves_it() -> None:
+    first = Networks.parse("web", "switch=lan", ())
+    devices = first.devices()
+    with pytest.raises(_core.CoreError, match="another machine on this switch"):
+        Networks.parse("web", "switch=lan", ()).devices()
+    Networks.parse("web", "switch=other", ()).devices()
+    Networks.parse("db", "switch=lan", ()).devices()
+    del devices
+    first.cards.clear()
+    Networks.parse("web", "switch=lan", ()).devices()

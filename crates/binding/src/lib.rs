@@ -39,7 +39,7 @@ mod core {
     #[pymodule_export]
     use crate::jail::enter_jail;
     #[pymodule_export]
-    use crate::network::{NetworkCard, nat_card};
+    use crate::network::{NetworkCard, Switch, nat_card};
     #[pymodule_export]
     use crate::sharer::Sharer;
     #[pymodule_export]

@@ -143,3 +143,23 @@ pub fn nat_card(
     })?;
     Py::new(py, new_card(Arc::new(nat), mac, mtu, ports))
 }
+
+/// Joins cards of machines of this process.
+#[pyclass(frozen, weakref, module = "ringzero._core")]
+pub struct Switch(Arc<monitor::network::Switch>);
+
+#[pymethods]
+impl Switch {
+    #[new]
+    fn new() -> Switch {
+        Switch(Arc::default())
+    }
+
+    #[pyo3(signature = (mac, *, mtu = None), text_signature = "($self, mac, *, mtu=1500)")]
+    fn card(&self, py: Python<'_>, mac: Vec<u8>, mtu: Option<&Bound<'_, PyAny>>) -> PyResult<Py<NetworkCard>> {
+        let mac = address_of_card(&mac)?;
+        let mtu: u16 = mtu.map_or(Ok(1500), |mtu| fit(mtu, "an MTU"))?;
+        let port = py_enter(py, || self.0.plug_in(mac).map_err(|taken| Error::Network(taken.to_string())))?;
+        Py::new(py, new_card(Arc::new(port), mac, mtu, Vec::new()))
+    }
+}

@@ -47,6 +47,7 @@ pub use x86::Gpa;
 
 /// What a network card is, and what its cable may lead to.
 pub mod network {
+    pub use io::network::switch::Switch;
     pub use io::network::{Mac, Wire, nat};
     pub use io::virtio::net::Net;
 }

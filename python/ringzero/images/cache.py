@@ -23,7 +23,7 @@ from ringzero.errors import FetchError, InputError
 
 MANIFEST = "manifest.json"
 # Raised whenever what a recipe puts into an image changes, so that older copies are built again.
-FORMAT = 2
+FORMAT = 3
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,12 @@ export PATH=/usr/sbin:/usr/bin:/sbin:/bin
 ip link set lo up
 for card in /sys/class/net/e*; do
     card=${card##*/}
-    ip link set "$card" up && udhcpc -q -n -f -t 5 -T 1 -A 1 -i "$card" -s /etc/udhcpc/default.script >/dev/null 2>&1
+    address=$(cat "/sys/class/net/$card/address")
+    own=$(tr ' ' '\\n' </proc/cmdline | sed -n "s/^ringzero.ip=$address=//p")
+    ip link set "$card" up
+    [ "$own" != none ] || continue
+    [ -z "$own" ] || { ip addr add "$own" dev "$card"; continue; }
+    udhcpc -q -n -f -t 5 -T 1 -A 1 -i "$card" -s /etc/udhcpc/default.script >/dev/null 2>&1
 done
 """
 LEASE = """\

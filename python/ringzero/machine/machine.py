@@ -427,7 +427,7 @@ class Machine(Driven):
             words += ["ringzero.ports"] if self._ports else []
             words += ["ringzero.vsock"] if self._vsock else []
             words += [mount.word for mount in self._mounts]
-            words += ["ringzero.net"] if self.networks else []
+            words += self.networks.words()
         return " ".join(word for word in [*words, self._append] if word)
 
     def _resolved_image(self) -> Image:

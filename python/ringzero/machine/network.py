@@ -4,8 +4,11 @@
     nat                         a network of the guest's own, with a way out through this host
     allow=CIDR[:PORT],...       the same, but nothing else is reached; `dns` among them lets names be asked for
 
+    switch=NAME                 joined with the other machines of this process that name the same switch
+
 Words behind a comma change it: `nat,host-loopback` (10.0.2.2 stands for this host's 127.0.0.1), `nat,mtu=9000`,
-`nat,mac=02:00:00:00:00:01`. docs/networks.md tells what is inside.
+`nat,mac=02:00:00:00:00:01`, `switch=lan,ip=192.168.7.1/24` (our own images take that address).
+docs/networks.md tells what is inside.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ import ipaddress
 import re
 import socket
 import typing
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -30,6 +34,9 @@ _LEAST_MTU, _MOST_MTU = 1280, 65520
 _MAC = re.compile(r"[0-9a-fA-F]{2}(:[0-9a-fA-F]{2}){5}")
 _RESOLV_CONF = Path("/etc/resolv.conf")
 _MOST_RESOLVERS = 3
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
+_SWITCHES: weakref.WeakValueDictionary[str, _core.Switch] = weakref.WeakValueDictionary()
+"""By name: there as long as a machine has a card on one."""
 
 
 def mac_of(name: str, number: int = 0) -> bytes:
@@ -116,7 +123,11 @@ class Network:
     """A card of a machine, and what its cable leads to. Make one with `parse`."""
 
     kind: str
-    """nat, or none."""
+    """nat, switch, or none."""
+    switch: str = ""
+    """The switch's name."""
+    address: str = ""
+    """Of the guest on its switch, with the length of the network's prefix."""
     rules: tuple[Rule, ...] | None = None
     """What may be reached; everything without a list."""
     names: bool = True
@@ -141,12 +152,17 @@ class Network:
             words[0] = value
         elif words[0] == "nat":
             del words[0]
+        elif kind == "switch" and _NAME.fullmatch(value):
+            network = cls("switch", switch=value)
+            del words[0]
         else:
-            raise InputError(f"--net {text}: there is none, nat, allow=CIDR[:PORT],...")
+            raise InputError(f"--net {text}: there is none, nat, allow=CIDR[:PORT],..., switch=NAME")
         for word in words:
             name, equals, value = word.partition("=")
-            if word == "host-loopback":
+            if word == "host-loopback" and network.kind == "nat":
                 network = replace(network, host_loopback=True)
+            elif name == "ip" and network.kind == "switch":
+                network = replace(network, address=_address(value))
             elif name == "mtu" and equals:
                 network = replace(network, mtu=_mtu(value))
             elif name == "mac" and equals:
@@ -160,6 +176,13 @@ class Network:
                     f"--net {text}: nothing is known of {word!r}: there is host-loopback, mtu=, mac="
                 )
         return replace(network, rules=None if rules is None else tuple(rules))
+
+
+def _address(text: str) -> str:
+    try:
+        return str(ipaddress.ip_interface(text))
+    except ValueError:
+        raise InputError(f"ip={text}: write an address such as 192.168.7.1/24") from None
 
 
 def _mtu(text: str) -> int:
@@ -245,6 +268,7 @@ class Networks:
     services: list[GuestListener] = field(default_factory=list)
     cards: list[_core.NetworkCard] = field(default_factory=list)
     """There from when the machine is started."""
+    _switches: list[_core.Switch] = field(default_factory=list)
 
     @classmethod
     def parse(
@@ -283,6 +307,12 @@ class Networks:
     def _card(self, network: Network, mac: bytes) -> _core.NetworkCard:
         from ringzero import _core
 
+        if network.kind == "switch":
+            switch = _SWITCHES.get(network.switch)
+            if switch is None:
+                switch = _SWITCHES[network.switch] = _core.Switch()
+            self._switches.append(switch)
+            return switch.card(mac, mtu=network.mtu)
         return _core.nat_card(
             mac,
             mtu=network.mtu,
@@ -295,6 +325,15 @@ class Networks:
             forwards=[(port.udp, port.place, port.guest_port) for port in self.publish],
             services=[service.handed_over() for service in self.services],
         )
+
+    def words(self) -> list[str]:
+        """Return what the kernel's command line tells our own images of the cards."""
+        cards = enumerate(self.networks)
+        return ["ringzero.net"] * bool(self.networks) + [
+            f"ringzero.ip={(network.mac or mac_of(self.name, number)).hex(':')}={network.address or 'none'}"
+            for number, network in cards
+            if network.kind == "switch"
+        ]
 
     def published(self) -> list[Publish]:
         """Return the ports that lead to the guest, with the numbers that they got."""

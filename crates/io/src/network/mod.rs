@@ -9,6 +9,7 @@ pub mod frame;
 pub mod inbox;
 pub mod nat;
 pub mod packet;
+pub mod switch;
 
 use std::fmt;
 use std::sync::Arc;
