@@ -7,6 +7,7 @@
  *   ringzero.shell      a login shell on the console; the machine powers off when it ends
  *   ringzero.agent      commands from the host (frame.h), over a virtio console port named
  *                       org.ringzero.agent where there is one, else over the second serial port
+ *   ringzero.agent=port the same, and that port is waited for
  *   ringzero.disks      the drivers of disks, before anything else
  *   ringzero.ports      the driver of named ports, likewise
  *   ringzero.vsock      that of sockets between guest and host, likewise
@@ -117,6 +118,10 @@ static void prepare(void)
     sys_mount("sysfs", "/sys", "sysfs", 0);
     sys_mount("tmpfs", "/run", "tmpfs", "mode=0755");
     sys_mount("tmpfs", "/tmp", "tmpfs", "mode=1777");
+    sys_symlink("/proc/self/fd", "/dev/fd");
+    sys_symlink("fd/0", "/dev/stdin");
+    sys_symlink("fd/1", "/dev/stdout");
+    sys_symlink("fd/2", "/dev/stderr");
     sys_sethostname("ringzero", 8);
 }
 
@@ -380,7 +385,7 @@ __attribute__((used)) static void agent_main(long *stack)
         load_all(virtio_modules);
         load_all(disk_modules);
     }
-    if (asked("ringzero.ports")) {
+    if (asked("ringzero.ports") || asked("ringzero.agent=port")) {
         load_all(virtio_modules);
         load_all(port_modules);
     }
@@ -402,6 +407,9 @@ __attribute__((used)) static void agent_main(long *stack)
     agent = asked("ringzero.agent");
     shell = asked("ringzero.shell") || !agent;
     if (agent) {
+        /* The driver names its ports a moment after it is loaded, when the device has answered. */
+        for (int tries = 200; tries && asked("ringzero.agent=port") && !line_port_is_there(); tries--)
+            sys_poll(0, 0, 5);
         line_find();
         if (line_fd < 0)
             say("ringzero: the agent's port (ttyS1) is not there\n");

@@ -8,6 +8,7 @@
 /* line.c: frames out and in. */
 extern int line_fd; /* -1 when there is no agent port */
 void line_find(void);                        /* open the best port that is there; line_fd stays -1 when there is none */
+int line_port_is_there(void);                /* is there a virtio port for us, now? */
 void line_take(int fd);                      /* use this descriptor */
 void line_greet(int again);                  /* say READY; `again` when another agent may have spoken on this line before */
 int line_ended(void);                        /* the other side of the line is gone */

@@ -93,6 +93,14 @@ static int open_port(void)
     return found;
 }
 
+int line_port_is_there(void)
+{
+    int fd = open_port();
+    if (fd >= 0)
+        sys_close(fd);
+    return fd >= 0;
+}
+
 void line_find(void)
 {
     line_fd = open_port();

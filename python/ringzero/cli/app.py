@@ -17,6 +17,8 @@ from ringzero.errors import InputError
 # name -> module with a typer application called `app`, in the order of --help.
 COMMANDS = {
     "run": "ringzero.cli.run",
+    "exec": "ringzero.cli.exec",
+    "cp": "ringzero.cli.cp",
     "pull": "ringzero.cli.pull",
     "images": "ringzero.cli.images",
     "image": "ringzero.cli.image",

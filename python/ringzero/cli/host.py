@@ -5,6 +5,7 @@ from __future__ import annotations
 import typer
 
 from ringzero.cli import host_daemon, host_guests, host_see, host_simulate
+from ringzero.cli.exec import exec_
 
 app = typer.Typer(
     help="A host with many guests, in the hands of a daemon.",
@@ -30,7 +31,6 @@ for _command in (
     host_guests.down,
     host_guests.list_,
     host_guests.console,
-    host_guests.exec_,
     host_guests.events,
     host_see.top,
     host_see.map_,
@@ -39,3 +39,4 @@ for _command in (
     host_simulate.simulate,
 ):
     app.command(name=_command.__name__.rstrip("_"))(_command)
+app.command(name="exec", context_settings={"allow_interspersed_args": False})(exec_)

@@ -1,4 +1,4 @@
-"""`ringzero host up`, `down`, `list`, `console`, `exec` and `events`: the VMs."""
+"""`ringzero host up`, `down`, `list`, `console` and `events`: the VMs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ringzero.errors import InputError
 if TYPE_CHECKING:
     from ringzero.host.client import Host
 
-__all__ = ["console", "down", "events", "exec_", "list_", "up"]
+__all__ = ["console", "down", "events", "list_", "up"]
 
 
 def up(
@@ -165,28 +165,6 @@ def console(name: Annotated[str, typer.Argument(metavar="NAME")]) -> None:
         write_all(
             2, b"\r\nringzero: left the console; the guest goes on\n" if left.is_set() else b"\r\nended\n"
         )
-
-
-def exec_(
-    name: Annotated[str, typer.Argument(metavar="NAME")],
-    command: Annotated[list[str], typer.Argument(metavar="CMD ARG...")],
-) -> None:
-    """Run a command in a guest, with our standard streams; its exit status becomes ours."""
-    from ringzero.errors import GuestEnded
-    from ringzero.host.client import HostVm
-
-    with _host() as host:
-        vm: HostVm = host.vm(name)
-        with vm.channel() as channel:
-            channel.connection.settimeout(None)
-            try:
-                answer = channel.ask("run", (0, 1, 2), args=command)
-            except OSError:
-                raise GuestEnded(f"vm {name!r} ended while {command[0]!r} ran in it") from None
-    if answer.get("errno") is not None:
-        raise InputError(f"{command[0]!r} cannot be run in vm {name!r}: {os.strerror(answer['errno'])}")
-    status = int(answer["status"])
-    raise typer.Exit(status if status >= 0 else 128 - status)
 
 
 def events(

@@ -15,25 +15,27 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
-import subprocess
-import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, overload
+from typing import Any
 
 from ringzero.errors import GuestEnded, GuestError, InputError, InternalError
 from ringzero.host.runtime import Runtime
 from ringzero.host.spec import DEFAULT_GROUP, DEFAULT_SHARES, GuestSpec
 from ringzero.host.state import Event
 from ringzero.host.wire import Channel, connect
+from ringzero.machine.drive import Driven
+from ringzero.machine.exec import AgentLink
 from ringzero.policy import PAGE
 
 __all__ = ["Event", "Host", "HostVm", "VmMemoryFacts"]
 
 _BOOT_LIMIT = 600.0
+_AGENT_LIMIT = 30.0
+"""Seconds that a VM's process may take to answer for the guest's agent."""
 _DYING = 1.0
 """Seconds that a daemon which is being killed may still hold its lock."""
 
@@ -44,6 +46,7 @@ class Host:
     def __init__(self, channel: Channel, runtime: Runtime) -> None:
         self._channel = channel
         self._runtime = runtime
+        self._links: dict[str, AgentLink] = {}
 
     @classmethod
     def connect(
@@ -78,6 +81,9 @@ class Host:
 
     def close(self) -> None:
         """Close the connection; the daemon and its VMs go on."""
+        for link in self._links.values():
+            link.close()
+        self._links.clear()
         self._channel.close()
 
     def __enter__(self) -> Host:
@@ -251,7 +257,7 @@ class Host:
 
 
 @dataclass(frozen=True)
-class HostVm:
+class HostVm(Driven):
     """A VM of a host."""
 
     host: Host
@@ -335,117 +341,33 @@ class HostVm:
         channel.connection.settimeout(None)
         return channel.connection, channel.rest()
 
-    @overload
-    def run(
-        self,
-        args: Sequence[str],
-        *,
-        input: bytes | str | None = None,
-        check: bool = False,
-        timeout: float | None = None,
-        text: Literal[True],
-        env: Mapping[str, str] | None = None,
-        cwd: str | None = None,
-    ) -> subprocess.CompletedProcess[str]: ...
-    @overload
-    def run(
-        self,
-        args: Sequence[str],
-        *,
-        input: bytes | str | None = None,
-        check: bool = False,
-        timeout: float | None = None,
-        text: Literal[False] | None = None,
-        env: Mapping[str, str] | None = None,
-        cwd: str | None = None,
-    ) -> subprocess.CompletedProcess[bytes]: ...
-    def run(
-        self,
-        args: Sequence[str],
-        *,
-        input: bytes | str | None = None,
-        check: bool = False,
-        timeout: float | None = None,
-        text: bool | None = None,
-        env: Mapping[str, str] | None = None,
-        cwd: str | None = None,
-    ) -> subprocess.CompletedProcess[Any]:
-        """Run a command in the guest and return its result with its output, as `subprocess.run` does on the host.
+    def agent_link(self) -> AgentLink:
+        """Return a line to the guest's agent, through the VM's process: one for each VM of a `Host`, until it ends.
 
-        The guest must have booted. Raises CalledProcessError with `check`, TimeoutExpired after `timeout` seconds (the
-        command runs on), FileNotFoundError or PermissionError when there is no such command, and GuestEnded when the
-        guest ends.
+        The guest must have booted. Raises GuestEnded, and InputError when it has no agent or has not booted.
         """
-        parts: tuple[list[bytes], list[bytes]] = ([], [])
-        data = input.encode() if isinstance(input, str) else input or b""
-        reads, writes = zip(*(os.pipe() for _ in range(3)), strict=True)
-        threads = [threading.Thread(target=_feed, args=(writes[0], data), daemon=True)]
-        threads += [
-            threading.Thread(target=_drain, args=(reads[1 + number], part), daemon=True)
-            for number, part in enumerate(parts)
-        ]
-        try:
+        link = self.host._links.get(self.name)
+        if link is None or link.ended:
             channel = self.channel()
-        except BaseException:
-            for fd in (*reads, *writes):
-                os.close(fd)
-            raise
-        with channel:
             try:
-                channel.connection.settimeout(timeout)
-                number = 1
-                channel.send(
-                    {
-                        "do": "run",
-                        "id": number,
-                        "args": list(args),
-                        "env": None if env is None else dict(env),
-                        "cwd": cwd,
-                    },
-                    (reads[0], writes[1], writes[2]),
-                )
-            finally:
-                for fd in (reads[0], writes[1], writes[2]):
-                    os.close(fd)
-                for thread in threads:
-                    thread.start()
-            answer = self._answer(channel, number, args, timeout)
-        for thread in threads[1:]:
-            thread.join(5.0)
-        out, err = (b"".join(part) for part in parts)
-        if answer.get("errno") is not None:
-            raise OSError(answer["errno"], os.strerror(answer["errno"]), args[0])
-        if text:
-            shown: tuple[Any, Any] = (out.decode("utf-8", "replace"), err.decode("utf-8", "replace"))
-        else:
-            shown = (out, err)
-        result = subprocess.CompletedProcess(list(args), int(answer["status"]), *shown)
-        if check:
-            result.check_returncode()
-        return result
+                channel.ask("agent")
+            except BaseException:
+                channel.close()
+                raise
+            channel.connection.settimeout(None)
+            link = self.host._links[self.name] = AgentLink(channel.connection, channel.rest())
+        if not link.wait_ready(_AGENT_LIMIT):
+            raise GuestEnded(f"vm {self.name!r} has ended", self.why_ended())
+        return link
 
-    def _answer(
-        self, channel: Channel, number: int, args: Sequence[str], timeout: float | None
-    ) -> dict[str, Any]:
-        from ringzero.host.wire import checked
-
-        while True:
-            try:
-                got = channel.receive()
-            except TimeoutError:
-                raise subprocess.TimeoutExpired(list(args), timeout or 0.0) from None
-            except OSError:
-                got = None
-            if got is None:
-                raise GuestEnded(f"vm {self.name!r} ended while {args[0]!r} ran in it", None)
-            message = got[0]
-            if message.get("event") == "ended":
-                raise GuestEnded(
-                    f"vm {self.name!r} ended while {args[0]!r} ran in it: {message['reason']}",
-                    message["reason"],
-                )
-            if message.get("id") == number:
-                return checked(message)
+    def why_ended(self) -> str | None:
+        """Return why it ended, as the daemon knows it; None while it has not heard of it."""
+        end = time.monotonic() + 1.0
+        with contextlib.suppress(InputError):
+            while (reason := self.reason) is None and time.monotonic() < end:
+                time.sleep(0.02)
+            return reason
+        return None
 
 
 @dataclass(frozen=True)
@@ -468,22 +390,3 @@ class VmMemoryFacts:
     """The part of its memory that it uses, from samples."""
     own: int | None
     """What the monitor takes beside the guest's pages; None before it was weighed."""
-
-
-def _feed(fd: int, data: bytes) -> None:
-    try:
-        view = memoryview(data)
-        while view:
-            view = view[os.write(fd, view) :]
-    except OSError:
-        pass  # the command does not read
-    finally:
-        os.close(fd)
-
-
-def _drain(fd: int, parts: list[bytes]) -> None:
-    try:
-        while data := os.read(fd, 65536):
-            parts.append(data)
-    finally:
-        os.close(fd)

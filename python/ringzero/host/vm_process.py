@@ -9,7 +9,7 @@ One thread of Python, which sleeps unless somebody asks for something. On the co
     audit        what of the memory's invariants does not hold
     attach       join another sharer, at the other end of the socket that comes along
     console      from here on the connection is the guest's console, both ways; first comes what it last printed
-    run          run a command in the guest; its standard input, output and error come as descriptors
+    agent        from here on the connection is a line to the guest's agent, as its serial port is (frame.h)
     power_off    ask the guest to power itself off
     stop         end it, as if its plug were pulled
 
@@ -27,7 +27,6 @@ import os
 import signal
 import socket
 import sys
-import threading
 import time
 import zlib
 from collections.abc import Callable, Mapping
@@ -35,6 +34,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ringzero.errors import InputError, InternalError, RingzeroError
+from ringzero.host.agent_relay import AgentRelay
 from ringzero.host.loop import READ, WRITE, Loop, Timer
 from ringzero.host.spec import GuestSpec
 from ringzero.host.vm_memory import GuestMemory
@@ -42,7 +42,7 @@ from ringzero.host.vm_orders import Orders
 from ringzero.host.vm_squeeze import Squeeze
 from ringzero.host.wire import Message, Peer, failure
 from ringzero.machine.assemble import BootFiles
-from ringzero.machine.exec import DEFAULT_ENVIRONMENT, AgentLink, GuestProcess
+from ringzero.machine.exec import AgentLink
 from ringzero.machine.machine import (
     AGENT_PORT,
     CONSOLE_PORT,
@@ -50,7 +50,6 @@ from ringzero.machine.machine import (
     PANIC_LINE,
     PANIC_SILENCE,
     core_errors,
-    write_all,
 )
 
 __all__ = ["Place", "VmProcess", "run_vm"]
@@ -318,7 +317,7 @@ class VmProcess:
             "audit": self._audit,
             "attach": self._attach_sharer,
             "console": self._attach,
-            "run": self._run,
+            "agent": self._relay,
             "power_off": self._power_off,
             "stop": self._stop,
         }
@@ -400,49 +399,11 @@ class VmProcess:
             self._agent = AgentLink(self._agent_line)
         return self._agent
 
-    def _run(self, peer: Peer, message: Message, fds: list[int]) -> None:
+    def _relay(self, peer: Peer, message: Message, _: list[int]) -> None:
         link = self._link()
-        words, environment = message.get("args"), message.get("env")
-        if not isinstance(words, list) or not words or not all(isinstance(word, str) for word in words):
-            raise InputError("a command is a list of words")
-        if environment is None:
-            environment = DEFAULT_ENVIRONMENT
-        if not isinstance(environment, dict) or not all(
-            isinstance(value, str) for value in environment.values()
-        ):
-            raise InputError("an environment is an object of texts")
-        if len(fds) != 3:
-            raise InputError("a command needs three descriptors: standard input, output and error")
-        cwd = message.get("cwd")
-        number = message.get("id")
-        streams = [os.dup(fd) for fd in fds]
-        try:
-            process = link.start(
-                words,
-                env=environment,
-                cwd=str(cwd) if cwd is not None else None,
-                stdout=lambda data: write_all(streams[1], data),
-                stderr=lambda data: write_all(streams[2], data),
-            )
-        except BaseException:
-            for fd in streams:
-                os.close(fd)
-            raise
-        threading.Thread(target=_feed, args=(process, streams[0]), name="stdin", daemon=True).start()
-
-        def wait() -> None:
-            answer: Message
-            try:
-                answer = {"ok": True, "status": process.wait()}
-            except OSError as error:
-                answer = {"ok": True, "errno": error.errno}
-            except Exception as error:
-                answer = {"error": str(error), "status": 1}
-            for fd in streams[1:]:
-                os.close(fd)
-            self._loop.post(lambda: peer.send(answer | {"id": number}))
-
-        threading.Thread(target=wait, name="command", daemon=True).start()
+        peer.send({"ok": True, "id": message.get("id")})
+        self._peers.discard(peer)
+        AgentRelay(*peer.detach(), link)
 
     def _power_off(self, *_: Any) -> Message:
         self._link().power_off()
@@ -451,18 +412,6 @@ class VmProcess:
     def _stop(self, *_: Any) -> Message:
         self._vm.stop()
         return {"ok": True}
-
-
-def _feed(process: GuestProcess, fd: int) -> None:
-    """Pass on what is read from a descriptor to a command, until either ends."""
-    try:
-        while data := os.read(fd, _PIECE):
-            process.write(data)
-    except OSError:
-        pass
-    finally:
-        os.close(fd)
-    process.close_stdin()
 
 
 def _line(vm: Any, port: int) -> socket.socket:

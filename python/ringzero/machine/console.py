@@ -54,6 +54,10 @@ class Console:
         except OSError as error:
             raise GuestEnded("the guest has ended: nobody reads its console") from error
 
+    def sendline(self, line: bytes | str = "") -> None:
+        """Type a line and Enter. Raises GuestEnded."""
+        self.write((line.encode() if isinstance(line, str) else line) + b"\n")
+
     def read(self, timeout: float | None = None) -> bytes:
         """Return what came since the last `read` or `expect`; waits for at least a byte.
 

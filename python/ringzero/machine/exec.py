@@ -110,6 +110,7 @@ class GuestProcess:
         link: AgentLink,
         number: int,
         args: Sequence[str],
+        flags: int,
         cwd: str | None,
         sinks: dict[int, Sink | Stream],
     ) -> None:
@@ -126,6 +127,10 @@ class GuestProcess:
         self._credit = STDIN_WINDOW
         self._credited = threading.Condition()
         self._callbacks: list[Callable[[], None]] = []
+        self._credit_callback: Callable[[int], None] | None = None
+        self._flags = flags
+        self.last_words: tuple[int, bytes] | None = None
+        """The frame that told its end; None before, and when it was lost."""
         self._failure: Exception | None = None
         self._return_code: int | None = None
 
@@ -179,6 +184,19 @@ class GuestProcess:
                 return
             size, self._taken[kind] = self._taken[kind], 0
         self._link.take(self._number, kind - STDOUT, size)
+
+    def abandon(self) -> None:
+        """End it, because nobody wants it any more. One of the agent's own puts what it does in order first."""
+        with contextlib.suppress(GuestError):
+            if self._flags & FLAG_BUILTIN:
+                self.close_stdin()
+                self.close_output(STDOUT)
+            else:
+                self.kill()
+
+    def when_credited(self, callback: Callable[[int], None]) -> None:
+        """Call `callback`, from the link's thread, with the bytes of input that the guest has taken, as it says so."""
+        self._credit_callback = callback
 
     def send_signal(self, number: int) -> None:
         """Send a signal to the command and all that it started in its group."""
@@ -249,13 +267,17 @@ class GuestProcess:
             with self._credited:
                 self._credit = min(self._credit + WORD.unpack(payload)[0], STDIN_WINDOW)
                 self._credited.notify_all()
+            if self._credit_callback is not None:
+                self._credit_callback(WORD.unpack(payload)[0])
         elif kind == STARTED:
             self._pid = WORD.unpack(payload)[0]
             self._known.set()
             self._call_back()
         elif kind == EXIT:
+            self.last_words = (kind, payload)
             self._finish(code=_exit_code(WORD.unpack(payload)[0]))
         elif kind == FAILED:
+            self.last_words = (kind, payload)
             number = WORD.unpack(payload)[0]
             about = self._cwd if number & FAILED_DIRECTORY else self.args[0]
             number &= 0xFFFF
@@ -284,9 +306,13 @@ class GuestProcess:
 class AgentLink:
     """The line to the agent in one guest. `close` it, or let the guest end."""
 
-    def __init__(self, line: socket.socket) -> None:
-        """Take over `line`, a stream joined to the guest's agent, and close it in the end."""
+    def __init__(self, line: socket.socket, first: bytes = b"") -> None:
+        """Take over `line`, a stream joined to the guest's agent, and close it in the end.
+
+        `first` is what was read from it already.
+        """
         self._line = line
+        self._first = first
         self._ready = threading.Event()
         self._ended = threading.Event()
         self._processes: dict[int, GuestProcess] = {}
@@ -356,11 +382,22 @@ class AgentLink:
         flags |= FLAG_BUILTIN if builtin else 0
         flags |= FLAG_TELL if tell else 0
         words = [os.fsdecode(word) for word in args]
+        return self.begin(payload, flags, words, where, stdout or _discard, stderr or _discard)
+
+    def begin(
+        self,
+        payload: bytes,
+        flags: int,
+        words: list[str],
+        cwd: str | None,
+        stdout: Sink | Stream,
+        stderr: Sink | Stream,
+    ) -> GuestProcess:
+        """Start what an EXEC frame says; `words` and `cwd` are for messages."""
         with self._state:
             self._refuse_ended()
             number = self._free_number()
-            sinks: dict[int, Sink | Stream] = {STDOUT: stdout or _discard, STDERR: stderr or _discard}
-            process = GuestProcess(self, number, words, where, sinks)
+            process = GuestProcess(self, number, words, flags, cwd, {STDOUT: stdout, STDERR: stderr})
             self._processes[number] = process
         self.send(EXEC, number, payload, flags)
         return process
@@ -477,7 +514,7 @@ class AgentLink:
     # --- the reader's thread
 
     def _read(self) -> None:
-        arrived = bytearray()
+        arrived = bytearray(self._first)
         try:
             while self._find_agent(arrived):
                 try:

@@ -274,6 +274,12 @@ class Machine(Driven):
             raise InputError("the machine was not started: its console is not there yet")
         return self._console
 
+    def expect(
+        self, pattern: str | bytes | re.Pattern[str] | re.Pattern[bytes], timeout: float = 30.0
+    ) -> re.Match[str] | re.Match[bytes]:
+        """Wait until the console shows a pattern; see Console.expect. For guests without our agent."""
+        return self.console.expect(pattern, timeout)
+
     def port(self, name: str) -> socket.socket:
         """Return a stream socket joined to one of the machine's `ports`: once, and again when it is closed.
 
@@ -421,7 +427,7 @@ class Machine(Driven):
         words = [image.append]
         if image.agent:
             words += ["quiet"] if self._quiet else []
-            words += ["ringzero.agent"] if self._with_agent else []
+            words += [self._agent_word()] if self._with_agent else []
             words += ["ringzero.shell"] if self._with_shell else []
             words += ["ringzero.disks"] if self._disks else []
             words += ["ringzero.ports"] if self._ports else []
@@ -429,6 +435,9 @@ class Machine(Driven):
             words += [mount.word for mount in self._mounts]
             words += self.networks.words()
         return " ".join(word for word in [*words, self._append] if word)
+
+    def _agent_word(self) -> str:
+        return "ringzero.agent=port" if AGENT_NAME in self._ports.names else "ringzero.agent"
 
     def _resolved_image(self) -> Image:
         """Return what boots: the image, with the caller's own files in the place of its."""
