@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
 CONSOLE_PORT, AGENT_PORT = 0, 1
 AGENT_NAME = "org.ringzero.agent"
-"""The port that the agent prefers to its serial port, when `ports` has it: ten times as fast."""
+"""The port that the agent prefers to its serial port, when `ports` has it: copies are tens of times as fast."""
 # A guest boots in seconds when translated and in minutes when interpreted; a host may be busy as well.
 READY_TIMEOUT = 600.0
 # How long a panicked kernel must have been silent before we believe that it stands still for ever.

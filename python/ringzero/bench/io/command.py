@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 
 from ringzero.bench.io.block import BlockBench
+from ringzero.bench.io.run import RunBench
 from ringzero.bench.memory import item
 from ringzero.errors import InputError
 
@@ -25,9 +26,11 @@ class Item(Protocol):
 
 ITEMS: dict[str, Callable[[], Item]] = {
     "block": BlockBench,
+    "run": RunBench,
 }
 SMALL: dict[str, Callable[[], Item]] = {
     "block": lambda: BlockBench(runs=1, mebibytes=32, operations=2000, rounds=1),
+    "run": lambda: RunBench(commands=20, mebibytes=2, rounds=1),
 }
 """The same with little to do, to see that they work: what they measure stands for nothing."""
 
