@@ -56,6 +56,9 @@ def parser() -> argparse.ArgumentParser:
         help="compare only this engine; may be repeated (default: both)",
     )
     fuzz.add_argument("--seed", type=int, default=None, help="first seed (default: from the clock)")
+    fuzz.add_argument(
+        "--devices", action="store_true", help="drive virtio devices as no driver should, instead"
+    )
 
     conform = commands.add_parser(
         "conformance",
@@ -133,6 +136,8 @@ def main(arguments: Sequence[str]) -> int:
                 return tests.test(options.only)
             case "guests":
                 setup.guests()
+            case "fuzz" if options.devices:
+                return tests.fuzz_devices(options.minutes, options.seed)
             case "fuzz":
                 return tests.fuzz(options.minutes, options.seed, options.engine or ENGINES)
             case "conformance":

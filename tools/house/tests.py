@@ -117,3 +117,17 @@ def fuzz(minutes: float, seed: int | None, engines: Sequence[str]) -> int:
         )
         failed |= status != 0
     return 1 if failed else 0
+
+
+def fuzz_devices(minutes: float, seed: int | None) -> int:
+    """Drive every virtio device as no driver should. Returns 0 if none was harmed.
+
+    Raises Failed when the machine cannot build it.
+    """
+    setup.system()
+    first = seed if seed is not None else int(time.time())
+    say(f"hostile drivers: every virtio device, {minutes:g} minutes, first seed {first}")
+    cargo = ["cargo", "run", "--release", "--locked", "-p", "ringzero-io", "--features", "testing"]
+    words = ["--example", "fuzz-devices", "--", "--minutes", f"{minutes:g}", "--seed", str(first)]
+    status, _ = watch([*cargo, *words])
+    return 1 if status != 0 else 0

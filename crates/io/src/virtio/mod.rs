@@ -15,6 +15,8 @@ pub mod net;
 pub mod queue;
 pub mod requests;
 pub mod service;
+#[cfg(any(test, feature = "testing"))]
+pub mod testing;
 #[cfg(test)]
 mod tests;
 pub mod transport;
