@@ -250,10 +250,11 @@ fn a_flush_that_failed_is_never_believed_again() {
 #[test]
 fn a_limited_disk_keeps_what_comes_too_early() {
     let memory = GuestMemory::new(1 << 20).unwrap();
-    let rates = Rates { operations: 2, bytes: 0 };
+    // What the first takes too much is paid for by those after it, for ten minutes.
+    let rates = Rates { operations: 0, bytes: 1 };
     let block = Block::new(Box::new(Memory::new(vec![0; 4096])), Disk { rates, ..disk() });
     let read = || answer(&block, &memory, READ, 0, &[(DATA, 512, 2)]);
-    assert!((0..2).all(|_| read() != Answer::Kept));
+    assert_ne!(read(), Answer::Kept);
     assert_eq!(read(), Answer::Kept);
     block.set_rates(Rates::default());
     assert_ne!(read(), Answer::Kept);
