@@ -46,7 +46,7 @@ def refused(done: subprocess.CompletedProcess[str], *words: str) -> None:
         (["rum"], ["did you mean 'run'", "doctor"]),
         (["run"], ["ringzero run debian", "--kernel"]),
         (["run", "debain"], ["did you mean 'debian'"]),
-        (["run", "windows"], ["windows", "debian, hello"]),
+        (["run", "windows"], ["windows", "debian, debian-full, hello"]),
         (["run", "debian:5.10"], ["5.10", "6.12"]),
         (["run", "hello:2"], ["hello"]),
         (["run", "hello", "--bogus"], ["--bogus"]),

@@ -30,6 +30,7 @@ from typing import TYPE_CHECKING
 from ringzero.cli import fail, output_closed
 from ringzero.errors import GuestEnded, InputError
 from ringzero.machine.machine import Machine, write_all
+from ringzero.machine.seed import Seed
 
 if TYPE_CHECKING:
     from ringzero.machine.exec import GuestProcess
@@ -63,6 +64,11 @@ class RunOptions:
     vsock: str | None = None
     net: tuple[str, ...] = ()
     publish: tuple[str, ...] = ()
+    persist: str | None = None
+    user: str | None = None
+    ssh_key: tuple[str, ...] = ()
+    hostname: str | None = None
+    user_data: str | None = None
     stats: bool = False
     trace: str | None = None
     verbose: bool = False
@@ -134,6 +140,8 @@ def run_guest(options: RunOptions) -> int:
         vsock=False if options.vsock is None else options.vsock,
         net=options.net,
         publish=options.publish,
+        persist=options.persist,
+        seed=Seed.parse(options.user, options.ssh_key, options.hostname, options.user_data),
         append=_terminal_words(options.append, command),
         console=show(1) if command is None else show(2) if options.verbose else None,
         shell=command is None,

@@ -30,6 +30,10 @@ def images() -> None:
         if series == DEFAULT_KERNEL:
             words += "; 'debian' for short"
         table.add_row(f"debian:{series}", "yes" if here else "no", release, words)
+    full = find("debian-full")
+    manifest = cache.manifest("debian-full")
+    release = manifest.made_from.get("release", "") if manifest is not None and full is not None else ""
+    table.add_row("debian-full", "yes" if full is not None else "no", release, IMAGES["debian-full"])
     console = Console()
     console.print(table)
     console.print(f"\nringzero pull debian fetches one into {cache.root}", highlight=False, soft_wrap=True)

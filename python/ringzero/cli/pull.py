@@ -17,6 +17,7 @@ EPILOG = """\
 Examples:
   ringzero pull debian                  the default kernel (6.1)
   ringzero pull debian --kernel 6.12
+  ringzero pull debian-full             a whole Debian on a root disk; takes minutes
   ringzero pull debian --force          fetch it again, for a newer kernel of the same series
 """
 
@@ -27,7 +28,7 @@ app = typer.Typer(add_completion=False, rich_markup_mode=None)
     epilog=EPILOG, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110}
 )
 def pull(
-    image: Annotated[str, typer.Argument(metavar="IMAGE", help="debian, debian:6.12.")],
+    image: Annotated[str, typer.Argument(metavar="IMAGE", help="debian, debian:6.12, debian-full.")],
     kernel: Annotated[str | None, typer.Option(metavar="SERIES", help="Kernel series: 6.1 or 6.12.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Fetch it even if it is here, whole.")] = False,
 ) -> None:
@@ -36,16 +37,18 @@ def pull(
     Says nothing, and needs no network, when the image is there and whole.
     """
     from ringzero import images
+    from ringzero.machine.installer import run_guest
 
     if force or images.find(image, kernel) is None:
         fetch(image, kernel, force=force)
     else:
-        images.pull(image, kernel)  # every sum is checked; only damage makes it fetch
+        images.pull(image, kernel, run_guest=run_guest)  # every sum is checked; only damage makes it fetch
 
 
 def fetch(name: str, kernel: str | None = None, *, force: bool = False) -> Image:
     """Pull an image with a progress bar on standard error (a line a step when that is not a terminal)."""
     from ringzero import images
+    from ringzero.machine.installer import run_guest
 
     if not os.isatty(2):
         said: set[str] = set()
@@ -56,7 +59,7 @@ def fetch(name: str, kernel: str | None = None, *, force: bool = False) -> Image
                 with contextlib.suppress(OSError):
                     os.write(2, f"ringzero: {step}\n".encode())
 
-        return images.pull(name, kernel, say, force=force)
+        return images.pull(name, kernel, say, force=force, run_guest=run_guest)
 
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, SpinnerColumn, TextColumn
@@ -80,6 +83,6 @@ def fetch(name: str, kernel: str | None = None, *, force: bool = False) -> Image
             report("another pull is under way: waiting for it", 0, None)
             yield
 
-        image = images.pull(name, kernel, report, force=force, waiting=waiting())
+        image = images.pull(name, kernel, report, force=force, waiting=waiting(), run_guest=run_guest)
     console.print(f"[green]{image.name}[/green] is in {image.kernel.parent}")
     return image

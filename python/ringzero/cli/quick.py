@@ -33,6 +33,11 @@ OPTIONS: dict[str, tuple[str, Callable[[str], Any] | None]] = {
     "--net": ("net", str),
     "--publish": ("publish", str),
     "-p": ("publish", str),
+    "--persist": ("persist", str),
+    "--user": ("user", str),
+    "--ssh-key": ("ssh_key", str),
+    "--hostname": ("hostname", str),
+    "--user-data": ("user_data", str),
     "--cwd": ("cwd", str),
     "-w": ("cwd", str),
     "--stats": ("stats", None),
@@ -41,7 +46,7 @@ OPTIONS: dict[str, tuple[str, Callable[[str], Any] | None]] = {
     "--verbose": ("verbose", None),
     "-v": ("verbose", None),
 }
-REPEATED = frozenset({"env", "device", "disk", "mount", "net", "publish"})
+REPEATED = frozenset({"env", "device", "disk", "mount", "net", "publish", "ssh_key"})
 """Fields that collect every value that is given."""
 
 

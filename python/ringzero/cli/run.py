@@ -52,7 +52,8 @@ class RunCommand(TyperCommand):
 def run(
     context: typer.Context,
     image: Annotated[
-        str | None, typer.Argument(metavar="[IMAGE] [-- CMD ARG...]", help="debian, debian:6.12, or hello.")
+        str | None,
+        typer.Argument(metavar="[IMAGE] [-- CMD ARG...]", help="debian, debian:6.12, debian-full, or hello."),
     ] = None,
     kernel: Annotated[
         str | None,
@@ -104,6 +105,20 @@ def run(
             "--publish", "-p", metavar="[ADDRESS:]PORT:GUEST_PORT[/udp]", help="Lead a port to the guest."
         ),
     ] = None,
+    persist: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="Keep what debian-full writes in this qcow2 image."),
+    ] = None,
+    user: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Seed: make this user, who may sudo; root is locked.")
+    ] = None,
+    ssh_key: Annotated[
+        list[str] | None, typer.Option(metavar="FILE|KEY", help="Seed: who may log in over SSH.")
+    ] = None,
+    hostname: Annotated[str | None, typer.Option(metavar="NAME", help="Seed: the guest's host name.")] = None,
+    user_data: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Seed: a script, or what the image's cloud-init takes.")
+    ] = None,
     stats: Annotated[bool, typer.Option("--stats", help="Print the counters at the end.")] = False,
     trace: Annotated[
         str | None, typer.Option(metavar="FILE", help="Write a trace of every instruction.")
@@ -139,6 +154,11 @@ def run(
         vsock=vsock,
         net=tuple(net or ()),
         publish=tuple(publish or ()),
+        persist=persist,
+        user=user,
+        ssh_key=tuple(ssh_key or ()),
+        hostname=hostname,
+        user_data=user_data,
         stats=stats,
         trace=trace,
         verbose=verbose,

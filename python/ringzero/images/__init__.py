@@ -11,11 +11,13 @@ from ringzero.errors import InputError, InternalError
 
 if TYPE_CHECKING:
     from ringzero.images.apt import Progress
+    from ringzero.images.debian_full_build import RunGuest
 
 __all__ = ["IMAGES", "Image", "find", "pull", "resolve"]
 
 IMAGES = {
     "debian": "Debian's cloud kernel (6.1; debian:6.12 for 6.12), busybox and a shell",
+    "debian-full": "a whole Debian with systemd, on a disk of its own",
     "hello": "a guest of our own, inside the package: says what machine it found itself on",
 }
 """Every image by name, with a line about it."""
@@ -32,6 +34,8 @@ class Image:
     """Words for the kernel command line that the image itself needs."""
     agent: bool = False
     """Whether the image holds our agent, which runs commands for the host."""
+    disk: Path | None = None
+    """The root disk, the first of the machine's. Runs have overlays: this file stays as it is."""
 
 
 # `panic=-1`: a panic restarts the guest at once, and the monitor tells the operator.
@@ -39,6 +43,8 @@ class Image:
 # `cryptomgr.notests`: the kernel's tests of its own ciphers are two thirds of a boot (6.1.192: 1339 million
 # instructions with them, 464 million without).
 DEBIAN_APPEND = "console=ttyS0,115200 panic=-1 8250.nr_uarts=4 cryptomgr.notests"
+# The disk has one file system and no partitions. `rw` spares a remount, for the initramfs has checked it.
+FULL_APPEND = f"{DEBIAN_APPEND} root=/dev/vda rw"
 
 
 def resolve(name: str, kernel: str | None = None) -> tuple[str, str | None]:
@@ -61,6 +67,12 @@ def find(name: str, kernel: str | None = None) -> Image | None:
     if base == "hello":
         return _hello()
     from ringzero.images.cache import ImageCache
+
+    if base == "debian-full":
+        from ringzero.images.debian_full import find_full
+
+        files = find_full(ImageCache())
+        return _full(files) if files is not None else None
     from ringzero.images.debian import DEFAULT_KERNEL, find_debian
 
     series = series or DEFAULT_KERNEL
@@ -75,16 +87,30 @@ def pull(
     *,
     force: bool = False,
     waiting: AbstractContextManager[None] | None = None,
+    run_guest: RunGuest | None = None,
 ) -> Image:
     """Return an image, fetched and built first when this machine has no whole copy of it.
 
-    `progress` is told of the steps; `waiting` is entered while another pull holds the cache.
+    `progress` is told of the steps; `waiting` is entered while another pull holds the cache. `run_guest` is what makes
+    debian-full (ringzero.machine.installer).
     """
     base, series = resolve(name, kernel)
     if base == "hello":
         return _hello()
     from ringzero.images.apt import no_progress
     from ringzero.images.cache import ImageCache
+
+    if base == "debian-full":
+        from ringzero.images.debian_full_build import pull_full
+
+        if run_guest is None:
+            raise InputError("debian-full is installed in a guest: make it with `ringzero pull debian-full`")
+        installer = find("debian") or pull("debian", None, progress, waiting=waiting)
+        return _full(
+            pull_full(
+                ImageCache(), installer, run_guest, progress or no_progress, force=force, waiting=waiting
+            )
+        )
     from ringzero.images.debian import DEFAULT_KERNEL
     from ringzero.images.debian_build import pull_debian
 
@@ -95,6 +121,12 @@ def pull(
 
 def _debian(series: str, files: dict[str, Path]) -> Image:
     return Image(f"debian:{series}", files["vmlinuz"], files["initrd"], DEBIAN_APPEND, agent=True)
+
+
+def _full(files: dict[str, Path]) -> Image:
+    return Image(
+        "debian-full", files["vmlinuz"], files["initrd"], FULL_APPEND, agent=True, disk=files["disk.raw"]
+    )
 
 
 def _hello() -> Image:

@@ -12,16 +12,22 @@ Where the packages are looked for, in this order:
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shutil
 import subprocess
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from ringzero.errors import FetchError
+
+ESSENTIAL = ("?essential", "usr-is-merged")
+"""What every system has: apt-patterns(7). The second says that /bin is /usr/bin already, for which its alternative
+brings all of Perl.
+"""
 
 Progress = Callable[[str, int, int | None], None]
 """Told of every step: what is being done, how much of it is done, and of how much (bytes; None: not
@@ -40,6 +46,14 @@ class Package:
     name: str
     version: str
     size: int
+
+
+@dataclass(frozen=True)
+class System:
+    """The .deb files of a whole system: those that every system has, which come first, and the others."""
+
+    essential: list[Path]
+    others: list[Path]
 
 
 @dataclass(frozen=True)
@@ -145,25 +159,86 @@ class Apt:
                 problem = error
         raise problem
 
+    def fetch_system(self, packages: Sequence[str], into: Path) -> System:
+        """Fetch what a system needs that has no package yet: the essential ones, `packages`, and what these depend on.
+
+        From the machine's own suites alone: a system of several would not hold together. Each .deb is in `into`. Raises
+        FetchError when something cannot be had.
+        """
+        problem = FetchError("apt knows of no place to fetch packages from")
+        places: tuple[Callable[[], None], ...] = (lambda: None, self._own_lists)
+        for prepare in places:
+            try:
+                prepare()
+                essential = self._closure(ESSENTIAL)
+                everything = self._closure([*ESSENTIAL, *packages])
+                self._download_closure([*ESSENTIAL, *packages], sum(everything.values()), into)
+                return System(
+                    essential=[into / name for name in essential],
+                    others=[into / name for name in everything if name not in essential],
+                )
+            except FetchError as error:
+                problem = error
+        raise problem
+
+    def _closure(self, wanted: Sequence[str]) -> dict[str, int]:
+        """Return the file names of `wanted` and of what they depend on, with their sizes in bytes."""
+        result = self._run(self._install_command("--print-uris", *wanted))
+        rows = re.findall(r"^'\S+' (\S+\.deb) (\d+)", result.stdout, re.MULTILINE)
+        if result.returncode != 0 or not rows:
+            raise FetchError(
+                f"the apt sources of this machine do not make a system: {_reason(result.stderr or result.stdout)}"
+            )
+        return {name: int(size) for name, size in rows}
+
+    def _download_closure(self, wanted: Sequence[str], total: int, into: Path) -> None:
+        (into / "partial").mkdir(parents=True, exist_ok=True)
+        options = ("-o", f"Dir::Cache::archives={into}", "--download-only")
+        with self._watched("fetching Debian's packages", total, into, "**/*.deb"):
+            result = self._run(self._install_command(*options, *wanted))
+        if result.returncode != 0:
+            raise FetchError(f"Debian's packages could not be fetched: {_reason(result.stderr)}")
+
+    def _install_command(self, *arguments: str) -> list[str]:
+        """apt-get install, as for a system on which nothing is installed."""
+        status = self._directory / "status"
+        status.touch()
+        # No lock of the machine's own dpkg is taken: nothing is installed on it.
+        options = (f"Dir::State::status={status}", "APT::Install-Recommends=false", "Debug::NoLocking=true")
+        words = [word for option in options for word in ("-o", option)]
+        return self._command("apt-get", *words, "-qq", "--yes", "install", *arguments)
+
+    @contextlib.contextmanager
+    def _watched(self, label: str, total: int, directory: Path, pattern: str = "*.deb") -> Iterator[None]:
+        """Tell of the bytes that arrive below `directory`, as apt writes them."""
+        done = threading.Event()
+
+        def arrived() -> int:
+            size = 0
+            for path in directory.glob(pattern):
+                with contextlib.suppress(OSError):  # renamed when it is whole
+                    size += path.stat().st_size
+            return size
+
+        def watch() -> None:
+            while not done.wait(0.1):
+                self._progress(label, arrived(), total)
+
+        watcher = threading.Thread(target=watch, daemon=True)
+        watcher.start()
+        try:
+            yield
+        finally:
+            done.set()
+            watcher.join()
+
     def _download(self, package: Package, into: Path) -> Path:
         """Fetch a package and return the path of its .deb file."""
         label = f"fetching {package.name}"
         into.mkdir(parents=True, exist_ok=True)
         command = self._command("apt-get", "download", f"{package.name}={package.version}")
-        done = threading.Event()
-
-        def watch() -> None:
-            # apt writes into its working directory as the bytes arrive: the sizes are all there is to watch.
-            while not done.wait(0.1):
-                self._progress(label, sum(p.stat().st_size for p in into.glob("*.deb")), package.size)
-
-        watcher = threading.Thread(target=watch, daemon=True)
-        watcher.start()
-        try:
+        with self._watched(label, package.size, into):
             result = self._run(command, cwd=into)
-        finally:
-            done.set()
-            watcher.join()
         files = list(into.glob("*.deb"))
         if result.returncode != 0 or len(files) != 1:
             raise FetchError(f"{package.name} could not be fetched: {_reason(result.stderr)}")

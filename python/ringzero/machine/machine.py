@@ -29,6 +29,7 @@ from ringzero.machine.memory import MachineMemory
 from ringzero.machine.mount import Mount
 from ringzero.machine.network import Network, Networks, Publish
 from ringzero.machine.ports import Ports
+from ringzero.machine.seed import SEED_WORD, Seed
 from ringzero.machine.spec import MachineSpec, parse_size
 from ringzero.machine.translations import translation_folder
 from ringzero.machine.vsock import Vsock
@@ -74,6 +75,8 @@ class Machine(Driven):
         devices: Sequence[Any] = (),
         disks: Sequence[Disk | str | os.PathLike[str]] = (),
         mounts: Sequence[Mount | str] = (),
+        persist: str | os.PathLike[str] | None = None,
+        seed: Seed | None = None,
         ports: Sequence[str] = (),
         vsock: bool | str | os.PathLike[str] = False,
         net: str | Network | Sequence[str | Network] | None = None,
@@ -105,6 +108,9 @@ class Machine(Driven):
         "allow=192.0.2.0/24:443" (see ringzero.machine.network); `publish` are ports of this host that lead to the
         guest: "8080:80". `name` is what the guest's network calls it, and what the addresses of its cards come from.
         `console` is given every piece of console output.
+        An image with a root disk (debian-full) has it as the first disk, with an overlay that is gone when the machine
+        is; with `persist`, the overlay is the qcow2 image of that name, made when it is not there yet.
+        `seed` says what the guest shall be made into when it first boots, on a read-only disk after the others.
         `agent` and `shell` choose what an image with our agent starts: commands for `run`, and a
         login shell on the console. Without `quiet` the kernel's messages show. With `kaslr` a bzImage unpacks
         itself, at a random address, and no translations are kept; otherwise it is unpacked before it starts,
@@ -132,6 +138,8 @@ class Machine(Driven):
         self._disks = [Disk.parse(disk) for disk in disks]
         self._mounts = Mount.parse_all(mounts)
         self._opened_disks: list[_core.Disk] = []
+        self._persist = persist
+        self._seed = seed
         self._ports = Ports(ports)
         self._vsock = Vsock.parse(vsock)
         self.networks = Networks.parse(name or "ringzero", net, publish)
@@ -168,7 +176,7 @@ class Machine(Driven):
             if self._core_vm is not None:
                 raise InputError("this machine was started already: make another one")
             image = self._resolved_image()
-            with core_errors():
+            with core_errors(), self._with_disks_of(image):
                 vm = self._assembled(image)
                 self._console = Console(_line(vm, CONSOLE_PORT), self._sink)
                 if image.agent and self._with_agent:
@@ -413,8 +421,33 @@ class Machine(Driven):
         """Return the core VM of this machine, ready to start, for who looks after it himself: its console, its
         agent's line (serial ports 0 and 1) and its end. No thread is started, and this object stays unused.
         """
-        with core_errors():
-            return self._assembled(self._resolved_image(), files)
+        image = self._resolved_image()
+        with core_errors(), self._with_disks_of(image):
+            return self._assembled(image, files)
+
+    @contextlib.contextmanager
+    def _with_disks_of(self, image: Image) -> Iterator[None]:
+        """Have the image's root disk as the first of the disks, and the seed as the last, while all is put together."""
+        if image.disk is not None:
+            kept = Path(self._persist) if self._persist is not None else None
+            root = Disk(image.disk, format="raw", temporary=kept is None, overlay=kept)
+            self._disks.insert(0, root)
+        elif self._persist is not None:
+            raise InputError(f"{image.name} has no root disk to keep: persist is for debian-full")
+        if self._seed is None:
+            yield
+            return
+        if image.disk is not None and self._seed.needs_cloud_init:
+            raise InputError(
+                f"{image.name} has no cloud-init to read that user-data: give a script that begins with #!"
+            )
+        file = os.memfd_create("ringzero-seed", os.MFD_CLOEXEC)
+        try:
+            os.write(file, self._seed.image())
+            self._disks.append(Disk(Path(f"/proc/{os.getpid()}/fd/{file}"), read_only=True))
+            yield
+        finally:
+            os.close(file)  # the device has it open
 
     def _completed_spec(self, image: Image) -> MachineSpec:
         words = self._command_line(image)
@@ -429,11 +462,12 @@ class Machine(Driven):
             words += ["quiet"] if self._quiet else []
             words += [self._agent_word()] if self._with_agent else []
             words += ["ringzero.shell"] if self._with_shell else []
-            words += ["ringzero.disks"] if self._disks else []
+            words += ["ringzero.disks"] if self._disks and image.disk is None else []
             words += ["ringzero.ports"] if self._ports else []
             words += ["ringzero.vsock"] if self._vsock else []
             words += [mount.word for mount in self._mounts]
             words += self.networks.words()
+        words += [SEED_WORD] if self._seed is not None else []
         return " ".join(word for word in [*words, self._append] if word)
 
     def _agent_word(self) -> str:
@@ -445,7 +479,9 @@ class Machine(Driven):
 
         image = self._image
         if isinstance(image, str):
-            image = images.find(image) or images.pull(image)
+            from ringzero.machine.installer import run_guest
+
+            image = images.find(image) or images.pull(image, run_guest=run_guest)
         if image is None:
             if self._kernel is None:
                 raise InternalError("a machine was made with neither an image nor a kernel")
@@ -456,6 +492,7 @@ class Machine(Driven):
             self._initrd or image.initrd,
             image.append,
             agent=image.agent and self._initrd is None,
+            disk=image.disk,
         )
 
     @property
