@@ -84,7 +84,9 @@ class GuestSpec:
         if isinstance(shares, bool) or not isinstance(shares, int) or not 1 <= shares <= MOST_SHARES:
             raise InputError(f"{shares!r:.40} shares cannot be: give a number from 1 to {MOST_SHARES}")
         if any(network.kind == "switch" for network in Networks.parse(name, net, publish).networks):
-            raise InputError(f"--net {net}: a switch joins machines of one process, and here each has its own")
+            raise InputError(
+                f"--net {net}: a switch joins machines of one process, and here each has its own"
+            )
         for file in (kernel, initrd):
             if file is not None and not Path(file).is_absolute():
                 raise InputError(

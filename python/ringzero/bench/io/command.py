@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 
 from ringzero.bench.io.block import BlockBench
+from ringzero.bench.io.boot import BootBench
 from ringzero.bench.io.run import RunBench
 from ringzero.bench.memory import item
 from ringzero.errors import InputError
@@ -25,10 +26,12 @@ class Item(Protocol):
 
 
 ITEMS: dict[str, Callable[[], Item]] = {
+    "boot": BootBench,
     "block": BlockBench,
     "run": RunBench,
 }
 SMALL: dict[str, Callable[[], Item]] = {
+    "boot": lambda: BootBench(runs=1),
     "block": lambda: BlockBench(runs=1, mebibytes=32, operations=2000, rounds=1),
     "run": lambda: RunBench(commands=20, mebibytes=2, rounds=1),
 }
