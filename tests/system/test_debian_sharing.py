@@ -28,10 +28,10 @@ class Sharing(Machine):
     """A machine that has joined a sharer, and begins with pages that others have."""
 
     sharer: _core.Sharer
-    files: BootFiles
+    begun_with: BootFiles
 
     def _assembled(self, image: object, files: BootFiles | None = None) -> _core.Vm:
-        vm = super()._assembled(image, files or self.files)  # type: ignore[arg-type]
+        vm = super()._assembled(image, files or self.begun_with)  # type: ignore[arg-type]
         ours, theirs = socket.socketpair()
         with ours, theirs:
             pool, _ = self.sharer.join("group", f"vm{id(self)}", theirs.fileno(), MEMORY >> 12)
@@ -51,7 +51,7 @@ def guests(sharer: _core.Sharer, tmp_path: object) -> Iterator[list[Sharing]]:
     made = [Sharing("debian", memory=MEMORY, cpus=cpus, engine=ENGINE, shell=False) for cpus in (1, 2)]
     files = made[0].boot_files()
     for machine in made:
-        machine.sharer, machine.files = sharer, files
+        machine.sharer, machine.begun_with = sharer, files
     try:
         for machine in made:
             machine.start()
