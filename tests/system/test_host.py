@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from ringzero import Host
+from ringzero import Host, _core
 from ringzero.errors import GuestEnded, InputError
 from ringzero.host.client import HostVm
 from ringzero.host.runtime import Runtime
@@ -107,6 +107,43 @@ def test_a_vms_process_is_jailed(host: Host, root: Path) -> None:
     for thread in Path(f"/proc/{rows[0]['pid']}/task").iterdir():
         status = (thread / "status").read_text()
         assert "Seccomp:\t2" in status and "NoNewPrivs:\t1" in status
+
+
+def test_a_vm_has_disks_of_its_own(host: Host, tmp_path: Path) -> None:
+    """Opened before its process is jailed; one that is written to belongs to one VM."""
+    raw, image = tmp_path / "a.raw", tmp_path / "b.qcow2"
+    raw.write_bytes(bytes(1 << 20))
+    _core.image_create(str(image), 16 << 20)
+    vm = host.up("debian", disks=[str(raw), f"{image},serial=second"], **SMALL)
+    write = (
+        "echo kept | dd of=/dev/vda bs=512 conv=sync oflag=direct && dd if=/dev/vda of=/dev/vdb bs=1M && sync"
+    )
+    vm.run(["sh", "-c", write], check=True)
+    assert vm.run(["cat", "/sys/block/vdb/serial"], text=True).stdout == "second"
+    assert raw.read_bytes()[:5] == b"kept\n"
+    with pytest.raises(GuestEnded, match="another machine uses it"):
+        host.up("debian", name="late", disks=[str(raw)], **SMALL)
+    with pytest.raises(InputError, match="2 vms cannot all write"):
+        host.up_many(2, "debian", disks=[str(raw)], **SMALL)
+    host.down(vm.name, now=True)
+    assert _core.image_check(str(image))["errors"] == 0
+    assert _core.image_info(str(image))["size"] == 16 << 20
+
+
+def test_a_vm_whose_disk_fails_waits_and_goes_on(host: Host, tmp_path: Path) -> None:
+    """Its process tells the daemon, and tries again by itself."""
+    raw = tmp_path / "a.raw"
+    raw.write_bytes(bytes(1 << 20))
+    vm = host.up("debian", disks=[f"{raw},on-error=pause"], **SMALL)
+    os.truncate(raw, 0)
+    reading = vm.popen(["dd", "if=/dev/vda", "of=/dev/null", "bs=64k", "iflag=direct"])
+    told = lambda: [event.text for event in host.events() if event.kind == "disk"]  # noqa: E731
+    assert eventually(lambda: len(told()) == 1)
+    assert "a.raw" in told()[0] and "paused" in told()[0]
+    assert reading.poll() is None
+    os.truncate(raw, 1 << 20)
+    assert reading.wait(20) == 0
+    assert eventually(lambda: len(told()) == 2) and "goes on" in told()[1]
 
 
 def test_what_a_command_in_a_guest_does(host: Host) -> None:

@@ -20,7 +20,7 @@ __all__ = ["console", "down", "events", "list_", "up"]
 
 def up(
     image: Annotated[
-        str | None, typer.Argument(metavar="[IMAGE]", help="debian, debian:6.12, or hello.")
+        str | None, typer.Argument(metavar="[IMAGE]", help="debian, debian:6.12, debian-full, or hello.")
     ] = None,
     count: Annotated[int, typer.Option(metavar="N", help="How many VMs.")] = 1,
     name: Annotated[str | None, typer.Option(metavar="NAME", help="Of several: NAME-1, NAME-2 ...")] = None,
@@ -49,12 +49,34 @@ def up(
             "--publish", "-p", metavar="[ADDRESS:]PORT:GUEST_PORT[/udp]", help="Lead a port to the guest."
         ),
     ] = None,
+    disk: Annotated[
+        list[str] | None, typer.Option(metavar="FILE[,OPTION...]", help="Add a virtio disk (docs/disks.md).")
+    ] = None,
+    mount: Annotated[
+        list[str] | None, typer.Option(metavar="HERE:THERE[:ro]", help="Share a folder with the guest.")
+    ] = None,
+    persist: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Keep what the root disk gets in this qcow2 image.")
+    ] = None,
+    user: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Seed: make this user, who may sudo; root is locked.")
+    ] = None,
+    ssh_key: Annotated[
+        list[str] | None, typer.Option(metavar="FILE|KEY", help="Seed: who may log in over SSH.")
+    ] = None,
+    hostname: Annotated[str | None, typer.Option(metavar="NAME", help="Seed: the guest's host name.")] = None,
+    user_data: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Seed: a script, or what the image's cloud-init takes.")
+    ] = None,
     wait: Annotated[bool, typer.Option(help="Wait until the guests have booted.")] = True,
 ) -> None:
     """Start VMs: all of them, or none where the host could not keep what it would promise."""
     from rich.console import Console
 
+    from ringzero.machine.seed import Seed
+
     began = time.monotonic()
+    seed = Seed.parse(user, tuple(ssh_key or ()), hostname, user_data)
     with _host() as host, Console(stderr=True).status("starting"):
         vms = host.up_many(
             count,
@@ -73,6 +95,10 @@ def up(
             append=append,
             net=net,
             publish=publish or (),
+            disks=disk or (),
+            mounts=mount or (),
+            persist=persist,
+            seed=seed,
         )
     seconds = time.monotonic() - began
     done = "booted" if wait else "started"

@@ -27,8 +27,10 @@ from ringzero.host.runtime import Runtime
 from ringzero.host.spec import DEFAULT_GROUP, DEFAULT_SHARES, GuestSpec
 from ringzero.host.state import Event
 from ringzero.host.wire import Channel, connect
+from ringzero.machine.disk import Disk
 from ringzero.machine.drive import Driven
 from ringzero.machine.exec import AgentLink
+from ringzero.machine.mount import Mount
 from ringzero.policy import PAGE
 
 __all__ = ["Event", "Host", "HostVm", "VmMemoryFacts"]
@@ -120,8 +122,9 @@ class Host:
 
         Sizes are bytes, or text like "128M". `min` is what it can always have of the host's memory (a quarter of
         `memory` if nothing is said), `max` what it never has more of. VMs of one `share_group` share pages of equal
-        content. `machine` are `cpus`, `engine`, `kernel`, `initrd`, `append`, `net` and `publish` as `Machine` has
-        them. Raises InputError when the host cannot keep what it would promise, with the sum.
+        content. `machine` are `cpus`, `engine`, `kernel`, `initrd`, `append`, `net`, `publish`, `disks`, `mounts`,
+        `persist` and `seed` as `Machine` has them. Raises InputError when the host cannot keep what it would promise,
+        with the sum.
         """
         (vm,) = self.up_many(
             1,
@@ -168,12 +171,25 @@ class Host:
             from ringzero import images
 
             if images.find(image) is None:
-                images.pull(image)
+                from ringzero.machine.installer import run_guest
+
+                images.pull(image, run_guest=run_guest)
         for file in ("kernel", "initrd"):
             if options.get(file) is not None:
                 options[file] = os.path.abspath(options[file])
                 if not os.path.isfile(options[file]):
                     raise InputError(f"{file} {options[file]} is not a regular file: check the path")
+        # The daemon is elsewhere: what is a relative path here means nothing there.
+        options["disks"] = [Disk.read(str(Disk.parse(disk))) for disk in options.get("disks") or ()]
+        options["mounts"] = [Mount.read(str(Mount.parse(mount))) for mount in options.get("mounts") or ()]
+        if options.get("persist") is not None:
+            options["persist"] = os.path.abspath(options["persist"])
+        written = [os.fspath(disk.path) for disk in options["disks"] if disk.is_for_one]
+        if count > 1 and (written or options.get("persist") is not None):
+            raise InputError(
+                f"{count} vms cannot all write to {(written or [options['persist']])[0]}: add ,overlay or ,ro to the"
+                " disk, or start them one by one"
+            )
         base = name or ((image or "vm").replace(":", "-"))
         if count == 1 and name is not None:
             names = [name]

@@ -136,7 +136,11 @@ class Daemon:
             self.state.add([spec for spec in lost if spec.name not in known_names], time.time())
 
     def _changed(self, guest: Guest) -> None:
-        """A VM's phase has changed."""
+        """A VM's phase has changed, or its process has something to tell."""
+        news, guest.news = guest.news, None
+        if news is not None:
+            self.tell("disk", guest.name, f"vm {guest.name!r}: {news}")
+            return
         self._booting.discard(guest.name)
         if guest.phase is Phase.RUNNING:
             seconds = time.time() - guest.began

@@ -23,6 +23,7 @@ from ringzero.host.wire import Channel, Message, Peer, connect, credentials
 __all__ = ["Guest", "Phase", "last_words"]
 
 _LOG_TAIL = 16 << 10
+_LONGEST_NEWS = 1000
 _PATIENCE = 2.0
 """Seconds for a VM's process to answer what it always answers at once."""
 
@@ -38,7 +39,7 @@ class Phase(StrEnum):
 
 
 class Guest:
-    """One VM. `changed` is called when its phase has changed."""
+    """One VM. `changed` is called when its phase has changed, or there is news."""
 
     def __init__(
         self, loop: Loop, runtime: Runtime, spec: GuestSpec, changed: Callable[[Guest], None]
@@ -56,6 +57,8 @@ class Guest:
         self.is_condemned = False
         """It is ended by the operator, and forgotten then."""
         self.memory = GuestCounters(spec.memory)
+        self.news: str | None = None
+        """What its process had to tell of its disks, until somebody takes it."""
         self.jail: list[str] = []
         """What keeps its process from doing harm, by its own word before it ran its guest."""
         self._loop = loop
@@ -163,6 +166,9 @@ class Guest:
             if self.phase is Phase.BOOTING:
                 self.phase = Phase.RUNNING
                 self._changed(self)
+        elif message.get("event") == "trouble":
+            self.news = str(message.get("text"))[:_LONGEST_NEWS]
+            self._changed(self)
         elif (answered := self._asked.pop(message.get("id", 0), None)) is not None:
             answered(message)
 

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Self
 
 from ringzero.errors import InputError
 from ringzero.host.runtime import checked_name
+from ringzero.machine.disk import Disk
 from ringzero.machine.machine import Machine
+from ringzero.machine.mount import Mount
 from ringzero.machine.network import Networks
+from ringzero.machine.seed import Seed
 from ringzero.machine.spec import MachineSpec, format_size, parse_size
 from ringzero.policy import PAGE
 from ringzero.policy.counters import MOST_SHARES
@@ -19,6 +22,8 @@ __all__ = ["DEFAULT_GROUP", "DEFAULT_SHARES", "GuestSpec"]
 
 DEFAULT_SHARES = 1000
 DEFAULT_GROUP = "default"
+MOST_USER_DATA = 16 << 10
+"""Bytes: what clouds take, too. The spec goes from process to process with it."""
 LEAST_PART = 4
 """Without a min, a VM can always have this part of its size in machine memory."""
 
@@ -44,6 +49,10 @@ class GuestSpec:
     net: str | None = None
     """As `Machine` has it."""
     publish: tuple[str, ...] = ()
+    disks: tuple[Disk, ...] = ()
+    mounts: tuple[Mount, ...] = ()
+    persist: str | None = None
+    seed: Seed | None = None
 
     @classmethod
     def checked(
@@ -64,10 +73,15 @@ class GuestSpec:
         shell: bool = True,
         net: str | None = None,
         publish: Sequence[str] = (),
+        disks: Sequence[Disk | str] = (),
+        mounts: Sequence[Mount | str] = (),
+        persist: str | None = None,
+        seed: Seed | None = None,
     ) -> Self:
         """Return a spec of which every field makes sense; sizes are bytes, or text like "128M".
 
-        Without `min` a VM can always have a quarter of its memory, without `max` all of it. Raises InputError.
+        Whether files are there is seen when the VM starts: a spec outlives them. Without `min` a VM can always have a
+        quarter of its memory, without `max` all of it. Raises InputError.
         """
         if image is None and kernel is None:
             image = "debian"
@@ -87,11 +101,18 @@ class GuestSpec:
             raise InputError(
                 f"--net {net}: a switch joins machines of one process, and here each has its own"
             )
-        for file in (kernel, initrd):
+        read = tuple(disk if isinstance(disk, Disk) else Disk.read(disk) for disk in disks)
+        folders = tuple(mount if isinstance(mount, Mount) else Mount.read(mount) for mount in mounts)
+        files: list[str | Path | None] = [kernel, initrd, persist]
+        files += [file for disk in read for file in (disk.path, disk.overlay, disk.backing)]
+        files += [mount.here for mount in folders]
+        for file in files:
             if file is not None and not Path(file).is_absolute():
                 raise InputError(
                     f"{file} is a relative path, and the daemon is elsewhere: give an absolute one"
                 )
+        if seed is not None and len(seed.user_data or b"") > MOST_USER_DATA:
+            raise InputError(f"the user-data of a host's vm is {MOST_USER_DATA >> 10} KiB long at most")
         return cls(
             name=checked_name(name),
             image=image,
@@ -108,6 +129,10 @@ class GuestSpec:
             shell=bool(shell),
             net=net,
             publish=tuple(publish),
+            disks=read,
+            mounts=folders,
+            persist=persist,
+            seed=seed,
         )
 
     @classmethod
@@ -119,22 +144,32 @@ class GuestSpec:
         for key, value in values.items():
             if key not in known:
                 raise InputError(f"a vm has no {key!r:.40}: there is {', '.join(known)}")
-            if key in ("image", "kernel", "initrd", "append", "group", "engine", "net"):
+            if key in ("image", "kernel", "initrd", "append", "group", "engine", "net", "persist"):
                 if value is not None and not isinstance(value, str):
                     raise InputError(f"{key} is {value!r:.40}, and must be text")
-            elif key == "publish":
-                if not isinstance(value, list | tuple) or not all(isinstance(port, str) for port in value):
-                    raise InputError(f"publish is {value!r:.40}, and must be a list of texts")
+            elif key in ("publish", "disks", "mounts"):
+                if not isinstance(value, list | tuple) or not all(isinstance(word, str) for word in value):
+                    raise InputError(f"{key} is {value!r:.40}, and must be a list of texts")
             elif key in ("memory", "min", "max") and isinstance(value, bool | float | list | dict):
                 raise InputError(f"{key} is {value!r:.40}, and must be a size")
-        return cls.checked(**{key: value for key, value in values.items() if value is not None})
+        given = {key: value for key, value in values.items() if value is not None}
+        if "seed" in given:
+            given["seed"] = Seed.from_json(given["seed"])
+        return cls.checked(**given)
 
     def as_json(self) -> dict[str, Any]:
         """Return the fields, as JSON knows them."""
-        return asdict(self)
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return values | {
+            "disks": [str(disk) for disk in self.disks],
+            "mounts": [str(mount) for mount in self.mounts],
+            "seed": None if self.seed is None else self.seed.as_json(),
+        }
 
     def machine(self) -> Machine:
         """Return the machine, not started. Raises InputError for what cannot be."""
+        if self.mounts:
+            raise InputError("a vm of a host has no shared folders yet: copy files with `ringzero cp`")
         return Machine(
             self.image,
             memory=self.memory,
@@ -146,5 +181,9 @@ class GuestSpec:
             shell=self.shell,
             net=self.net,
             publish=self.publish,
+            disks=self.disks,
+            mounts=self.mounts,
+            persist=self.persist,
+            seed=self.seed,
             name=self.name,
         )

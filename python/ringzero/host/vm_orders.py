@@ -86,6 +86,11 @@ class Orders:
             else:
                 self._vm.resume()
 
+    def resume(self) -> None:
+        """Let the guest go on, if nobody wants it to stand still."""
+        if not self._is_blocked:
+            self._vm.resume()
+
     def _work(self) -> None:
         if self._timer is not None:
             self._timer.cancel()

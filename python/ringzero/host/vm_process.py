@@ -59,6 +59,8 @@ SCROLLBACK = 64 << 10
 SETTLED, TRIM_PERIOD = 6.0, 20.0
 """Seconds from when a guest has booted until what that took is given back (the translator drops its own part of it
 after 1.5 s of quiet), and from then on until it is looked after again: a millisecond's work."""
+DISK_PERIOD = 2.0
+"""Seconds between two looks at the disks."""
 _PIECE = 64 << 10
 _MOST_WAITING = 1 << 20
 """Bytes for a console that does not read: older ones are lost to it."""
@@ -201,7 +203,7 @@ class VmProcess:
         """Put the machine together. Raises RingzeroError when it cannot be."""
         self.spec = spec = place.spec
         self._began = time.time()
-        machine = spec.machine()
+        self._machine = machine = spec.machine()
         self._vm = machine.assembled(files)
         self._has_network = bool(machine.networks)
         self._memory = GuestMemory(self._vm, spec.memory)
@@ -219,11 +221,12 @@ class VmProcess:
         self._agent_line: socket.socket | None = None
         self._agent: AgentLink | None = None
         self._ready = False
-        if spec.image is not None and spec.image.partition(":")[0] == "debian" and spec.initrd is None:
+        if machine.resolved_image().agent:
             self._agent_line = _line(self._vm, AGENT_PORT)
         self._jail: list[str] = []
         self._reason: str | None = None
         self._silence: Timer | None = None
+        self._troubles: list[str] = []
 
     def run(self) -> str:
         """Run the guest to its end and return the reason."""
@@ -243,6 +246,8 @@ class VmProcess:
         except _core.CoreError as error:
             print(f"the vm is not jailed: {error}", file=sys.stderr, flush=True)
         self._vm.start()
+        if any(not disk.read_only for disk in self._machine.disks):
+            self._mind_disks()
         # Without our agent nobody says that the guest has booted.
         self._ready = self._agent_line is None
         self._loop.run()
@@ -270,6 +275,22 @@ class VmProcess:
         self._tell({"event": "ready"})
         Squeeze(self._loop, self._memory).begin()
         self._loop.call_later(SETTLED, self._trim)
+
+    def _mind_disks(self) -> None:
+        """A guest whose disk could not be written is paused: say so, and try whether it can go on."""
+        troubles = self._machine.disk_troubles()
+        if troubles != self._troubles:
+            self._troubles = troubles
+            words = (
+                f"{'; '.join(troubles)}: it is paused until that is put right" if troubles else "it goes on"
+            )
+            self._tell({"event": "trouble", "text": words})
+        if troubles:
+            with core_errors():
+                self._machine.retry_disks()
+                # Unless the arbiter wants it paused, too: then it goes on when that does.
+                self._orders.resume()
+        self._loop.call_later(DISK_PERIOD, self._mind_disks)
 
     def _trim(self) -> None:
         """Give back what was needed to boot, and from then on what is not needed any more, now and then."""

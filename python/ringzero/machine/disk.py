@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import typing
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 from ringzero.errors import InputError
@@ -70,9 +70,19 @@ class Disk:
         """
         if isinstance(text, Disk):
             return text
+        disk = cls.read(text)
+        if not disk.path.is_file():
+            raise InputError(
+                f"the disk {disk.path} is not a file: make one with `ringzero image create {disk.path} 1G`"
+            )
+        return disk
+
+    @classmethod
+    def read(cls, text: str | os.PathLike[str]) -> Disk:
+        """Return the disk that a text names, without a look at the file. Raises InputError for an unknown option."""
         name, options = _split(os.fspath(text))
         path = Path(name)
-        fields: dict[str, typing.Any] = {}
+        given: dict[str, typing.Any] = {}
         for option in options:
             key, equals, value = option.partition("=")
             known = [one for one in _OPTIONS if one[0] == key and (one[2] is not None) == bool(equals)]
@@ -82,14 +92,26 @@ class Disk:
                 )
                 raise InputError(f"the disk option {option!r} is not understood: write {how}")
             _, field, read = known[0]
-            if field in fields:
+            if field in given:
                 raise InputError(f"the disk option {key!r} was given twice")
-            fields[field] = True if read is None else read(value)
-        if not path.is_file():
-            raise InputError(
-                f"the disk {path} is not a file: make one with `ringzero image create {path} 1G`"
-            )
-        return cls(path, **fields)
+            given[field] = True if read is None else read(value)
+        return cls(path, **given)
+
+    def __str__(self) -> str:
+        """Return what `read` takes, with absolute paths: it means the same in another process."""
+        defaults = {field.name: field.default for field in fields(self)}
+        words = [os.path.abspath(self.path)]
+        for option, field, read in _OPTIONS:
+            value = getattr(self, field)
+            if value != defaults[field]:
+                text = os.path.abspath(value) if isinstance(value, Path) else value
+                words.append(option if read is None else f"{option}={text}")
+        return ",".join(words)
+
+    @property
+    def is_for_one(self) -> bool:
+        """Whether it is written to, so that one machine at a time can have it."""
+        return not self.read_only and not self.temporary
 
     def device(self, cpus: int) -> _core.Disk:
         """Open the file, and return the device, with a queue for each of a machine's processors.

@@ -175,7 +175,7 @@ class Machine(Driven):
         with self._lock:
             if self._core_vm is not None:
                 raise InputError("this machine was started already: make another one")
-            image = self._resolved_image()
+            image = self.resolved_image()
             with core_errors(), self._with_disks_of(image):
                 vm = self._assembled(image)
                 self._console = Console(_line(vm, CONSOLE_PORT), self._sink)
@@ -231,9 +231,18 @@ class Machine(Driven):
     def resume(self) -> None:
         """Let a paused machine go on; what it was paused for, if a disk could not be written, is tried again."""
         with core_errors():
-            for disk in self._opened_disks:
-                disk.retry()
+            self.retry_disks()
             self._vm.resume()
+
+    @property
+    def disks(self) -> tuple[Disk, ...]:
+        """The disks; with the image's own, once the machine is put together."""
+        return tuple(self._disks)
+
+    def retry_disks(self) -> None:
+        """Try again what could not be written. Raises the core's own errors."""
+        for disk in self._opened_disks:
+            disk.retry()
 
     def disk_troubles(self) -> list[str]:
         """Return a sentence for each disk that the host cannot write to as the guest wants: the machine is paused until
@@ -404,7 +413,7 @@ class Machine(Driven):
 
     def file_names(self) -> tuple[Path | None, Path | None]:
         """Return the kernel and the initramfs that this machine starts from; the image is fetched if need be."""
-        image = self._resolved_image()
+        image = self.resolved_image()
         return (image.kernel, image.initrd)
 
     def boot_files(self, known: BootFiles | None = None) -> BootFiles:
@@ -414,14 +423,14 @@ class Machine(Driven):
         """
         from ringzero.machine.assemble import share_boot_files
 
-        spec = self._completed_spec(self._resolved_image())
+        spec = self._completed_spec(self.resolved_image())
         return (known or share_boot_files(spec)).prepared(spec)
 
     def assembled(self, files: BootFiles | None = None) -> _core.Vm:
         """Return the core VM of this machine, ready to start, for who looks after it himself: its console, its
         agent's line (serial ports 0 and 1) and its end. No thread is started, and this object stays unused.
         """
-        image = self._resolved_image()
+        image = self.resolved_image()
         with core_errors(), self._with_disks_of(image):
             return self._assembled(image, files)
 
@@ -473,8 +482,8 @@ class Machine(Driven):
     def _agent_word(self) -> str:
         return "ringzero.agent=port" if AGENT_NAME in self._ports.names else "ringzero.agent"
 
-    def _resolved_image(self) -> Image:
-        """Return what boots: the image, with the caller's own files in the place of its."""
+    def resolved_image(self) -> Image:
+        """Return what boots: the image, fetched if need be, with the caller's own files in the place of its."""
         from ringzero import images
 
         image = self._image

@@ -42,19 +42,23 @@ class Mount:
     @classmethod
     def parse(cls, text: str | Mount) -> Mount:
         """Return what "HERE:THERE", with ":ro" behind it or not, says. Raises InputError when it is nothing."""
-        if isinstance(text, Mount):
-            mount = text
-        else:
-            read_only = text.endswith(":ro")
-            here, colon, there = text.removesuffix(":ro").rpartition(":")
-            if not colon or not here or not there:
-                raise InputError(
-                    f"the mount {text!r} is not HERE:THERE: write ./here:/there or ./here:/there:ro"
-                )
-            mount = cls(Path(here), PurePosixPath(there), read_only)
+        mount = text if isinstance(text, Mount) else cls.read(text)
         if not mount.here.is_dir():
             raise InputError(f"{mount.here} cannot be mounted: there is no such folder")
         return mount
+
+    @classmethod
+    def read(cls, text: str) -> Mount:
+        """Return what a text says, without a look at the folder. Raises InputError when it is nothing."""
+        read_only = text.endswith(":ro")
+        here, colon, there = text.removesuffix(":ro").rpartition(":")
+        if not colon or not here or not there:
+            raise InputError(f"the mount {text!r} is not HERE:THERE: write ./here:/there or ./here:/there:ro")
+        return cls(Path(here), PurePosixPath(there), read_only)
+
+    def __str__(self) -> str:
+        """Return what `read` takes, with an absolute path: it means the same in another process."""
+        return f"{os.path.abspath(self.here)}:{self.there}{':ro' if self.read_only else ''}"
 
     @classmethod
     def parse_all(cls, texts: Iterable[str | Mount]) -> list[Mount]:

@@ -7,11 +7,13 @@ ringzero-seed.service reads the file `ringzero` of the same disk, a line a fact,
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ringzero.errors import InputError
 
@@ -73,6 +75,35 @@ class Seed:
         keys = tuple(key for text in ssh_keys for key in _keys(text))
         data = _read(Path(user_data), "user-data") if user_data is not None else None
         return cls(user, keys, hostname, data)
+
+    def as_json(self) -> dict[str, Any]:
+        """Return what `from_json` takes, as JSON knows it."""
+        data = None if self.user_data is None else base64.b64encode(self.user_data).decode()
+        return {
+            "user": self.user,
+            "ssh_keys": list(self.ssh_keys),
+            "hostname": self.hostname,
+            "user_data": data,
+        }
+
+    @classmethod
+    def from_json(cls, values: Any) -> Seed:
+        """Return the seed that `as_json` made. Raises InputError for anything else."""
+        try:
+            keys, data = values.get("ssh_keys", []), values.get("user_data")
+            texts = [values.get("user"), values.get("hostname"), data]
+            if not isinstance(keys, list) or not all(isinstance(text, str) for text in keys):
+                raise TypeError("keys are a list of texts")
+            if not all(text is None or isinstance(text, str) for text in texts):
+                raise TypeError("the others are texts")
+            return cls(
+                texts[0],
+                tuple(keys),
+                texts[1],
+                None if data is None else base64.b64decode(data, validate=True),
+            )
+        except (AttributeError, TypeError, ValueError) as error:
+            raise InputError(f"a seed is not {values!r:.60}: {error}") from error
 
     @property
     def needs_cloud_init(self) -> bool:
