@@ -355,5 +355,8 @@ def test_a_vm_in_its_jail_has_a_network_and_a_port(host: Host) -> None:
     script = f"hostname >/tmp/file; httpd -p 80 -h /tmp; wget -q -O - http://10.0.2.2:{port}/file"
     # Out through the jail's sockets, and in again through the port.
     assert vm.run(["sh", "-c", script], text=True, check=True).stdout == "web\n"
+    # The jailed process answers this itself.
+    url = "http://169.254.169.254/latest/meta-data/hostname"
+    assert vm.run(["wget", "-q", "-O", "-", url], text=True, check=True).stdout == "web"
     with pytest.raises(GuestEnded, match="taken already"):
         host.up("debian", name="other", publish=[f"{port}:80"], **SMALL)

@@ -2,6 +2,7 @@
 
 import hashlib
 import socket
+import subprocess
 import threading
 import urllib.request
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ import pytest
 
 from ringzero import Machine
 from ringzero.errors import InputError
+from ringzero.machine.metadata import instance_of
 
 from .conftest import ENGINE
 
@@ -74,6 +76,16 @@ def test_bytes_go_both_ways_through_the_hosts_sockets(guest: Machine) -> None:
         assert bytes(received) == DATA
 
 
+def test_a_guest_is_told_about_itself(guest: Machine) -> None:
+    base = "http://169.254.169.254/latest"
+    assert shell(guest, f"wget -q -O - {base}/meta-data/instance-id") == instance_of("web")
+    mac = shell(guest, f"wget -q -O - {base}/meta-data/mac")
+    assert mac in shell(guest, "ip link show eth0")
+    assert shell(guest, f"wget -q -O - {base}/meta-data/local-ipv4") == "10.0.2.15"
+    assert guest.run(["wget", "-q", "-O", "-", f"{base}/user-data"]).returncode != 0
+    assert guest.run(["nc", "-w", "5", "169.254.169.254", "81"], stdin=subprocess.DEVNULL).returncode != 0
+
+
 def test_ports_lead_to_the_guest(guest: Machine) -> None:
     tcp, udp = guest.networks.published()
     # Nobody listens yet: the guest's system refuses, and so does ours.
@@ -100,6 +112,8 @@ def test_what_is_not_allowed_is_refused_at_once() -> None:
         for target in (f"10.0.2.2 {port}", f"127.0.0.1 {port}", "198.51.100.1 443", "192.0.2.1 80"):
             done = machine.run(["sh", "-c", f"nc -w 30 {target} </dev/null"], text=True)
             assert done.returncode != 0 and "refused" in done.stderr, target
+        done = machine.run(["wget", "-q", "-O", "-", "http://169.254.169.254/"], capture_output=True)
+        assert done.returncode != 0 and b"refused" in done.stderr
         assert "nameserver" not in shell(machine, "cat /etc/resolv.conf 2>/dev/null || true")
 
 

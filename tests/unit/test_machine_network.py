@@ -25,6 +25,8 @@ def test_networks_are_read_as_they_are_written() -> None:
     joined = Network.parse("switch=lan,ip=192.168.7.1/24")
     assert (joined.kind, joined.switch, joined.address) == ("switch", "lan", "192.168.7.1/24")
     assert (strict.names, Network.parse("allow=192.0.2.1,dns").names) == (False, True)
+    told = ["nat", "nat,no-metadata", "allow=192.0.2.1", "allow=192.0.2.1,metadata"]
+    assert [Network.parse(text).metadata for text in told] == [True, False, False, True]
 
 
 @pytest.mark.parametrize(
@@ -46,6 +48,9 @@ def test_networks_are_read_as_they_are_written() -> None:
             "nat,mac=01:00:00:00:00:00",
             "nat,mac=02",
             "nat,dns",
+            "nat,metadata",
+            "allow=192.0.2.1,no-metadata",
+            "switch=lan,no-metadata",
             "nat,ip=192.0.2.1/24",
             "switch=",
             "switch=a b",
@@ -124,9 +129,14 @@ def test_connections_to_a_service_come_one_by_one() -> None:
         # What the machine's network does with a connection of the guest's.
         with socket.socket(fileno=os.dup(fd)) as machine:
             socket.send_fds(machine, [b"\1"], [theirs.fileno()])
-        with listener.accept() as connection:
+        listener.setblocking(False)
+        connection, address = listener.accept()
+        with connection:
             connection.sendall(b"here")
             assert ours.recv(4) == b"here"
+        assert address == "169.254.169.254:80"
+        with pytest.raises(BlockingIOError):
+            listener.accept()
     listener.close()
 
 

@@ -4,13 +4,13 @@ import contextlib
 import http.client
 import json
 import socket
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from ringzero.machine.metadata import CONNECTIONS_MAX, TOKENS_MAX, InstanceMetadata, MetadataServer
+from ringzero.machine.metadata import InstanceMetadata, instance_of
+from ringzero.machine.metadata_server import CONNECTIONS_MAX, HEAD_MAX, TOKENS_MAX, MetadataServer
 
 TTL = "X-aws-ec2-metadata-token-ttl-seconds"
 TOKEN = "X-aws-ec2-metadata-token"
@@ -22,6 +22,14 @@ ME = InstanceMetadata(
     ("ssh-ed25519 AAAA a", "ssh-ed25519 BBBB b"),
     b"#!/bin/sh\n",
 )
+
+
+def listening(path: Path) -> socket.socket:
+    """Return a socket that takes connections, as a machine's network gives them."""
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(str(path))
+    listener.listen(64)
+    return listener
 
 
 def connected(path: Path) -> socket.socket:
@@ -48,7 +56,7 @@ def ask(path: Path, target: str, method: str = "GET", **headers: str) -> tuple[i
 @pytest.fixture
 def service(tmp_path: Path) -> Iterator[Path]:
     """A service that answers both versions."""
-    with MetadataServer(tmp_path / "imds", ME):
+    with MetadataServer(listening(tmp_path / "imds"), ME):
         yield tmp_path / "imds"
 
 
@@ -92,7 +100,7 @@ def test_no_token_for_who_forwards(service: Path) -> None:
 
 def test_tokens_can_be_required(tmp_path: Path) -> None:
     """Then the first version is refused."""
-    with MetadataServer(tmp_path / "imds", ME, tokens_required=True) as server:
+    with MetadataServer(listening(tmp_path / "imds"), ME, tokens_required=True) as server:
         assert ask(tmp_path / "imds", "/latest/meta-data/hostname")[0] == 401
         token = ask(tmp_path / "imds", "/latest/api/token", "PUT", **{TTL: "60"})[1].decode()
         assert ask(tmp_path / "imds", "/latest/meta-data/hostname", **{TOKEN: token})[0] == 200
@@ -103,21 +111,82 @@ def test_tokens_can_be_required(tmp_path: Path) -> None:
 
 def test_no_user_data_is_not_empty_user_data(tmp_path: Path) -> None:
     """As EC2 has it: 404."""
-    with MetadataServer(tmp_path / "imds", InstanceMetadata("i-2")):
+    with MetadataServer(listening(tmp_path / "imds"), InstanceMetadata("i-2")):
         assert ask(tmp_path / "imds", "/latest/user-data")[0] == 404
         assert ask(tmp_path / "imds", "/latest/meta-data/public-keys/")[0] == 404
 
 
 def test_a_hostile_guest_is_cut_off_and_others_are_served(service: Path) -> None:
-    """Long lines, what is no HTTP, and more connections than there may be."""
-    for words in (b"GET /" + b"x" * 70000 + b" HTTP/1.1\r\n\r\n", b"\x00\xff\r\n\r\n", b"GET\r\n\r\n"):
-        assert b" 200 " not in answer_to(service, words)
+    """Long lines, what is no HTTP, and more connections than there may be: the oldest goes."""
+    for words, status in {
+        b"GET /" + b"x" * 70000 + b" HTTP/1.1\r\n\r\n": b" 431 ",
+        b"x" * (HEAD_MAX + 1): b" 431 ",
+        b"\x00\xff\r\n\r\n": b" 400 ",
+        b"GET\r\n\r\n": b" 400 ",
+        b"GET / HTTP/2\r\n\r\n": b" 400 ",
+        b"GET http://elsewhere/ HTTP/1.1\r\n\r\n": b" 400 ",
+        b"POST / HTTP/1.1\r\n\r\n": b" 405 ",
+    }.items():
+        assert status in answer_to(service, words).partition(b"\r\n")[0]
     held = [connected(service) for _ in range(CONNECTIONS_MAX)]
-    with connected(service) as line:
-        assert line.recv(1) == b""  # one too many
+    assert ask(service, "/latest/meta-data/instance-id") == (200, b"i-1")
+    assert held[0].recv(1) == b""
+    held[1].sendall(b"GET /latest/meta-data/instance-id HTTP/1.1\r\n\r\n")
+    assert b"i-1" in held[1].recv(4096)
     for line in held:
         line.close()
-    assert any(ask_or_none(service) for _ in range(100))
+
+
+def test_requests_come_in_pieces_in_a_row_and_with_what_nobody_reads(service: Path) -> None:
+    """Each is answered once, in order; a body is no request."""
+    item = b"GET /latest/meta-data/%s HTTP/1.1\r\nHost: x\r\n\r\n"
+    with connected(service) as line:
+        for byte in item % b"instance-id":
+            line.sendall(bytes([byte]))
+        line.sendall(item % b"hostname" + item % b"nothing")
+        line.shutdown(socket.SHUT_WR)
+        said = b"".join(iter(lambda: line.recv(4096), b""))
+    parts = said.split(b"HTTP/1.1 ")[1:]
+    assert [part[:3] for part in parts] == [b"200", b"200", b"404"]
+    assert parts[0].endswith(b"i-1") and parts[1].endswith(b"box.lan")
+    body = item % b"hostname"
+    head = f"GET / HTTP/1.1\r\nContent-Length: {len(body)}\r\n\r\n".encode()
+    assert answer_to(service, head + body).count(b"HTTP/1.1 ") == 1
+    assert answer_to(service, b"\r\nGET / HTTP/1.0\n\n").startswith(b"HTTP/1.1 200 OK\r\n")
+    answer = answer_to(service, b"HEAD /latest/user-data HTTP/1.1\r\nConnection: close\r\n\r\n")
+    assert b"content-length: 10\r\n" in answer.lower() and answer.endswith(b"\r\n\r\n")
+
+
+def test_who_does_not_read_keeps_nobody_waiting(tmp_path: Path) -> None:
+    """A large answer waits in the service, once a connection, and comes whole at last."""
+    data = bytes(range(256)) * 4096
+    with MetadataServer(listening(tmp_path / "imds"), InstanceMetadata("i-3", user_data=data)):
+        with connected(tmp_path / "imds") as line:
+            line.sendall(b"GET /latest/user-data HTTP/1.1\r\n\r\n" * 10)
+            assert ask(tmp_path / "imds", "/latest/meta-data/instance-id") == (200, b"i-3")
+            line.shutdown(socket.SHUT_WR)
+            said = b"".join(iter(lambda: line.recv(1 << 20), b""))
+        assert said.count(data) == 10
+
+
+def test_it_can_be_a_part_of_another_loop(tmp_path: Path) -> None:
+    """Then it does what there is to do and waits for nothing."""
+    server = MetadataServer(listening(tmp_path / "imds"), ME)
+    assert server.work()
+    with connected(tmp_path / "imds") as line:
+        line.sendall(b"GET /latest/meta-data/instance-id HTTP/1.0\r\n\r\n")
+        for _ in range(4):
+            assert server.work()
+        assert line.recv(4096).endswith(b"i-1")
+    server.close()
+    with pytest.raises(ConnectionRefusedError):
+        connected(tmp_path / "imds")
+
+
+def test_an_instance_is_its_name() -> None:
+    """As long as no seed says otherwise."""
+    assert instance_of("web") == instance_of("web") != instance_of("db")
+    assert len(instance_of("web")) == 19
 
 
 def answer_to(path: Path, words: bytes) -> bytes:
@@ -128,12 +197,3 @@ def answer_to(path: Path, words: bytes) -> bytes:
         while data := line.recv(4096):
             said += data
     return said
-
-
-def ask_or_none(path: Path) -> bool:
-    """Ask, where the service may still be closing what was held."""
-    try:
-        return ask(path, "/latest/meta-data/instance-id") == (200, b"i-1")
-    except (OSError, http.client.HTTPException):
-        time.sleep(0.1)
-        return False

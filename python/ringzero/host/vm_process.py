@@ -237,6 +237,8 @@ class VmProcess:
         self._listener.listen(64)
         self._loop.watch(self._listener, READ, self._accept)
         self._loop.accept_posts()
+        if self._machine.metadata is not None:
+            self._loop.watch(self._machine.metadata.fileno(), READ, self._tell_guest)
         # All that it needs is open. From here on it is the guest's, should that break out.
         from ringzero import _core
 
@@ -291,6 +293,11 @@ class VmProcess:
                 # Unless the arbiter wants it paused, too: then it goes on when that does.
                 self._orders.resume()
         self._loop.call_later(DISK_PERIOD, self._mind_disks)
+
+    def _tell_guest(self, _: int) -> None:
+        """The guest asks about itself."""
+        if self._machine.metadata is not None and not self._machine.metadata.work():
+            self._loop.forget(self._machine.metadata.fileno())
 
     def _trim(self) -> None:
         """Give back what was needed to boot, and from then on what is not needed any more, now and then."""

@@ -27,7 +27,7 @@ from ringzero.machine.disk import Disk
 from ringzero.machine.drive import Driven
 from ringzero.machine.memory import MachineMemory
 from ringzero.machine.mount import Mount
-from ringzero.machine.network import Network, Networks, Publish
+from ringzero.machine.network import GuestListener, Network, Networks, Publish
 from ringzero.machine.ports import Ports
 from ringzero.machine.seed import SEED_WORD, Seed
 from ringzero.machine.spec import MachineSpec, parse_size
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from ringzero.images import Image
     from ringzero.machine.assemble import BootFiles
     from ringzero.machine.exec import AgentLink
+    from ringzero.machine.metadata_server import MetadataServer
 
 CONSOLE_PORT, AGENT_PORT = 0, 1
 AGENT_NAME = "org.ringzero.agent"
@@ -143,6 +144,7 @@ class Machine(Driven):
         self._ports = Ports(ports)
         self._vsock = Vsock.parse(vsock)
         self.networks = Networks.parse(name or "ringzero", net, publish)
+        self._metadata: MetadataServer | None = None
         if names := [device for device in self._devices if isinstance(device, str)]:
             from ringzero.devices import check_names
 
@@ -185,6 +187,8 @@ class Machine(Driven):
                     named = AGENT_NAME in self._ports.names
                     self._agent = AgentLink(self._ports.join(AGENT_NAME) if named else _line(vm, AGENT_PORT))
                 vm.start()
+            if self._metadata is not None:
+                self._metadata.start()
             self._core_vm = vm
             self._running = True
         threading.Thread(target=self._watch, name="ringzero-watch", daemon=True).start()
@@ -394,6 +398,7 @@ class Machine(Driven):
         """Put the machine together. Raises the core's own errors, too."""
         from ringzero.machine.assemble import assemble
 
+        self._metadata = self._metadata_server()
         return assemble(
             self._completed_spec(image),
             self._devices,
@@ -410,6 +415,33 @@ class Machine(Driven):
             networks=self.networks,
             files=files,
         )
+
+    def _metadata_server(self) -> MetadataServer | None:
+        """Return the service that tells the guest about itself, if its network leads there and nobody else is there."""
+        told = self.networks.told()
+        if told is None:
+            return None
+        from ringzero.machine.metadata import InstanceMetadata, instance_of
+        from ringzero.machine.metadata_server import ADDRESS, MetadataServer
+
+        if any(service.address == ADDRESS for service in self.networks.services):
+            return None
+        listener = GuestListener(ADDRESS)
+        self.networks.services.append(listener)
+        address, mac = told
+        seed = self._seed or Seed()
+        instance = seed.instance if self._seed is not None else instance_of(self.networks.name)
+        name = seed.hostname or self.networks.name
+        return MetadataServer(
+            listener, InstanceMetadata(instance, name, address, mac, seed.ssh_keys, seed.user_data)
+        )
+
+    @property
+    def metadata(self) -> MetadataServer | None:
+        """What answers the guest at 169.254.169.254, from `start` or `assembled` on: `start` gives it a thread, and who
+        has called `assembled` calls its `work`.
+        """
+        return self._metadata
 
     def file_names(self) -> tuple[Path | None, Path | None]:
         """Return the kernel and the initramfs that this machine starts from; the image is fetched if need be."""
@@ -533,6 +565,8 @@ class Machine(Driven):
         # A kernel that restarts after a panic (panic=N) asks for a plain reset: its console tells them apart.
         if reason == "reboot" and self.panic_message() is not None:
             reason = "panic"
+        if self._metadata is not None:
+            self._metadata.close()
         self._end_reason = reason
         self._ended.set()
 

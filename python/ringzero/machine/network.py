@@ -2,12 +2,12 @@
 
     none                        no card
     nat                         a network of the guest's own, with a way out through this host
-    allow=CIDR[:PORT],...       the same, but nothing else is reached; `dns` among them lets names be asked for
-
+    allow=CIDR[:PORT],...       the same, but nothing else is reached; `dns` among them lets names be asked for,
+                                `metadata` has the guest told about itself
     switch=NAME                 joined with the other machines of this process that name the same switch
 
-Words behind a comma change it: `nat,host-loopback` (10.0.2.2 stands for this host's 127.0.0.1), `nat,mtu=9000`,
-`nat,mac=02:00:00:00:00:01`, `switch=lan,ip=192.168.7.1/24` (our own images take that address).
+Words behind a comma change it: `nat,host-loopback` (10.0.2.2 stands for this host's 127.0.0.1), `nat,no-metadata`,
+`nat,mtu=9000`, `nat,mac=02:00:00:00:00:01`, `switch=lan,ip=192.168.7.1/24` (our own images take that address).
 docs/networks.md tells what is inside.
 """
 
@@ -132,6 +132,8 @@ class Network:
     """What may be reached; everything without a list."""
     names: bool = True
     """Whether names may be asked for."""
+    metadata: bool = True
+    """Whether the guest is told about itself at 169.254.169.254."""
     host_loopback: bool = False
     mtu: int = 1500
     mac: bytes | None = None
@@ -148,7 +150,7 @@ class Network:
         if kind == "none" and len(words) == 1:
             return cls("none")
         if kind == "allow" and value:
-            network, rules = replace(network, names=False), []
+            network, rules = replace(network, names=False, metadata=False), []
             words[0] = value
         elif words[0] == "nat":
             del words[0]
@@ -169,11 +171,13 @@ class Network:
                 network = replace(network, mac=_mac(value))
             elif rules is not None and word == "dns":
                 network = replace(network, names=True)
+            elif word == ("no-metadata" if rules is None else "metadata") and network.kind == "nat":
+                network = replace(network, metadata=rules is not None)
             elif rules is not None and word:
                 rules.append(_rule(word))
             else:
                 raise InputError(
-                    f"--net {text}: nothing is known of {word!r}: there is host-loopback, mtu=, mac="
+                    f"--net {text}: nothing is known of {word!r}: there is host-loopback, no-metadata, mtu=, mac="
                 )
         return replace(network, rules=None if rules is None else tuple(rules))
 
@@ -240,12 +244,16 @@ class GuestListener:
         """Return a descriptor that can be read when there is a connection."""
         return self._ours.fileno()
 
-    def accept(self) -> socket.socket:
-        """Wait for the guest's next connection. Raises OSError when the machine has ended."""
+    def setblocking(self, flag: bool, /) -> None:
+        """Say whether `accept` waits, or raises BlockingIOError."""
+        self._ours.setblocking(flag)
+
+    def accept(self) -> tuple[socket.socket, str]:
+        """Wait for the guest's next connection and return it, with its address. Raises OSError at the end."""
         data, fds, _, _ = socket.recv_fds(self._ours, 1, 1)
         if not data or not fds:
             raise OSError("the machine has ended")
-        return socket.socket(fileno=fds[0])
+        return (socket.socket(fileno=fds[0]), self.address)
 
     def handed_over(self) -> tuple[str, int]:
         """Return the address, and the descriptor of the machine's end of it."""
@@ -325,6 +333,13 @@ class Networks:
             forwards=[(port.udp, port.place, port.guest_port) for port in self.publish],
             services=[service.handed_over() for service in self.services],
         )
+
+    def told(self) -> tuple[str, str] | None:
+        """Return the address and the card of a guest that is to be told about itself; None for one that is not."""
+        for number, network in enumerate(self.networks):
+            if network.kind == "nat" and network.metadata:
+                return ("10.0.2.15", (network.mac or mac_of(self.name, number)).hex(":"))
+        return None
 
     def words(self) -> list[str]:
         """Return what the kernel's command line tells our own images of the cards."""

@@ -110,6 +110,13 @@ class Seed:
         """Whether there is user-data that is no script: debian-full cannot read it."""
         return self.user_data is not None and not self.user_data.startswith(b"#!")
 
+    @property
+    def instance(self) -> str:
+        """What a guest with this seed is: cloud-init goes to work again when that changes, and so does debian-full."""
+        from zlib import crc32
+
+        return f"ringzero-{crc32(self.user_data or b'', crc32(self._facts().encode())):08x}"
+
     def image(self) -> bytes:
         """Return the disk."""
         from ringzero.images.iso9660 import iso9660
@@ -118,22 +125,21 @@ class Seed:
 
     def files(self) -> dict[str, bytes]:
         """Return the files of the disk by name."""
-        from zlib import crc32
-
-        facts = [f"user {self.user}"] if self.user else []
-        facts += [f"key {key}" for key in self.ssh_keys]
-        facts += [f"hostname {self.hostname}"] if self.hostname else []
-        text = "".join(f"{fact}\n" for fact in facts)
-        # cloud-init goes to work again when this changes, and so does debian-full.
-        instance = f"ringzero-{crc32(self.user_data or b'', crc32(text.encode())):08x}"
-        meta = {"instance-id": instance} | ({"local-hostname": self.hostname} if self.hostname else {})
+        meta = {"instance-id": self.instance} | ({"local-hostname": self.hostname} if self.hostname else {})
         return {
             "meta-data": _yaml(meta),
             "user-data": self.user_data or b"",
             # What the operator's own user-data says goes before vendor-data.
             "vendor-data": b"#cloud-config\n" + _yaml(self._cloud_config()),
-            "ringzero": f"instance {instance}\n{text}".encode(),
+            "ringzero": f"instance {self.instance}\n{self._facts()}".encode(),
         }
+
+    def _facts(self) -> str:
+        """Say it for debian-full, a line a fact."""
+        facts = [f"user {self.user}"] if self.user else []
+        facts += [f"key {key}" for key in self.ssh_keys]
+        facts += [f"hostname {self.hostname}"] if self.hostname else []
+        return "".join(f"{fact}\n" for fact in facts)
 
     def _cloud_config(self) -> dict[str, object]:
         """Say the same in cloud-init's own terms."""

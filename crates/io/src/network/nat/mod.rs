@@ -27,6 +27,7 @@ use host::events::EventFd;
 use host::lock::{Rank, RankedMutex};
 use host::socket::{Epoll, Event};
 use std::os::fd::AsFd;
+use std::os::unix::net::UnixStream;
 
 use self::config::{Config, Forward, ROUTER};
 use self::state::State;
@@ -135,6 +136,10 @@ impl Nat {
                     epoll.watch_readable(socket.as_fd(), token)?;
                 }
             }
+        }
+        for service in &config.services {
+            // Who takes no connections keeps nobody waiting: the guest's is refused.
+            UnixStream::from(service.socket.try_clone()?).set_nonblocking(true)?;
         }
         let (stopping, starved) = (AtomicBool::new(false), AtomicBool::new(false));
         let shared = Arc::new(Shared { state: OnceLock::new(), epoll, wake, stopping, starved });

@@ -438,6 +438,20 @@ fn connections_to_a_service_are_given_away() {
 }
 
 #[test]
+fn a_service_that_takes_no_connections_keeps_nobody_waiting() {
+    let (ours, theirs) = std::os::unix::net::UnixStream::pair().unwrap();
+    // What it does not take fills its socket: from then on it is as if nobody were there.
+    theirs.set_nonblocking(true).unwrap();
+    while (&theirs).write(&[0; 4096]).is_ok() {}
+    theirs.set_nonblocking(false).unwrap();
+    let address = at([169, 254, 169, 254], 80);
+    let guest = Guest::new(Config { services: vec![Service { address, socket: theirs.into() }], ..config() });
+    Connection::begin(&guest, 4000, address).wait_for(RST | ACK);
+    drop(ours);
+    Connection::begin(&guest, 4001, address).wait_for(RST | ACK);
+}
+
+#[test]
 fn floods_find_bounded_tables() {
     let guest = Guest::new(config());
     let (_listener, remote) = listener();
