@@ -5,9 +5,11 @@
  * What it does is chosen by words on the kernel command line (the kernel keeps words with a dot from init's
  * environment, so they are read from /proc/cmdline):
  *   ringzero.shell      a login shell on the console; the machine powers off when it ends
- *   ringzero.agent      commands from the host (frame.h), over a virtio console port named
- *                       org.ringzero.agent where there is one, else over the second serial port
- *   ringzero.agent=port the same, and that port is waited for
+ *   ringzero.agent      commands from the host (frame.h), over the second serial port, and from soon after the
+ *                       first one over a virtio console port named org.ringzero.agent, where there is one
+ *   ringzero.agent=port the same over that port, which is waited for
+ *   ringzero.agent=vsock
+ *                       the same over a socket to the host
  *   ringzero.disks      the drivers of disks, before anything else
  *   ringzero.ports      the driver of named ports, likewise
  *   ringzero.vsock      that of sockets between guest and host, likewise
@@ -23,6 +25,7 @@
 static char command_line[4096];
 static int console_pid;
 static int others_loaded;
+static int seeker; /* the child that looks for a better line: 0 none yet, -1 when it has ended */
 static int is_init;
 
 void *memcpy(void *to, const void *from, usize size)
@@ -61,6 +64,15 @@ int memcmp(const void *a, const void *b, usize size)
 static void say(const char *text)
 {
     sys_write(1, text, length(text));
+}
+
+static void read_command_line(void)
+{
+    int fd = (int)sys_open("/proc/cmdline", O_RDONLY);
+    if (fd >= 0) {
+        sys_read(fd, command_line, sizeof command_line - 1);
+        sys_close(fd);
+    }
 }
 
 /* Is `word` on the command line, alone or as word=1? */
@@ -187,6 +199,25 @@ static void load_others(void)
     sys_exit(0);
 }
 
+/*
+ * The virtio port's driver comes when the host has spoken, so that a machine that nobody asks for anything is spared it; and no
+ * command waits for it. A system with an init of its own has its drivers loaded, if it wants any.
+ */
+static void seek_port(void)
+{
+    seeker = (int)sys_fork();
+    if (seeker != 0)
+        return;
+    if (is_init) {
+        load_all(virtio_modules);
+        load_all(port_modules);
+    }
+    /* The port has its name a moment after its driver is loaded, when the device has answered. */
+    for (int tries = 400; tries && !line_port_is_there(0); tries--)
+        sys_poll(0, 0, 5);
+    sys_exit(0);
+}
+
 /* The first command finds the network there, so it is waited for: a few hundredths of a second. */
 static void start_network(void)
 {
@@ -238,7 +269,12 @@ static void reap(void)
 {
     int status, pid;
     while ((pid = (int)sys_wait(-1, &status, WNOHANG)) > 0)
-        if (!process_reap(pid, status) && pid == console_pid)
+        if (process_reap(pid, status))
+            continue;
+        else if (pid == seeker) {
+            seeker = -1;
+            line_offer();
+        } else if (pid == console_pid)
             end(REBOOT_POWER_OFF);
 }
 
@@ -295,6 +331,15 @@ void agent_frame(u8 type, u8 flags, u16 id, u8 *payload, u32 size)
     }
 }
 
+/* One look for what leads to the host, as the command line wants it. */
+static void find_host(void)
+{
+    if (asked("ringzero.agent=vsock"))
+        line_call();
+    else
+        line_find();
+}
+
 static void serve(int signals)
 {
     static struct pollfd list[POLL_MAX];
@@ -304,7 +349,11 @@ static void serve(int signals)
         if (line_fd >= 0)
             list[count++] = (struct pollfd){line_fd, (short)(POLLIN | (line_pending() ? POLLOUT : 0)), 0};
         count += process_poll_list(list + count);
-        if (sys_poll(list, count, others_loaded ? -1 : 50) == 0 && !others_loaded) {
+        int may_seek = seeker == 0 && line_may_move();
+        long ready = sys_poll(list, count, may_seek || (!others_loaded && seeker <= 0) ? 50 : -1);
+        if (may_seek && (ready == 0 || line_is_busy()))
+            seek_port();
+        else if (ready == 0) {
             load_others();
             continue;
         }
@@ -316,6 +365,13 @@ static void serve(int signals)
                 sys_exit(0); /* a service is started again, and looks for its port again */
             sys_close(line_fd);
             line_fd = -1;
+            for (int tries = 200; tries && line_fd < 0; tries--) {
+                find_host();
+                if (line_fd < 0)
+                    sys_poll(0, 0, 10);
+            }
+            if (line_fd >= 0)
+                line_greet(1);
         }
         read_signals(signals);
         process_service();
@@ -349,7 +405,8 @@ static void serve_beside_others(int count, char **arguments)
         line_greet(0);
         serve(signals);
     }
-    for (line_find(); line_fd < 0; line_find()) {
+    read_command_line();
+    for (find_host(); line_fd < 0; find_host()) {
         struct pollfd end = {signals, POLLIN, 0}; /* the port's driver may not be there yet */
         sys_poll(&end, 1, 1000);
         read_signals(signals);
@@ -371,11 +428,7 @@ __attribute__((used)) static void agent_main(long *stack)
     if (fd >= 0)
         sys_close(fd);
     sys_mount("proc", "/proc", "proc", 0);
-    fd = (int)sys_open("/proc/cmdline", O_RDONLY);
-    if (fd >= 0) {
-        sys_read(fd, command_line, sizeof command_line - 1);
-        sys_close(fd);
-    }
+    read_command_line();
     if (asked("ringzero.poweroff")) {
         say("ringzero: /init reached\n");
         end(REBOOT_POWER_OFF);
@@ -389,7 +442,7 @@ __attribute__((used)) static void agent_main(long *stack)
         load_all(virtio_modules);
         load_all(port_modules);
     }
-    if (asked("ringzero.vsock")) {
+    if (asked("ringzero.vsock") || asked("ringzero.agent=vsock")) {
         load_all(virtio_modules);
         load_all(vsock_modules);
     }
@@ -407,12 +460,11 @@ __attribute__((used)) static void agent_main(long *stack)
     agent = asked("ringzero.agent");
     shell = asked("ringzero.shell") || !agent;
     if (agent) {
-        /* The driver names its ports a moment after it is loaded, when the device has answered. */
-        for (int tries = 200; tries && asked("ringzero.agent=port") && !line_port_is_there(); tries--)
+        for (int tries = 200; tries && asked("ringzero.agent=port") && !line_port_is_there(1); tries--)
             sys_poll(0, 0, 5);
-        line_find();
+        find_host();
         if (line_fd < 0)
-            say("ringzero: the agent's port (ttyS1) is not there\n");
+            say("ringzero: nothing here leads the agent to the host\n");
         else
             line_greet(0);
     }

@@ -7,8 +7,12 @@
 
 /* line.c: frames out and in. */
 extern int line_fd; /* -1 when there is no agent port */
-void line_find(void);                        /* open the best port that is there; line_fd stays -1 when there is none */
-int line_port_is_there(void);                /* is there a virtio port for us, now? */
+void line_find(void);                        /* open what leads to the host; line_fd stays -1 when nothing does */
+long line_call(void);                        /* the same, by a socket to the host: 0, or -errno */
+int line_port_is_there(int joined);          /* is there a virtio port for us, now, with the host at its other end? */
+int line_may_move(void);                     /* is a faster line worth looking for? */
+int line_is_busy(void);                      /* and even while there is work to do? */
+void line_offer(void);                       /* tell the host of the virtio port, if it is there */
 void line_take(int fd);                      /* use this descriptor */
 void line_greet(int again);                  /* say READY; `again` when another agent may have spoken on this line before */
 int line_ended(void);                        /* the other side of the line is gone */

@@ -1,6 +1,6 @@
 /*
  * The words that the host and the agent speak over a raw stream: the second serial port, or a virtio console port. The
- * Python side is python/ringzero/machine/exec.py; a test holds the two lists of numbers equal.
+ * Python side is python/ringzero/machine/frames.py; a test holds the two lists of numbers equal.
  *
  * A frame is an 8-byte header and a payload of at most FRAME_MAX bytes to the agent and OUTPUT_MAX from it; numbers are
  * little-endian:
@@ -12,6 +12,12 @@
  * The agent begins with READY: a magic word and a number of its own. The host answers with HELLO, the same word and number:
  * whatever came before it was meant for an agent that is gone. An agent that was started again cannot know in the middle of
  * which frame the last one ended: it sends enough zeros first to fill any (header type 0 says: look for READY).
+ *
+ * A serial port is there at once, but slow; the driver of a console port is one that the first command would have to wait
+ * for. So an agent begins on the one, and says OFFER when it has found the other. When the host has joined that, it says MOVE,
+ * and the agent MOVED: the last that either sends on the one line, and what follows goes over the other, where it begins with
+ * READY and HELLO, of the same number as before. The windows are those of both lines together. An agent that was started again
+ * begins on the first line.
  *
  * Three windows keep either side from sending what the other has no place for. Linux drops bytes that a serial driver
  * received while 64 KiB of them wait for a reader (drivers/tty/tty_buffer.c, Linux 6.1, TTYB_DEFAULT_MEM_LIMIT), and a
@@ -51,6 +57,7 @@ enum {
     FRAME_TAKEN = 8,     /* u32: so many more bytes of an output were taken; flags: of which, 0 stdout or 1 stderr */
     FRAME_CLOSE = 9,     /* nobody reads an output any more: its writer gets SIGPIPE; flags as of TAKEN */
     FRAME_HELLO = 10,    /* FRAME_MAGIC and the number of READY */
+    FRAME_MOVE = 11,     /* nothing: what follows comes over the port that was offered */
 };
 
 /* From the agent. */
@@ -63,6 +70,8 @@ enum {
     FRAME_CREDIT = 0x86,  /* u32: so many more bytes of standard input were taken */
     FRAME_ACK = 0x87,     /* u32: so many more bytes of the line were read (id is 0) */
     FRAME_STARTED = 0x88, /* u32: the process's number in the guest; for FLAG_TELL */
+    FRAME_OFFER = 0x89,   /* nothing: the console port is there */
+    FRAME_MOVED = 0x8a,   /* nothing: what follows comes over it */
 };
 
 /* With the errno of FAILED: it was not the command itself. */

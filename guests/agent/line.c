@@ -1,4 +1,4 @@
-/* The line to the host: found and opened, frames queued for sending, frames put together from what arrives. */
+/* The line to the host: found and opened, changed for a better one, frames queued for sending, frames put together from what arrives. */
 #include "agent.h"
 
 /* Output of processes is read straight into the queue, so it holds a few frames of the largest useful size. */
@@ -14,6 +14,13 @@ static u32 unacknowledged;
 static u32 number;  /* ours, of the last READY */
 static int greeted; /* HELLO has come for it */
 static int over;
+static int is_serial;
+static int port_fd = -1; /* what was offered */
+static u32 carried;      /* unacknowledged on the line before this one */
+static usize passed;     /* bytes, both ways, over a serial line */
+
+/* So much is worth a better line, whoever works meanwhile. */
+#define BUSY 65536
 
 static void put32(u8 *at, u32 value)
 {
@@ -27,6 +34,7 @@ void line_take(int fd)
     sys_fcntl(fd, 4 /* F_SETFL */, (flags < 0 ? O_RDWR : flags) | O_NONBLOCK);
     sys_fcntl(fd, 2 /* F_SETFD */, 1 /* FD_CLOEXEC */);
     line_fd = fd;
+    is_serial = 0;
 }
 
 int line_ended(void)
@@ -93,39 +101,84 @@ static int open_port(void)
     return found;
 }
 
-int line_port_is_there(void)
+/* Is somebody at the other end of the port? drivers/char/virtio_console.c, port_fops_poll, Linux 6.1. */
+static int is_joined(int fd)
 {
-    int fd = open_port();
+    struct pollfd port = {fd, 0, 0};
+    return sys_poll(&port, 1, 0) == 0;
+}
+
+int line_port_is_there(int joined)
+{
+    int fd = open_port(), there = fd >= 0 && (!joined || is_joined(fd));
     if (fd >= 0)
         sys_close(fd);
-    return fd >= 0;
+    return there;
 }
 
 void line_find(void)
 {
     line_fd = open_port();
-    if (line_fd < 0)
-        line_fd = open_serial("/dev/ttyS1");
+    if (line_fd >= 0 && is_joined(line_fd))
+        return;
+    if (line_fd >= 0)
+        sys_close(line_fd);
+    line_fd = open_serial("/dev/ttyS1");
+    is_serial = line_fd >= 0;
+}
+
+/* The host is 2, and we are expected there: python/ringzero/machine/agent_lines.py. */
+long line_call(void)
+{
+    struct {
+        u16 family, reserved;
+        u32 port, cid, rest;
+    } host = {AF_VSOCK, 0, 29274, 2, 0};
+    long fd = SYS(41 /* socket */, AF_VSOCK, 1 /* SOCK_STREAM */, 0, 0, 0);
+    if (fd < 0)
+        return fd;
+    long error = SYS(42 /* connect */, fd, &host, sizeof host, 0, 0);
+    if (error < 0) {
+        sys_close((int)fd);
+        return error;
+    }
+    line_take((int)fd);
+    return 0;
+}
+
+int line_may_move(void)
+{
+    return line_fd >= 0 && is_serial && greeted && port_fd < 0;
+}
+
+int line_is_busy(void)
+{
+    return passed >= BUSY;
 }
 
 /* More than the largest frame: whatever another agent was in the middle of saying ends in it. */
 #define FILLING (OUTPUT_MAX + 64 * FRAME_HEADER)
 
-void line_greet(int again)
+static void say_ready(void)
 {
     usize size = sizeof FRAME_MAGIC - 1;
+    memcpy(line_payload(), FRAME_MAGIC, size);
+    put32(line_payload() + size, number);
+    line_commit(FRAME_READY, 0, (u32)size + 4);
+    line_flush();
+}
+
+void line_greet(int again)
+{
     queue_head = queue_tail = arrived_size = 0;
-    unacknowledged = 0;
-    greeted = 0;
+    unacknowledged = carried = 0;
+    greeted = over = 0;
     number = (u32)__builtin_ia32_rdtsc() | 1;
     if (again) {
         memset(queue, 0, FILLING);
         queue_tail = FILLING;
     }
-    memcpy(line_payload(), FRAME_MAGIC, size);
-    put32(line_payload() + size, number);
-    line_commit(FRAME_READY, 0, (u32)size + 4);
-    line_flush();
+    say_ready();
 }
 
 int line_has_room(usize payload)
@@ -160,14 +213,19 @@ void line_commit(u8 type, u16 id, u32 size)
     queue_tail += FRAME_HEADER + size;
 }
 
-void line_send_u32(u8 type, u16 id, u32 value)
+/* Small frames come from a bounded number of events, and output leaves room for them (see process.c). */
+static void wait_for_room(void)
 {
-    /* Small frames come from a bounded number of events, and output leaves room for them (see process.c). */
     while (!line_has_room(4)) {
         struct pollfd ready = {line_fd, POLLOUT, 0};
         sys_poll(&ready, 1, -1);
         line_flush();
     }
+}
+
+void line_send_u32(u8 type, u16 id, u32 value)
+{
+    wait_for_room();
     put32(line_payload(), value);
     line_commit(type, id, 4);
 }
@@ -184,16 +242,50 @@ void line_flush(void)
         if (sent <= 0)
             return; /* the port is full: poll says when it is not */
         queue_head += (usize)sent;
+        passed += (usize)sent;
     }
 }
 
-void line_drain(void)
+static void flush_all(void)
 {
     while (line_fd >= 0 && line_pending()) {
         struct pollfd ready = {line_fd, POLLOUT, 0};
         sys_poll(&ready, 1, -1);
         line_flush();
     }
+}
+
+void line_offer(void)
+{
+    if (!line_may_move() || (port_fd = open_port()) < 0)
+        return;
+    wait_for_room();
+    line_commit(FRAME_OFFER, 0, 0);
+    line_flush();
+}
+
+/* The host has said MOVE, and nothing after it. */
+static void move(void)
+{
+    wait_for_room();
+    line_commit(FRAME_MOVED, 0, 0);
+    flush_all();
+    sys_close(line_fd); /* which waits for what is still on its way (drivers/tty/tty_port.c, tty_port_close_start) */
+    line_fd = port_fd;
+    port_fd = -1;
+    is_serial = 0;
+    /* The driver learns by another queue that the host has joined the port, and until then gives an end of file. */
+    for (int tries = 1000; tries && !is_joined(line_fd); tries--)
+        sys_poll(0, 0, 1);
+    arrived_size = 0;
+    greeted = 0;
+    carried = unacknowledged;
+    say_ready();
+}
+
+void line_drain(void)
+{
+    flush_all();
     if (line_fd >= 0)
         sys_ioctl(line_fd, TCSBRK, (void *)1);
 }
@@ -211,7 +303,7 @@ static int find_hello(void)
     memmove(arrived, arrived + at, arrived_size - at);
     arrived_size -= at;
     if (greeted)
-        unacknowledged = (u32)arrived_size;
+        unacknowledged = carried + (u32)arrived_size;
     return greeted;
 }
 
@@ -225,6 +317,7 @@ void line_receive(void)
         }
         arrived_size += (usize)got;
         unacknowledged += (u32)got;
+        passed += (usize)got;
         if (!greeted && !find_hello())
             continue;
         usize at = 0;
@@ -238,6 +331,10 @@ void line_receive(void)
             }
             if (arrived_size - at < FRAME_HEADER + size)
                 break;
+            if (frame[0] == FRAME_MOVE && port_fd >= 0) {
+                move();
+                return;
+            }
             agent_frame(frame[0], frame[1], (u16)(frame[2] | frame[3] << 8), frame + FRAME_HEADER, size);
             at += FRAME_HEADER + size;
         }

@@ -92,6 +92,7 @@ static inline long syscall6(long number, long a, long b, long c, long d, long e,
 #define REBOOT_RESTART 0x01234567L
 #define REBOOT_HALT 0xcdef0123L
 
+#define AF_VSOCK 40
 #define AT_FDCWD -100
 #define AT_SYMLINK_NOFOLLOW 0x100
 #define S_IFMT 0170000

@@ -13,7 +13,6 @@ import pytest
 
 from ringzero import Host, Machine
 from ringzero.host.client import HostVm
-from ringzero.machine.machine import AGENT_NAME
 
 from .conftest import ENGINE
 
@@ -35,14 +34,13 @@ def one(host: Host) -> HostVm:
     return host.up("debian", name="one", memory="128M")
 
 
-@pytest.fixture(scope="module", params=["machine", "port", "host"])
+@pytest.fixture(scope="module", params=[True, "serial", "port", "vsock", "host"])
 def vm(request: pytest.FixtureRequest) -> Iterator[Machine | HostVm]:
-    """A guest whose agent is reached over a serial port, over a virtio port, and through the process of a VM."""
+    """A guest whose agent is reached over each of its lines, and through the process of a VM."""
     if request.param == "host":
         yield request.getfixturevalue("one")
     else:
-        ports = [AGENT_NAME] if request.param == "port" else []
-        with Machine("debian", engine=ENGINE, shell=False, ports=ports) as machine:
+        with Machine("debian", engine=ENGINE, shell=False, agent=request.param) as machine:
             machine.wait_ready(300)
             yield machine
 

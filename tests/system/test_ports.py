@@ -25,7 +25,7 @@ def guest(request: pytest.FixtureRequest) -> Iterator[Machine]:
 
 def test_ports_are_found_by_name_and_carry_bytes_both_ways(guest: Machine) -> None:
     names = guest.run(["sh", "-c", "cat /sys/class/virtio-ports/*/name"], check=True, text=True).stdout
-    assert names.split() == [ECHO, OTHER]
+    assert names.split() == [ECHO, OTHER, "org.ringzero.agent"]
     with guest.port(ECHO) as line:
         line.settimeout(60)
         echo = guest.spawn(["sh", "-c", "exec cat <>/dev/vport2p1 >&0"], stdin=False)

@@ -16,7 +16,7 @@ from ringzero.errors import GuestEnded, InputError
 from ringzero.images import Image
 from ringzero.machine import assemble as assemble_module
 from ringzero.machine import machine as machine_module
-from ringzero.machine.exec import (
+from ringzero.machine.frames import (
     ACK,
     CREDIT,
     EXEC,
@@ -138,6 +138,7 @@ def vm(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     """A way to make machines on the fake core; gives (make, the vms that were made)."""
     core = types.ModuleType("ringzero._core")
     core.Vm, core.CoreError, core.engines = FakeVm, CoreError, lambda: ["direct", "translate", "interpret"]
+    core.Disk, core.Console = type("Disk", (), {}), lambda names, consoles: object()
     monkeypatch.setitem(sys.modules, "ringzero._core", core)
     monkeypatch.setattr(ringzero, "_core", core, raising=False)
     monkeypatch.setattr(assemble_module, "attach_devices", lambda vm, devices: None)

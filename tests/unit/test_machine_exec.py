@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 
 from ringzero.errors import GuestEnded, GuestError, InputError
-from ringzero.machine import exec as link_module
-from ringzero.machine.exec import (
+from ringzero.machine import frames, guest_process
+from ringzero.machine.agent_lines import AgentLines
+from ringzero.machine.exec import AgentLink
+from ringzero.machine.frames import (
     ACK,
     CREDIT,
     EXEC,
@@ -22,6 +24,9 @@ from ringzero.machine.exec import (
     HELLO,
     LINE_WINDOW,
     MAGIC,
+    MOVE,
+    MOVED,
+    OFFER,
     OUTPUT_LEFT,
     OUTPUT_MAX,
     OUTPUT_WINDOW,
@@ -34,7 +39,6 @@ from ringzero.machine.exec import (
     STDOUT,
     TAKEN,
     WORD,
-    AgentLink,
     pack_exec,
 )
 from ringzero.machine.popen import run
@@ -88,18 +92,18 @@ def test_the_numbers_are_those_of_frame_h() -> None:
     text = FRAME_H.read_text()
     numbers = {name: int(value, 0) for name, value in re.findall(r"\b([A-Z_]+) = (0x[0-9a-f]+|\d+),", text)}
     ours = {
-        "FRAME_MAX": link_module.FRAME_MAX,
-        "OUTPUT_MAX": link_module.OUTPUT_MAX,
-        "OUTPUT_WINDOW": link_module.OUTPUT_WINDOW,
-        "OUTPUT_LEFT": link_module.OUTPUT_LEFT,
-        "LINE_WINDOW": link_module.LINE_WINDOW,
-        "STDIN_WINDOW": link_module.STDIN_WINDOW,
-        "CONSOLE_ID": link_module.CONSOLE_ID,
+        "FRAME_MAX": frames.FRAME_MAX,
+        "OUTPUT_MAX": frames.OUTPUT_MAX,
+        "OUTPUT_WINDOW": frames.OUTPUT_WINDOW,
+        "OUTPUT_LEFT": frames.OUTPUT_LEFT,
+        "LINE_WINDOW": frames.LINE_WINDOW,
+        "STDIN_WINDOW": frames.STDIN_WINDOW,
+        "CONSOLE_ID": frames.CONSOLE_ID,
         "FRAME_HEADER": HEADER.size,
     }
-    for name in vars(link_module):
+    for name in vars(frames):
         if name.startswith(("FLAG_", "FAILED_")):
-            ours[name] = getattr(link_module, name)
+            ours[name] = getattr(frames, name)
     for name in (
         "EXEC",
         "STDIN",
@@ -111,10 +115,11 @@ def test_the_numbers_are_those_of_frame_h() -> None:
         "TAKEN",
         "CLOSE",
         "HELLO",
+        "MOVE",
     ):
-        ours[f"FRAME_{name}"] = getattr(link_module, name)
-    for name in ("READY", "STDOUT", "STDERR", "EXIT", "FAILED", "CREDIT", "ACK", "STARTED"):
-        ours[f"FRAME_{name}"] = getattr(link_module, name)
+        ours[f"FRAME_{name}"] = getattr(frames, name)
+    for name in ("READY", "STDOUT", "STDERR", "EXIT", "FAILED", "CREDIT", "ACK", "STARTED", "OFFER", "MOVED"):
+        ours[f"FRAME_{name}"] = getattr(frames, name)
     assert numbers == ours
     assert '"' + MAGIC.decode().replace("\n", "\\n") + '"' in text
 
@@ -266,7 +271,7 @@ def test_a_sink_that_fails_fails_its_command_alone(pair) -> None:
         HEADER.pack(STDOUT, 0, 999, 3) + b"abc",
         HEADER.pack(0xEE, 9, 1, 2) + b"ab",
         HEADER.pack(READY, 0, 0, 3) + b"abc",
-        HEADER.pack(link_module.STARTED, 0, 1, 2) + b"ab",
+        HEADER.pack(frames.STARTED, 0, 1, 2) + b"ab",
         HEADER.pack(EXIT, 0, 77, 4) + bytes(4),
     ],
 )
@@ -371,7 +376,7 @@ def test_an_enormous_frame_is_not_waited_for(pair) -> None:
 
 
 def test_a_guest_that_acknowledges_nothing_cannot_hold_up_a_timeout(pair, monkeypatch) -> None:
-    monkeypatch.setattr(link_module, "PATIENCE", 0.2)
+    monkeypatch.setattr(guest_process, "PATIENCE", 0.2)
     link, agent = pair
     agent.ready()
     with pytest.raises(subprocess.TimeoutExpired):
@@ -379,7 +384,7 @@ def test_a_guest_that_acknowledges_nothing_cannot_hold_up_a_timeout(pair, monkey
 
 
 def test_a_guest_that_acknowledges_what_was_not_sent_cannot_hold_up_a_timeout(pair, monkeypatch) -> None:
-    monkeypatch.setattr(link_module, "PATIENCE", 0.2)
+    monkeypatch.setattr(guest_process, "PATIENCE", 0.2)
     link, agent = pair
     agent.ready()
     for _ in range(100):  # as if everything had been read and taken, always
@@ -401,3 +406,127 @@ def test_a_flood_of_rubbish_takes_no_memory(pair) -> None:
     assert process.wait(20) == 0
     assert not link._credits
     assert not link._processes
+
+
+@pytest.fixture
+def moving():
+    """A link over two lines, an agent on the first, and the second's other end, once it was asked for."""
+    ours, theirs = socket.socketpair()
+    port, port_theirs = socket.socketpair()
+    asked = []
+    link = AgentLink(AgentLines(ours, lambda: asked.append(1) or port))
+    agent = Agent(theirs)
+    agent.ready(77)
+    yield link, agent, Agent(port_theirs), asked
+    theirs.close()
+    port_theirs.close()
+    link.close()
+
+
+HELLO_77 = HEADER.pack(HELLO, 0, 0, len(MAGIC) + 4) + MAGIC + WORD.pack(77)
+
+
+def move(agent: Agent, port: Agent) -> None:
+    """Do the agent's part of a move; what it had said before over the port is not for this agent's host."""
+    agent.send(OFFER, 0)
+    assert agent.take() == (MOVE, 0, 0, b"")
+    agent.send(MOVED, 0)
+    assert port.exactly(len(HELLO_77)) == HELLO_77
+    port.send(READY, 0, MAGIC + WORD.pack(76))
+    port.line.sendall(b"rubbish")
+    port.send(READY, 0, MAGIC + WORD.pack(77))
+
+
+def test_an_agent_moves_to_the_port_with_what_runs(moving) -> None:
+    link, agent, port, asked = moving
+    out: list[bytes] = []
+    process = link.start(["cat"], stdout=out.append)
+    number = agent.take()[2]
+    agent.send(STDOUT, number, b"one ")
+    assert not asked  # nobody is at the other end of a port that is not wanted
+    move(agent, port)
+    process.write(b"to the port")
+    assert port.take() == (STDIN, 0, number, b"to the port")
+    port.send(STDOUT, number, b"two")
+    port.send(EXIT, number, WORD.pack(0))
+    assert process.wait(20) == 0
+    assert b"".join(out) == b"one two"
+
+
+def test_a_frame_that_was_begun_ends_on_the_line_where_it_began(moving) -> None:
+    link, agent, port, _ = moving
+    process = link.start(["cat"])
+    number = agent.take()[2]
+    sender = threading.Thread(target=lambda: process.write(bytes(STDIN_WINDOW)))
+    sender.start()
+    agent.line.settimeout(0.3)
+    got = b""
+    with pytest.raises(TimeoutError):  # the line's window is full, in the middle of a frame
+        while True:
+            got += agent.line.recv(65536)
+    agent.line.settimeout(20)
+    agent.send(OFFER, 0)
+    agent.send(ACK, 0, WORD.pack(len(got)))
+    at = 0
+    while True:
+        while len(got) < at + HEADER.size or len(got) < at + HEADER.size + HEADER.unpack_from(got, at)[3]:
+            got += agent.exactly(1)
+        kind, _, _, size = HEADER.unpack_from(got, at)
+        at += HEADER.size + size
+        if kind == MOVE:
+            break
+        assert kind == STDIN
+    agent.send(MOVED, 0)
+    assert port.exactly(len(HELLO_77)) == HELLO_77
+    port.send(READY, 0, MAGIC + WORD.pack(77))
+    port.send(ACK, 0, WORD.pack(at))
+    came = at - HEADER.size - HEADER.size * (at // (HEADER.size + guest_process.STDIN_CHUNK))
+    while came < STDIN_WINDOW:
+        kind, _, to, payload = port.take()
+        assert (kind, to) == (STDIN, number)
+        came += len(payload)
+    sender.join(20)
+    assert came == STDIN_WINDOW
+
+
+def test_an_agent_that_was_started_again_begins_on_the_first_line(moving) -> None:
+    link, agent, port, asked = moving
+    move(agent, port)
+    lost = link.start(["sleep", "1"])
+    assert port.take()[0] == EXEC
+    agent.line.sendall(bytes(5000))
+    agent.ready(78)
+    with pytest.raises(GuestError, match="started again"):
+        lost.wait(20)
+    process = link.start(["true"])
+    agent.send(EXIT, agent.take()[2], WORD.pack(0))
+    assert process.wait(20) == 0
+    agent.send(OFFER, 0)
+    assert agent.take()[0] == MOVE
+    assert len(asked) == 1  # the port is joined once
+
+
+def test_an_agent_that_moves_without_being_asked_breaks_the_protocol(moving) -> None:
+    link, agent, _, _ = moving
+    process = link.start(["true"])
+    agent.take()
+    agent.send(MOVED, 0)
+    with pytest.raises(GuestError, match="was not told to"):
+        process.wait(20)
+
+
+def test_an_offer_of_a_port_that_cannot_be_had_is_let_pass() -> None:
+    ours, theirs = socket.socketpair()
+
+    def none_left() -> socket.socket:
+        raise InputError("no descriptor is left")
+
+    link = AgentLink(AgentLines(ours, none_left))
+    agent = Agent(theirs)
+    agent.ready()
+    agent.send(OFFER, 0)
+    process = link.start(["true"])
+    agent.send(EXIT, agent.take()[2], WORD.pack(0))
+    assert process.wait(20) == 0
+    theirs.close()
+    link.close()

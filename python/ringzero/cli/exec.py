@@ -66,7 +66,7 @@ def _run(
     user: str | None,
     timeout: float | None,
 ) -> int:
-    from ringzero.machine.exec import DEFAULT_ENVIRONMENT
+    from ringzero.machine.frames import DEFAULT_ENVIRONMENT
     from ringzero.machine.machine import write_all
     from ringzero.machine.terminal import RawTerminal, pump_keys, window_size
 

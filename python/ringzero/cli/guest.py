@@ -33,7 +33,7 @@ from ringzero.machine.machine import Machine, write_all
 from ringzero.machine.seed import Seed
 
 if TYPE_CHECKING:
-    from ringzero.machine.exec import GuestProcess
+    from ringzero.machine.guest_process import GuestProcess
 
 STATUS = {"poweroff": 0, "stopped": 0, "reboot": 3, "panic": 4, "triple-fault": 5}
 TIMED_OUT = 124
@@ -225,7 +225,7 @@ def _run_command(
     cwd: str | None,
 ) -> int:
     """Run one command in the guest with our standard streams, and return its status."""
-    from ringzero.machine.exec import DEFAULT_ENVIRONMENT
+    from ringzero.machine.frames import DEFAULT_ENVIRONMENT
     from ringzero.machine.terminal import RawTerminal, pump_keys, window_size
 
     process: GuestProcess | None = None

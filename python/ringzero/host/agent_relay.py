@@ -14,8 +14,10 @@ from collections import deque
 from collections.abc import Callable
 
 from ringzero.errors import RingzeroError
-from ringzero.machine import exec as words
-from ringzero.machine.exec import HEADER, MAGIC, WORD, AgentLink, GuestProcess
+from ringzero.machine import frames as words
+from ringzero.machine.exec import AgentLink
+from ringzero.machine.frames import HEADER, MAGIC, WORD
+from ringzero.machine.guest_process import GuestProcess
 
 __all__ = ["AgentRelay"]
 

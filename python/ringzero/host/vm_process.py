@@ -44,7 +44,6 @@ from ringzero.host.wire import Message, Peer, failure
 from ringzero.machine.assemble import BootFiles
 from ringzero.machine.exec import AgentLink
 from ringzero.machine.machine import (
-    AGENT_PORT,
     CONSOLE_PORT,
     PANIC_END,
     PANIC_LINE,
@@ -218,11 +217,9 @@ class VmProcess:
         self._peers: set[Peer] = set()
         self._listener = place.listener
         self._console = _Console(self._loop, _line(self._vm, CONSOLE_PORT), self._printed, self._line_ended)
-        self._agent_line: socket.socket | None = None
+        self._agent_lines = machine.agent_lines(self._vm)
         self._agent: AgentLink | None = None
         self._ready = False
-        if machine.resolved_image().agent:
-            self._agent_line = _line(self._vm, AGENT_PORT)
         self._jail: list[str] = []
         self._reason: str | None = None
         self._silence: Timer | None = None
@@ -230,9 +227,9 @@ class VmProcess:
 
     def run(self) -> str:
         """Run the guest to its end and return the reason."""
-        if self._agent_line is not None:
+        if self._agent_lines is not None and (line := self._agent_lines.present) is not None:
             # The agent's first words say that the guest has booted. Nobody reads them until it is needed.
-            self._loop.watch(self._agent_line, READ, self._agent_speaks)
+            self._loop.watch(line, READ, lambda _: self._agent_speaks(line))
         # Again, although it listens already: so the socket tells who asks that it is this process.
         self._listener.listen(64)
         self._loop.watch(self._listener, READ, self._accept)
@@ -251,7 +248,7 @@ class VmProcess:
         if any(not disk.read_only for disk in self._machine.disks):
             self._mind_disks()
         # Without our agent nobody says that the guest has booted.
-        self._ready = self._agent_line is None
+        self._ready = self._agent_lines is None
         self._loop.run()
         assert self._reason is not None
         return self._reason
@@ -270,9 +267,8 @@ class VmProcess:
 
     # --- the guest
 
-    def _agent_speaks(self, _: int) -> None:
-        assert self._agent_line is not None
-        self._loop.forget(self._agent_line)
+    def _agent_speaks(self, line: socket.socket) -> None:
+        self._loop.forget(line)
         self._ready = True
         self._tell({"event": "ready"})
         Squeeze(self._loop, self._memory).begin()
@@ -414,7 +410,7 @@ class VmProcess:
         self._console.attach(*peer.detach())
 
     def _link(self) -> AgentLink:
-        if self._agent_line is None:
+        if self._agent_lines is None:
             raise InputError(
                 f"vm {self.spec.name!r} has no agent in it, so it cannot run commands: use its console"
             )
@@ -424,7 +420,7 @@ class VmProcess:
             )
         if self._agent is None:
             self._loop.accept_posts()
-            self._agent = AgentLink(self._agent_line)
+            self._agent = AgentLink(self._agent_lines)
         return self._agent
 
     def _relay(self, peer: Peer, message: Message, _: list[int]) -> None:

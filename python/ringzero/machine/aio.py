@@ -15,8 +15,10 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ringzero.errors import GuestError
-from ringzero.machine import exec as link_module
-from ringzero.machine.exec import AgentLink, Credentials, GuestProcess, Word
+from ringzero.machine import frames, guest_process
+from ringzero.machine.exec import AgentLink
+from ringzero.machine.frames import Credentials, Word
+from ringzero.machine.guest_process import GuestProcess
 from ringzero.machine.popen import (
     DEVNULL,
     PIPE,
@@ -276,8 +278,8 @@ class AsyncGuest:
                 )
         mode = text_mode(text, encoding, errors, None)
         link, credentials = await asyncio.to_thread(self._prepared, who)
-        out = OutputPipe(link_module.STDOUT) if stdout == PIPE else None
-        err = OutputPipe(link_module.STDERR) if stderr == PIPE and window is None else None
+        out = OutputPipe(frames.STDOUT) if stdout == PIPE else None
+        err = OutputPipe(frames.STDERR) if stderr == PIPE and window is None else None
         process = await asyncio.to_thread(
             lambda: link.start(
                 words_of(args),
@@ -377,5 +379,5 @@ async def _finished(work: Any) -> None:
 async def _reaped(command: AsyncGuestPopen) -> None:
     """Wait a little for the end of a command that was killed."""
     with contextlib.suppress(TimeoutError, GuestError, OSError):
-        async with asyncio.timeout(link_module.PATIENCE):
+        async with asyncio.timeout(guest_process.PATIENCE):
             await command.wait()

@@ -129,7 +129,7 @@ def assemble(
             f"this build has no engine {spec.engine!r}: choose one of {', '.join(core.engines())}"
         )
     parts: list[Disk | Mount | Ports | Vsock] = [*disks, *mounts]
-    parts += [ports] if ports else []
+    parts += [ports] if ports is not None and ports.is_needed else []
     parts += [vsock] if vsock else []
     made = [part.device(spec.cpus) for part in parts]
     vm: _core.Vm = core.Vm(

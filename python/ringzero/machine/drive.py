@@ -8,8 +8,10 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 from ringzero.errors import GuestEnded, InputError
-from ringzero.machine.exec import AgentLink, Credentials, GuestProcess, Sink, Word
+from ringzero.machine.exec import AgentLink
 from ringzero.machine.files import GuestFiles, GuestName, GuestPath
+from ringzero.machine.frames import Credentials, Word
+from ringzero.machine.guest_process import GuestProcess, Sink
 
 if TYPE_CHECKING:
     from ringzero.machine.aio import AsyncGuest

@@ -1,317 +1,73 @@
-"""Run commands inside a guest: the host's side of what guests/agent/frame.h describes.
+"""The link to a guest's agent: it starts commands there, and has their output found its way.
 
-A frame is `u8 type | u8 flags | u16 id | u32 size | payload`, little-endian. One thread a link reads and hands every
-frame to the process that it is for; writers share the line under one lock and its windows (see frame.h for why). What
-comes from the guest is believed in nothing: no frame is larger than an agent's, no stream holds more than its window,
-and the reader waits for nobody but the caller's own sinks.
+One thread a link reads and hands every frame to the process that it is for; writers share the line under one lock and
+its windows (guests/agent/frame.h says why). What comes from the guest is believed in nothing: no frame is larger than
+an agent's, no stream holds more than its window, and the reader waits for nobody but the caller's own sinks.
 """
 
 from __future__ import annotations
 
-import contextlib
 import os
-import re
 import socket
-import struct
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Mapping, Sequence
 
-from ringzero.errors import GuestEnded, GuestError, InputError, InternalError
+from ringzero.errors import GuestEnded, GuestError, InternalError, RingzeroError
+from ringzero.machine.agent_lines import AgentLines, Lines, StartedAgain
+from ringzero.machine.frames import (
+    ACK,
+    CONSOLE_ID,
+    CREDIT,
+    DEFAULT_ENVIRONMENT,
+    EXEC,
+    EXIT,
+    FAILED,
+    FLAG_BUILTIN,
+    FLAG_CREDENTIALS,
+    FLAG_JOIN,
+    FLAG_NO_STDERR,
+    FLAG_NO_STDIN,
+    FLAG_NO_STDOUT,
+    FLAG_TELL,
+    FLAG_TTY,
+    GREETING,
+    HEADER,
+    HELLO,
+    LINE_WINDOW,
+    MAGIC,
+    MOVE,
+    MOVED,
+    OFFER,
+    OTHER_AGENT,
+    OUTPUT_MAX,
+    POWEROFF,
+    READY,
+    RESIZE,
+    STARTED,
+    STDERR,
+    STDOUT,
+    TAKEN,
+    WINDOW,
+    WORD,
+    Credentials,
+    Word,
+    pack_exec,
+)
+from ringzero.machine.guest_process import PATIENCE, GuestProcess, Sink, Stream, discard
 
-MAGIC = b"ringzero-agent-2\n"
-FRAME_MAX = 32768
-OUTPUT_MAX = 65536
-LINE_WINDOW = 32768
-STDIN_WINDOW = 65536
-OUTPUT_WINDOW = 262144
-OUTPUT_LEFT = 1048576
-CONSOLE_ID = 0xFFFF
-
-EXEC, STDIN, STDIN_EOF, RESIZE, SIGNAL, POWEROFF, REBOOT, TAKEN, CLOSE, HELLO = range(1, 11)
-READY, STDOUT, STDERR, EXIT, FAILED, CREDIT, ACK, STARTED = range(0x81, 0x89)
-FLAG_TTY, FLAG_NO_STDIN, FLAG_NO_STDOUT, FLAG_NO_STDERR, FLAG_JOIN = 1, 2, 4, 8, 16
-FLAG_CREDENTIALS, FLAG_BUILTIN, FLAG_TELL = 32, 64, 128
-FAILED_DIRECTORY, FAILED_CREDENTIALS = 0x10000, 0x20000
-
-HEADER = struct.Struct("<BBHI")
-WORD = struct.Struct("<I")
-WINDOW = struct.Struct("<HH")
-GREETING = HEADER.pack(READY, 0, 0, len(MAGIC) + WORD.size) + MAGIC
-_OTHER_AGENT = re.compile(rb"\x81\0\0\0.\0\0\0ringzero-agent-(\d{1,9})\n", re.DOTALL)
-
-# A quarter of the line's window: a signal or a resize never waits behind more than this.
-STDIN_CHUNK = 8192
-# The agent's largest frame, and some: one read takes what the socket holds.
-READ_SIZE = 256 * 1024
-# How much of an output has been taken before the agent is told: seldom, but long before its window is empty.
-TAKEN_EVERY = OUTPUT_WINDOW // 4
-# A guest that has not taken a signal after so many seconds is not going to.
-PATIENCE = 5.0
-# The agent's own limit is 1024 (guests/agent/process.c ARGUMENTS_MAX), two of them ends.
-WORDS_MAX = 1022
-
-DEFAULT_ENVIRONMENT = {
-    "HOME": "/root",
-    "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
-    "TERM": "linux",
-}
-
-Sink = Callable[[bytes], None]
-"""Takes a piece of output; called from the link's thread. While it blocks, the guest's output waits."""
-
-Word = str | bytes | os.PathLike[str] | os.PathLike[bytes]
-"""A word of a command, as subprocess takes it."""
-
-
-class Stream(Protocol):
-    """Keeps output until somebody reads it, and says then that it was taken (ringzero.machine.streams)."""
-
-    def feed(self, data: bytes) -> None:
-        """Take a piece of output; must not wait."""
-
-    def end(self) -> None:
-        """Nothing more comes."""
-
-
-@dataclass(frozen=True)
-class Credentials:
-    """Who a command is to be, by numbers of the guest; None leaves it as the agent is, which is root."""
-
-    user: int | None = None
-    group: int | None = None
-    groups: tuple[int, ...] | None = None
-    umask: int | None = None
-
-    def packed(self) -> bytes:
-        """Return it as EXEC has it. Raises InputError for numbers that no user can have."""
-        as_it_is = 0xFFFFFFFF
-        groups = self.groups or ()
-        for number in (self.user, self.group, self.umask, *groups):
-            if number is not None and not 0 <= number < as_it_is:
-                raise InputError(f"{number} is no number of a user, a group or a umask")
-        if len(groups) > 256:
-            raise InputError(f"{len(groups)} groups are too many: give at most 256")
-        words = (
-            *(as_it_is if number is None else number for number in (self.user, self.group, self.umask)),
-            as_it_is if self.groups is None else len(groups),
-            *groups,
-        )
-        return struct.pack(f"<{len(words)}I", *words)
-
-
-class GuestProcess:
-    """A command in the guest, as `AgentLink.start` gives it."""
-
-    def __init__(
-        self,
-        link: AgentLink,
-        number: int,
-        args: Sequence[str],
-        flags: int,
-        cwd: str | None,
-        sinks: dict[int, Sink | Stream],
-    ) -> None:
-        self.args = list(args)
-        self._link = link
-        self._number = number
-        self._cwd = cwd
-        self._sinks = sinks
-        self._out = {STDOUT: 0, STDERR: 0}  # bytes that came and were not said to be taken
-        self._taken = {STDOUT: 0, STDERR: 0}  # bytes that were taken, and not said to be yet
-        self._done = threading.Event()
-        self._known = threading.Event()
-        self._pid: int | None = None
-        self._credit = STDIN_WINDOW
-        self._credited = threading.Condition()
-        self._callbacks: list[Callable[[], None]] = []
-        self._credit_callback: Callable[[int], None] | None = None
-        self._flags = flags
-        self.last_words: tuple[int, bytes] | None = None
-        """The frame that told its end; None before, and when it was lost."""
-        self._failure: Exception | None = None
-        self._return_code: int | None = None
-
-    @property
-    def returncode(self) -> int | None:
-        """The exit status, -N when signal N ended it (as subprocess has it); None while it runs."""
-        return self._return_code
-
-    @property
-    def pid(self) -> int | None:
-        """Its number in the guest; None before it is known, and unless it was asked for."""
-        return self._pid
-
-    @property
-    def ended(self) -> bool:
-        """Whether it has ended, or was lost."""
-        return self._done.is_set()
-
-    def write(self, data: bytes | bytearray | memoryview) -> None:
-        """Send bytes to standard input; waits while the command does not take them. Dropped once it has
-        ended.
-        """
-        view = memoryview(data).cast("B")
-        while view:
-            with self._credited:
-                self._credited.wait_for(lambda: self._credit > 0 or self._done.is_set())
-                if self._done.is_set():
-                    return
-                size = min(len(view), self._credit, STDIN_CHUNK)
-                self._credit -= size
-            self._link.send(STDIN, self._number, view[:size])
-            view = view[size:]
-
-    def close_stdin(self) -> None:
-        """Tell the command that its input is at its end."""
-        if not self._done.is_set():
-            self._link.send(STDIN_EOF, self._number)
-
-    def close_output(self, kind: int) -> None:
-        """Read no more of STDOUT or STDERR: what the command writes there ends it by SIGPIPE, as a pipe does."""
-        self._sinks[kind] = _discard
-        if not self._done.is_set():
-            self._link.send(CLOSE, self._number, flags=kind - STDOUT, patience=PATIENCE)
-
-    def taken(self, kind: int, size: int) -> None:
-        """Say that so many bytes of STDOUT or STDERR have found their place: the guest may send more."""
-        with self._credited:
-            self._out[kind] -= size
-            self._taken[kind] += size
-            if self._taken[kind] < TAKEN_EVERY or self._done.is_set():
-                return
-            size, self._taken[kind] = self._taken[kind], 0
-        self._link.take(self._number, kind - STDOUT, size)
-
-    def abandon(self) -> None:
-        """End it, because nobody wants it any more. One of the agent's own puts what it does in order first."""
-        with contextlib.suppress(GuestError):
-            if self._flags & FLAG_BUILTIN:
-                self.close_stdin()
-                self.close_output(STDOUT)
-            else:
-                self.kill()
-
-    def when_credited(self, callback: Callable[[int], None]) -> None:
-        """Call `callback`, from the link's thread, with the bytes of input that the guest has taken, as it says so."""
-        self._credit_callback = callback
-
-    def send_signal(self, number: int) -> None:
-        """Send a signal to the command and all that it started in its group."""
-        if not self._done.is_set():
-            self._link.send(SIGNAL, self._number, WORD.pack(number), patience=PATIENCE)
-
-    def kill(self) -> None:
-        """Send SIGKILL."""
-        self.send_signal(9)
-
-    def resize(self, rows: int, columns: int) -> None:
-        """Set the size of the command's terminal, in characters."""
-        if not self._done.is_set():
-            self._link.send(RESIZE, self._number, WINDOW.pack(rows, columns), patience=PATIENCE)
-
-    def wait_started(self, timeout: float | None = None) -> bool:
-        """Wait until it runs (for one that was started with `tell`), or has ended. False when `timeout` (seconds)
-        passed first. Raises OSError when the guest could not start it, and GuestEnded.
-        """
-        if not self._known.wait(timeout):
-            return False
-        if self._failure is not None and self._pid is None:
-            raise self._failure
-        return True
-
-    def wait(self, timeout: float | None = None) -> int | None:
-        """Wait for the end and return the exit status; None when `timeout` (seconds) passed first.
-
-        All output has reached the sinks by then. Raises OSError when the guest could not start the command,
-        and GuestEnded when the guest ended first.
-        """
-        if not self._done.wait(timeout):
-            return None
-        if self._failure is not None:
-            raise self._failure
-        return self._return_code
-
-    def when_known(self, callback: Callable[[], None]) -> None:
-        """Call `callback`, from the link's thread, when it has started, when it has ended, and at once when either is
-        so already.
-        """
-        with self._credited:
-            self._callbacks.append(callback)
-            now = self._known.is_set()
-        if now:
-            callback()
-
-    def _deliver(self, kind: int, payload: bytes) -> None:
-        """Take a frame. Raises GuestError for one that our agent does not send."""
-        if kind in self._sinks:
-            with self._credited:
-                self._out[kind] += len(payload)
-                if self._out[kind] > OUTPUT_WINDOW + OUTPUT_LEFT:
-                    raise GuestError("it sent more output than there was a place for")
-            sink = self._sinks[kind]
-            if not callable(sink):
-                sink.feed(payload)
-                return
-            try:
-                sink(payload)
-            except (
-                Exception
-            ) as error:  # the sink is the caller's: its failure is this command's, not the link's
-                self._sinks[STDOUT] = self._sinks[STDERR] = _discard
-                self._finish(failure=error)
-            self.taken(kind, len(payload))
-        elif kind == CREDIT:
-            with self._credited:
-                self._credit = min(self._credit + WORD.unpack(payload)[0], STDIN_WINDOW)
-                self._credited.notify_all()
-            if self._credit_callback is not None:
-                self._credit_callback(WORD.unpack(payload)[0])
-        elif kind == STARTED:
-            self._pid = WORD.unpack(payload)[0]
-            self._known.set()
-            self._call_back()
-        elif kind == EXIT:
-            self.last_words = (kind, payload)
-            self._finish(code=_exit_code(WORD.unpack(payload)[0]))
-        elif kind == FAILED:
-            self.last_words = (kind, payload)
-            number = WORD.unpack(payload)[0]
-            about = self._cwd if number & FAILED_DIRECTORY else self.args[0]
-            number &= 0xFFFF
-            self._finish(failure=OSError(number, os.strerror(number), about))
-
-    def _finish(self, *, code: int | None = None, failure: Exception | None = None) -> None:
-        with self._credited:
-            if self._done.is_set():
-                return
-            self._return_code, self._failure = code, failure
-            self._done.set()
-            self._known.set()
-            self._credited.notify_all()
-        for sink in self._sinks.values():
-            if not callable(sink):
-                sink.end()
-        self._call_back()
-
-    def _call_back(self) -> None:
-        with self._credited:
-            callbacks = list(self._callbacks)
-        for callback in callbacks:
-            callback()
+__all__ = ["AgentLink"]
 
 
 class AgentLink:
     """The line to the agent in one guest. `close` it, or let the guest end."""
 
-    def __init__(self, line: socket.socket, first: bytes = b"") -> None:
-        """Take over `line`, a stream joined to the guest's agent, and close it in the end.
+    def __init__(self, line: socket.socket | Lines, first: bytes = b"") -> None:
+        """Take over `line`, a stream joined to the guest's agent or several of them, and close it in the end.
 
         `first` is what was read from it already.
         """
-        self._line = line
+        self._lines: Lines = AgentLines(line) if isinstance(line, socket.socket) else line
         self._first = first
         self._ready = threading.Event()
         self._ended = threading.Event()
@@ -321,6 +77,9 @@ class AgentLink:
         self._state = threading.Condition()
         self._unacknowledged = 0
         self._greeting = b""  # HELLO, while it has not been sent
+        self._number = b""  # the agent's own, as READY and HELLO have it
+        self._sends_to: socket.socket | None = None  # what the agent reads; none before READY
+        self._moves_to: socket.socket | None = None  # what it is to read instead
         self._credits: dict[
             tuple[int, int], int
         ] = {}  # (process, output): bytes that TAKEN is to be sent for
@@ -382,7 +141,7 @@ class AgentLink:
         flags |= FLAG_BUILTIN if builtin else 0
         flags |= FLAG_TELL if tell else 0
         words = [os.fsdecode(word) for word in args]
-        return self.begin(payload, flags, words, where, stdout or _discard, stderr or _discard)
+        return self.begin(payload, flags, words, where, stdout or discard, stderr or discard)
 
     def begin(
         self,
@@ -452,10 +211,12 @@ class AgentLink:
                 if self._ended.is_set() or pointless() or not able():
                     return False
                 greeting, self._greeting = self._greeting, b""
+                line = self._sends_to
+                assert line is not None  # READY has come
                 size = min(len(frame), max(1, LINE_WINDOW - self._unacknowledged))
                 self._unacknowledged += size + len(greeting)
             try:
-                self._line.sendall(greeting + frame[:size])
+                line.sendall(greeting + frame[:size])
             except OSError:
                 return False  # the guest is gone; the reader finds out and tells everyone
             frame = frame[size:]
@@ -474,31 +235,44 @@ class AgentLink:
         while self._sending.acquire(blocking=False):
             try:
                 with self._state:
-                    if self._ended.is_set() or not (self._greeting or self._credits):
-                        return
-                    if self._unacknowledged >= LINE_WINDOW:
-                        return  # when the next ACK comes
-                    frames = self._greeting + b"".join(
-                        HEADER.pack(TAKEN, which, number, WORD.size) + WORD.pack(size)
-                        for (number, which), size in self._credits.items()
-                    )
-                    self._greeting = b""
-                    self._credits.clear()
-                    self._unacknowledged += len(frames)
-                # The socket holds more than the window: this waits only where a guest lies about what it has read.
-                self._line.send(frames, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+                    pieces = self._urgent()
+                if not pieces:
+                    return
+                for line, data in pieces:
+                    # A socket holds more than the window: this waits only where a guest lies about what it has read.
+                    line.send(data, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
             except OSError:
                 return
             finally:
                 self._sending.release()
 
+    def _urgent(self) -> list[tuple[socket.socket, bytes]]:
+        """Take what is to be sent out of turn, and where to. No frame is half sent: both locks are held."""
+        line = self._sends_to
+        if self._ended.is_set() or line is None:
+            return []
+        if self._moves_to is not None:
+            move, hello = HEADER.pack(MOVE, 0, 0, 0), _hello(self._number)
+            self._unacknowledged += len(move) + len(hello)
+            self._sends_to, self._moves_to = self._moves_to, None
+            return [(line, move), (self._sends_to, hello)]
+        if not (self._greeting or self._credits) or self._unacknowledged >= LINE_WINDOW:
+            return []  # after the next ACK
+        frames = self._greeting + b"".join(
+            HEADER.pack(TAKEN, which, number, WORD.size) + WORD.pack(size)
+            for (number, which), size in self._credits.items()
+        )
+        self._greeting = b""
+        self._credits.clear()
+        self._unacknowledged += len(frames)
+        return [(line, frames)]
+
     def close(self) -> None:
         """End the link; commands that still run count as lost."""
-        with contextlib.suppress(OSError):
-            self._line.shutdown(socket.SHUT_RDWR)  # wakes the reader, which a close alone would not
+        self._lines.wake()  # the reader, which a close alone would not
         if threading.current_thread() is not self._reader:
             self._reader.join(timeout=5)
-        self._line.close()
+        self._lines.close()
 
     def _refuse_ended(self) -> None:
         if self._ended.is_set():
@@ -516,10 +290,14 @@ class AgentLink:
     def _read(self) -> None:
         arrived = bytearray(self._first)
         try:
-            while self._find_agent(arrived):
+            while True:
                 try:
-                    self._read_frames(arrived)
+                    if self._find_agent(arrived):
+                        self._read_frames(arrived)
                     return
+                except StartedAgain as again:
+                    self._lose(_STARTED_AGAIN)
+                    arrived[:] = again.words
                 except GuestError as error:
                     self._complaint = f"the guest's agent broke its protocol: {error}"
                     self._lose(GuestError(self._complaint))
@@ -541,11 +319,12 @@ class AgentLink:
                 self._ready.clear()
             self._state.notify_all()
         for process in left:
-            process._finish(failure=why or GuestEnded(f"the guest ended while {process.args[0]!r} ran in it"))
+            process.finish(failure=why or GuestEnded(f"the guest ended while {process.args[0]!r} ran in it"))
 
     def _greet(self, number: bytes) -> None:
         with self._state:
-            self._greeting = HEADER.pack(HELLO, 0, 0, len(MAGIC) + WORD.size) + MAGIC + number
+            self._number, self._greeting = number, _hello(number)
+            self._sends_to, self._moves_to = self._lines.present, None
             self._unacknowledged = 0
             self._complaint = None
             self._ready.set()
@@ -557,7 +336,7 @@ class AgentLink:
         whole = len(GREETING) + WORD.size
         while (at := arrived.find(GREETING)) < 0 or len(arrived) < at + whole:
             if at < 0:
-                other = _OTHER_AGENT.search(arrived)
+                other = OTHER_AGENT.search(arrived)
                 if other is not None and other[1] != MAGIC[15:-1]:
                     self._complaint = (
                         f"the agent in the guest speaks version {other[1].decode()} of its protocol, and this ringzero"
@@ -567,7 +346,7 @@ class AgentLink:
                     with self._state:
                         self._state.notify_all()
                 del arrived[: max(0, len(arrived) - whole)]
-            if not (data := self._line.recv(READ_SIZE)):
+            if not (data := self._lines.receive()):
                 return False
             arrived += data
         self._greet(bytes(arrived[at + len(GREETING) : at + whole]))
@@ -593,12 +372,44 @@ class AgentLink:
                 if len(arrived) - at - HEADER.size < size:
                     break
                 at += HEADER.size
+                if kind == MOVED:
+                    del arrived[:]
+                    if not self._follow(arrived):
+                        return
+                    at = 0
+                    continue
                 self._dispatch(kind, number, bytes(memoryview(arrived)[at : at + size]))
                 at += size
             del arrived[:at]
-            if not (data := self._line.recv(READ_SIZE)):
+            if not (data := self._lines.receive()):
                 return
             arrived += data
+
+    def _follow(self, arrived: bytearray) -> bool:
+        """Go on where the agent has moved to, behind its word there; False at the end of the line."""
+        with self._state:
+            if self._sends_to is self._lines.present:
+                raise GuestError("it moved to another line, and was not told to")
+        self._lines.move()
+        words = GREETING + self._number
+        while (at := arrived.find(words)) < 0:  # before it is what was meant for another agent
+            del arrived[: max(0, len(arrived) - len(words))]
+            if not (data := self._lines.receive()):
+                return False
+            arrived += data
+        del arrived[: at + len(words)]
+        return True
+
+    def _consider_moving(self) -> None:
+        """The agent has found the port: have MOVE sent, unless it was."""
+        try:
+            port = self._lines.port()
+        except (OSError, RingzeroError):
+            return  # no descriptor is left, or no thread: it stays where it is
+        with self._state:
+            if port is not None and self._sends_to is not port:
+                self._moves_to = port
+        self._flush()
 
     def _dispatch(self, kind: int, number: int, payload: bytes) -> None:
         if kind in (EXIT, FAILED, CREDIT, ACK, STARTED) and len(payload) != WORD.size:
@@ -608,6 +419,9 @@ class AgentLink:
                 self._unacknowledged = max(0, self._unacknowledged - WORD.unpack(payload)[0])
                 self._state.notify_all()
             self._flush()
+            return
+        if kind == OFFER:
+            self._consider_moving()
             return
         if kind == READY and payload[: len(MAGIC)] == MAGIC and len(payload) == len(MAGIC) + WORD.size:
             self._lose(_STARTED_AGAIN)
@@ -622,41 +436,11 @@ class AgentLink:
                     self._credits.pop((number, which), None)
                 self._state.notify_all()
         if process is not None:
-            process._deliver(kind, payload)
+            process.deliver(kind, payload)
 
 
-def pack_exec(
-    args: Sequence[Word],
-    env: Mapping[str, str],
-    cwd: str,
-    window: tuple[int, int],
-    credentials: Credentials | None = None,
-) -> bytes:
-    """Return the payload of an EXEC frame. Raises InputError when the guest could not take it."""
-    if not args or not os.fspath(args[0]):
-        raise InputError("a command needs a name")
-    words = [os.fsencode(word) for word in (cwd, *args)]
-    words += [os.fsencode(name) + b"=" + os.fsencode(value) for name, value in env.items()]
-    if any(b"\0" in word for word in words):
-        raise InputError("a command, its directory and its environment cannot hold NUL characters")
-    text = b"".join(word + b"\0" for word in words)
-    head = struct.pack("<HHHH", len(args) & 0xFFFF, len(env) & 0xFFFF, *window)
-    head += credentials.packed() if credentials is not None else b""
-    if len(head) + len(text) > FRAME_MAX or len(words) > WORDS_MAX:
-        raise InputError("the command line is too long: at most 1000 words and 32 KiB with its environment")
-    return head + text
-
-
-def _exit_code(status: int) -> int:
-    """Return a wait status as subprocess gives it; one that waitpid never gives counts as its low byte."""
-    try:
-        return os.waitstatus_to_exitcode(status)
-    except (ValueError, OverflowError):
-        return status & 0xFF
+def _hello(number: bytes) -> bytes:
+    return HEADER.pack(HELLO, 0, 0, len(MAGIC) + WORD.size) + MAGIC + number
 
 
 _STARTED_AGAIN = GuestError("the guest's agent was started again: the command it ran is lost")
-
-
-def _discard(_: bytes) -> None:
-    pass

@@ -14,8 +14,8 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from ringzero.errors import GuestError
-from ringzero.machine.exec import STDOUT as STDOUT_KIND
 from ringzero.machine.exec import AgentLink
+from ringzero.machine.frames import STDOUT as STDOUT_KIND
 from ringzero.machine.streams import Collected, OutputPipe
 from ringzero.machine.tar import Progress, Reader, archive, unpack
 

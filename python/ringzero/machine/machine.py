@@ -22,6 +22,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from ringzero.errors import GuestEnded, GuestError, InputError, InternalError
+from ringzero.machine.agent_way import AGENT_NAME, AgentWay
 from ringzero.machine.console import Console, Sink
 from ringzero.machine.disk import Disk
 from ringzero.machine.drive import Driven
@@ -37,13 +38,12 @@ from ringzero.machine.vsock import Vsock
 if TYPE_CHECKING:
     from ringzero import _core
     from ringzero.images import Image
+    from ringzero.machine.agent_lines import Lines
     from ringzero.machine.assemble import BootFiles
     from ringzero.machine.exec import AgentLink
     from ringzero.machine.metadata_server import MetadataServer
 
-CONSOLE_PORT, AGENT_PORT = 0, 1
-AGENT_NAME = "org.ringzero.agent"
-"""The port that the agent prefers to its serial port, when `ports` has it: copies are tens of times as fast."""
+CONSOLE_PORT = 0
 # A guest boots in seconds when translated and in minutes when interpreted; a host may be busy as well.
 READY_TIMEOUT = 600.0
 # How long a panicked kernel must have been silent before we believe that it stands still for ever.
@@ -84,7 +84,7 @@ class Machine(Driven):
         publish: str | Publish | Sequence[str | Publish] = (),
         name: str | None = None,
         console: Sink | None = None,
-        agent: bool = True,
+        agent: bool | str = True,
         shell: bool = True,
         quiet: bool = True,
         count_instructions: bool = False,
@@ -112,14 +112,15 @@ class Machine(Driven):
         An image with a root disk (debian-full) has it as the first disk, with an overlay that is gone when the machine
         is; with `persist`, the overlay is the qcow2 image of that name, made when it is not there yet.
         `seed` says what the guest shall be made into when it first boots, on a read-only disk after the others.
-        `agent` and `shell` choose what an image with our agent starts: commands for `run`, and a
-        login shell on the console. Without `quiet` the kernel's messages show. With `kaslr` a bzImage unpacks
-        itself, at a random address, and no translations are kept; otherwise it is unpacked before it starts,
-        and runs where it was linked to run. `trace` names a file for a trace of every instruction. With
-        `profile` the counters named profile.* say what the processors did, in samples. `translation_cache`
-        keeps translations for later machines: in this user's cache, in a folder of its own, or not at all.
-        `translation_memory` (bytes, or a size) limits what translated code takes of the host; by itself it is
-        an eighth of `memory`.
+        `agent` and `shell` choose what an image with our agent starts: commands for `run`, and a login shell on the
+        console. The agent begins on a serial port, which is there at once, and goes on over a virtio port; "serial",
+        "port" and "vsock" have it keep to one of these. Without `quiet` the kernel's messages show. With `kaslr` a
+        bzImage unpacks itself, at a random address, and no translations are kept; otherwise it is unpacked before it
+        starts, and runs where it was linked to run. `trace` names a file for a trace of every instruction. With
+        `profile` the counters named profile.* say what the processors did, in samples. `translation_cache` keeps
+        translations for later machines: in this user's cache, in a folder of its own, or not at all.
+        `translation_memory` (bytes, or a size) limits what translated code takes of the host; by itself it is an
+        eighth of `memory`.
         """
         if image is None and kernel is None:
             image = "debian"
@@ -141,8 +142,11 @@ class Machine(Driven):
         self._opened_disks: list[_core.Disk] = []
         self._persist = persist
         self._seed = seed
+        if AGENT_NAME in ports:
+            raise InputError(f"the port {AGENT_NAME} is the agent's own: agent='port' has it use no other")
         self._ports = Ports(ports)
-        self._vsock = Vsock.parse(vsock)
+        self._way = AgentWay(agent)
+        self._vsock = Vsock.parse(vsock or self._way.needs_vsock)
         self.networks = Networks.parse(name or "ringzero", net, publish)
         self._metadata: MetadataServer | None = None
         if names := [device for device in self._devices if isinstance(device, str)]:
@@ -150,7 +154,6 @@ class Machine(Driven):
 
             check_names(names)
         self._sink = console
-        self._with_agent = agent
         self._with_shell = shell
         self._quiet = quiet
         self._count_instructions = count_instructions
@@ -161,6 +164,7 @@ class Machine(Driven):
         self._translation_bytes = None if translation_memory is None else parse_size(translation_memory)
         self._core_vm: _core.Vm | None = None
         self._console: Console | None = None
+        self._has_agent = False
         self._agent: AgentLink | None = None
         self._running = False
         self._ended = threading.Event()
@@ -181,11 +185,11 @@ class Machine(Driven):
             with core_errors(), self._with_disks_of(image):
                 vm = self._assembled(image)
                 self._console = Console(_line(vm, CONSOLE_PORT), self._sink)
-                if image.agent and self._with_agent:
+                lines = self.agent_lines(vm)
+                if lines is not None:
                     from ringzero.machine.exec import AgentLink
 
-                    named = AGENT_NAME in self._ports.names
-                    self._agent = AgentLink(self._ports.join(AGENT_NAME) if named else _line(vm, AGENT_PORT))
+                    self._agent = AgentLink(lines)
                 vm.start()
             if self._metadata is not None:
                 self._metadata.start()
@@ -399,6 +403,9 @@ class Machine(Driven):
         from ringzero.machine.assemble import assemble
 
         self._metadata = self._metadata_server()
+        self._has_agent = image.agent and bool(self._way)
+        if self._has_agent and self._way.needs_port:
+            self._ports.add_own(AGENT_NAME)
         return assemble(
             self._completed_spec(image),
             self._devices,
@@ -459,12 +466,16 @@ class Machine(Driven):
         return (known or share_boot_files(spec)).prepared(spec)
 
     def assembled(self, files: BootFiles | None = None) -> _core.Vm:
-        """Return the core VM of this machine, ready to start, for who looks after it himself: its console, its
-        agent's line (serial ports 0 and 1) and its end. No thread is started, and this object stays unused.
+        """Return the core VM of this machine, ready to start, for who looks after it himself: its console (serial
+        port 0), its agent (`agent_lines`) and its end. No thread is started, and this object stays unused.
         """
         image = self.resolved_image()
         with core_errors(), self._with_disks_of(image):
             return self._assembled(image, files)
+
+    def agent_lines(self, vm: _core.Vm) -> Lines | None:
+        """Return what leads to the agent of a VM that was `assembled`: once. None when it has none."""
+        return self._way.lines(vm, self._ports, self._vsock) if self._has_agent else None
 
     @contextlib.contextmanager
     def _with_disks_of(self, image: Image) -> Iterator[None]:
@@ -501,7 +512,7 @@ class Machine(Driven):
         words = [image.append]
         if image.agent:
             words += ["quiet"] if self._quiet else []
-            words += [self._agent_word()] if self._with_agent else []
+            words += [self._way.word] if self._way else []
             words += ["ringzero.shell"] if self._with_shell else []
             words += ["ringzero.disks"] if self._disks and image.disk is None else []
             words += ["ringzero.ports"] if self._ports else []
@@ -510,9 +521,6 @@ class Machine(Driven):
             words += self.networks.words()
         words += [SEED_WORD] if self._seed is not None else []
         return " ".join(word for word in [*words, self._append] if word)
-
-    def _agent_word(self) -> str:
-        return "ringzero.agent=port" if AGENT_NAME in self._ports.names else "ringzero.agent"
 
     def resolved_image(self) -> Image:
         """Return what boots: the image, fetched if need be, with the caller's own files in the place of its."""

@@ -25,8 +25,10 @@ from types import TracebackType
 from typing import IO, Any
 
 from ringzero.errors import GuestError
-from ringzero.machine import exec as link_module
-from ringzero.machine.exec import AgentLink, Credentials, GuestProcess, Word
+from ringzero.machine import frames, guest_process
+from ringzero.machine.exec import AgentLink
+from ringzero.machine.frames import Credentials, Word
+from ringzero.machine.guest_process import GuestProcess
 from ringzero.machine.streams import Collected, InputPipe, OutputPipe
 
 __all__ = [
@@ -123,11 +125,11 @@ class GuestPopen:
         join = stderr == STDOUT
         if window is not None:
             join, stderr = False, None
-        out, out_to = self._output(stdout, link_module.STDOUT, 1)
+        out, out_to = self._output(stdout, frames.STDOUT, 1)
         if stderr == STDOUT or window is not None:
             err, err_to = None, None
         else:
-            err, err_to = self._output(stderr, link_module.STDERR, 2)
+            err, err_to = self._output(stderr, frames.STDERR, 2)
         try:
             from_fd = None if stdin in (None, PIPE, DEVNULL) else _descriptor(stdin)
             process = link.start(
@@ -381,7 +383,7 @@ def _result(args: Any, status: int | None, out: Any, err: Any, check: bool) -> C
 
 def _reap(process: GuestProcess) -> None:
     """Wait a little for the end of a command that was killed; a guest that does not do it cannot hold us up."""
-    _quietly(lambda: process.wait(link_module.PATIENCE))
+    _quietly(lambda: process.wait(guest_process.PATIENCE))
 
 
 def _raw(stream: Any) -> Any:

@@ -33,25 +33,38 @@ class Ports:
         if wrong := [name for name in self.names if _is_terminal(name) and name not in self._terminals]:
             raise InputError(f"the guest numbers its terminals from hvc0 on: there can be no {wrong[0]} yet")
         self._console: _core.Console | None = None
+        self._own: tuple[str, ...] = ()
 
     def __bool__(self) -> bool:
-        """Whether there are any."""
+        """Whether any were asked for."""
         return bool(self.names)
+
+    @property
+    def is_needed(self) -> bool:
+        """Whether the machine needs the device."""
+        return bool(self.names or self._own)
+
+    def add_own(self, name: str) -> None:
+        """Have one more port behind those that were asked for, for a program of ours in the guest."""
+        self._own = (name,)
 
     def device(self, _cpus: int) -> _core.VirtioDevice:
         """Return the device that has these ports. Raises the core's CoreError for a name that cannot be."""
         from ringzero import _core
 
-        others = [name for name in self.names if not _is_terminal(name)]
-        self._console = _core.Console(others, consoles=len(self._terminals))
+        self._console = _core.Console(self._named, consoles=len(self._terminals))
         return self._console
 
+    @property
+    def _named(self) -> list[str]:
+        return [*(name for name in self.names if not _is_terminal(name)), *self._own]
+
     def _index(self, name: str) -> int:
-        if name not in self.names:
+        if name not in (*self.names, *self._own):
             known = ", ".join(self.names) or "none"
             raise InputError(f"this machine has no port {name!r}: it has {known}")
         # The terminals are the device's first ports.
-        return [*self._terminals, *(name for name in self.names if not _is_terminal(name))].index(name)
+        return [*self._terminals, *self._named].index(name)
 
     @property
     def _there(self) -> _core.Console:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from ringzero.machine.exec import GuestProcess
+    from ringzero.machine.guest_process import GuestProcess
 
 __all__ = ["Collected", "InputPipe", "OutputPipe"]
 

@@ -1,7 +1,7 @@
 """`run`: how long `vm.run(["true"])` takes on a guest that has booted and idles, and how fast files are copied.
 
-The agent is measured over both of its lines: the second serial port, which is what a machine has by itself, and a
-virtio console port. QEMU has no agent of its own to compare with.
+The agent is measured over the line that it moves to by itself, a virtio console port, over the serial port that it
+begins on, and over a socket. QEMU has no agent of its own to compare with.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from rich.console import Console
 
 from ringzero.bench.memory.item import MIB, Figure, Outcome
 from ringzero.errors import GuestError
-from ringzero.machine.machine import AGENT_NAME, Machine
+from ringzero.machine.machine import Machine
 
 __all__ = ["RunBench"]
 
@@ -35,14 +35,14 @@ class RunBench:
     image: str = "debian"
 
     def measure(self, console: Console) -> Outcome:
-        """Measure over both lines, interleaved."""
-        lines = {"serial port": [], "virtio port": [AGENT_NAME]}
+        """Measure over all lines, interleaved."""
+        lines: dict[str, bool | str] = {"virtio port": True, "serial port": "serial", "vsock": "vsock"}
         times: dict[str, list[float]] = {name: [] for name in lines}
         rates: dict[str, list[float]] = {}
         for turn in range(self.rounds):
-            for name, ports in lines.items():
+            for name, agent in lines.items():
                 with console.status(f"run: round {turn + 1} of {self.rounds}, over the {name}"):
-                    self._round(name, ports, times[name], rates)
+                    self._round(name, agent, times[name], rates)
         figures = []
         for name, taken in times.items():
             taken.sort()
@@ -59,9 +59,9 @@ class RunBench:
             details={"milliseconds": times},
         )
 
-    def _round(self, name: str, ports: list[str], times: list[float], rates: dict[str, list[float]]) -> None:
+    def _round(self, name: str, agent: bool | str, times: list[float], rates: dict[str, list[float]]) -> None:
         data = os.urandom(self.mebibytes * MIB)
-        with Machine(self.image, memory=self.memory, shell=False, ports=ports) as vm:
+        with Machine(self.image, memory=self.memory, shell=False, agent=agent) as vm:
             vm.wait_ready()
             time.sleep(SETTLED)
             for _ in range(self.commands):
