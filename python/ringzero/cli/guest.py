@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING
 
 from ringzero.cli import fail, output_closed
 from ringzero.errors import GuestEnded, InputError
+from ringzero.images import is_disk as is_disk_image
 from ringzero.machine.machine import Machine, write_all
 from ringzero.machine.seed import Seed
 
@@ -102,10 +103,11 @@ def run_guest(options: RunOptions) -> int:
     image, kernel = _kernel(options.image, options.kernel)
     environment = _environment(options.env)
     outcome = Outcome(None if options.timeout is None else time.monotonic() + options.timeout)
-    has_agent = image is not None and image.startswith("debian") and options.initrd is None
+    is_disk = image is not None and is_disk_image(image)
+    has_agent = image is not None and (image.startswith("debian") or is_disk) and options.initrd is None
     # A shell that cannot be typed at reads commands from its input, like any other: `ringzero run debian <
     # file`.
-    if command is None and has_agent and not os.isatty(0):
+    if command is None and has_agent and not is_disk and not os.isatty(0):
         command = ("sh",)
     if command is not None and not has_agent:
         raise InputError(
@@ -152,7 +154,7 @@ def run_guest(options: RunOptions) -> int:
         trace=options.trace,
         translation_cache=not options.no_translation_cache,
     )
-    if image is not None:
+    if image is not None and not is_disk:
         _ensure(image)
     with machine:
         if options.disk:

@@ -20,7 +20,8 @@ __all__ = ["console", "down", "events", "list_", "up"]
 
 def up(
     image: Annotated[
-        str | None, typer.Argument(metavar="[IMAGE]", help="debian, debian:6.12, debian-full, or hello.")
+        str | None,
+        typer.Argument(metavar="[IMAGE]", help="debian, debian:6.12, debian-full, hello, or a disk."),
     ] = None,
     count: Annotated[int, typer.Option(metavar="N", help="How many VMs.")] = 1,
     name: Annotated[str | None, typer.Option(metavar="NAME", help="Of several: NAME-1, NAME-2 ...")] = None,

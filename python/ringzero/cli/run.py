@@ -20,6 +20,8 @@ Examples:
   ringzero run debian -- cat < in > out        standard input and output pass through
   ringzero run hello --engine interpret --stats
   ringzero run debian --disk base.qcow2,overlay --disk data.raw,ro
+  ringzero run debian-full --net nat -p 2222:22 --user ana --ssh-key ~/.ssh/id_ed25519.pub
+  ringzero run ./debian-12-genericcloud-amd64.qcow2 --memory 512M --persist mine.qcow2 --user ana
   ringzero run --kernel bzImage --initrd root.cpio --append 'console=ttyS0' --timeout 60
 """
 
@@ -53,7 +55,9 @@ def run(
     context: typer.Context,
     image: Annotated[
         str | None,
-        typer.Argument(metavar="[IMAGE] [-- CMD ARG...]", help="debian, debian:6.12, debian-full, or hello."),
+        typer.Argument(
+            metavar="[IMAGE] [-- CMD ARG...]", help="debian, debian:6.12, debian-full, hello, or a disk."
+        ),
     ] = None,
     kernel: Annotated[
         str | None,
@@ -107,7 +111,7 @@ def run(
     ] = None,
     persist: Annotated[
         str | None,
-        typer.Option(metavar="FILE", help="Keep what debian-full writes in this qcow2 image."),
+        typer.Option(metavar="FILE", help="Keep what the root disk gets in this qcow2 image."),
     ] = None,
     user: Annotated[
         str | None, typer.Option(metavar="NAME", help="Seed: make this user, who may sudo; root is locked.")

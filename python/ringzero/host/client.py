@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import socket
 import time
 from collections.abc import Iterator
@@ -36,6 +37,7 @@ from ringzero.policy import PAGE
 __all__ = ["Event", "Host", "HostVm", "VmMemoryFacts"]
 
 _BOOT_LIMIT = 600.0
+_NOT_IN_NAMES = re.compile(r"[^a-z0-9._-]+")
 _AGENT_LIMIT = 30.0
 """Seconds that a VM's process may take to answer for the guest's agent."""
 _DYING = 1.0
@@ -170,7 +172,13 @@ class Host:
         if image is not None:
             from ringzero import images
 
-            if images.find(image) is None:
+            if images.is_disk(image):
+                from ringzero.machine.disk_image import disk_image
+
+                # Here, too, so that what is wrong with it is told at once; the daemon finds it in the cache.
+                found = disk_image(image, options.get("persist"))
+                image = f"{os.path.abspath(found.name)},format={found.disk_format}"
+            elif images.find(image) is None:
                 from ringzero.machine.installer import run_guest
 
                 images.pull(image, run_guest=run_guest)
@@ -190,7 +198,7 @@ class Host:
                 f"{count} vms cannot all write to {(written or [options['persist']])[0]}: add ,overlay or ,ro to the"
                 " disk, or start them one by one"
             )
-        base = name or ((image or "vm").replace(":", "-"))
+        base = name or _name_of(image)
         if count == 1 and name is not None:
             names = [name]
         else:
@@ -406,3 +414,11 @@ class VmMemoryFacts:
     """The part of its memory that it uses, from samples."""
     own: int | None
     """What the monitor takes beside the guest's pages; None before it was weighed."""
+
+
+def _name_of(image: str | None) -> str:
+    """Return what VMs of an image are called if nothing is said: by its name, or that of its file."""
+    if image is None:
+        return "vm"
+    base = os.path.basename(image.partition(",format=")[0]).partition(".qcow2")[0]
+    return _NOT_IN_NAMES.sub("-", base.lower()).strip("-._")[:40] or "vm"

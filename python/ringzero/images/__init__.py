@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from ringzero.images.apt import Progress
     from ringzero.images.debian_full_build import RunGuest
 
-__all__ = ["IMAGES", "Image", "find", "pull", "resolve"]
+__all__ = ["DEBIAN_APPEND", "IMAGES", "Image", "find", "is_disk", "pull", "resolve"]
 
 IMAGES = {
     "debian": "Debian's cloud kernel (6.1; debian:6.12 for 6.12), busybox and a shell",
@@ -36,6 +36,9 @@ class Image:
     """Whether the image holds our agent, which runs commands for the host."""
     disk: Path | None = None
     """The root disk, the first of the machine's. Runs have overlays: this file stays as it is."""
+    disk_format: str = "raw"
+    has_cloud_init: bool = False
+    """Whether it may be expected to have cloud-init, which takes other user-data than scripts."""
 
 
 # `panic=-1`: a panic restarts the guest at once, and the monitor tells the operator.
@@ -45,6 +48,12 @@ class Image:
 DEBIAN_APPEND = "console=ttyS0,115200 panic=-1 8250.nr_uarts=4 cryptomgr.notests"
 # The disk has one file system and no partitions. `rw` spares a remount, for the initramfs has checked it.
 FULL_APPEND = f"{DEBIAN_APPEND} root=/dev/vda rw"
+
+
+def is_disk(name: str) -> bool:
+    """Say whether an image is named as a file: a disk with a system on it (ringzero.machine.disk_image)."""
+    file = name.partition(",format=")[0]
+    return "/" in file or file.endswith((".qcow2", ".raw", ".img"))
 
 
 def resolve(name: str, kernel: str | None = None) -> tuple[str, str | None]:

@@ -16,7 +16,7 @@ from pathlib import Path
 from ringzero.images.cache import ImageCache
 from ringzero.images.initramfs import agent_path
 
-__all__ = ["NAME", "RECIPE", "find_full", "recipe_mark"]
+__all__ = ["NAME", "RECIPE", "find_full", "recipe_mark", "with_agent"]
 
 NAME = "debian-full"
 RECIPE = Path(__file__).parent / "recipe"
@@ -36,7 +36,7 @@ def find_full(cache: ImageCache, *, thorough: bool = False) -> dict[str, Path] |
     files = cache.find(NAME, thorough=thorough)
     if not files or not all(part in files for part in FILES):
         return None
-    return files | {"initrd": _with_agent(files["initrd"], manifest.files["initrd"].sha256)}
+    return files | {"initrd": with_agent(files["initrd"], manifest.files["initrd"].sha256)}
 
 
 def recipe_mark() -> str:
@@ -55,7 +55,7 @@ def _files(path: Path) -> list[Path]:
     return [path] if path.is_file() else [entry for entry in path.rglob("*") if entry.is_file()]
 
 
-def _with_agent(initrd: Path, sha256: str) -> Path:
+def with_agent(initrd: Path, sha256: str) -> Path:
     """Return the initramfs that brings this package's agent along, beside `initrd`, whose sum is given.
 
     The kernel unpacks archives that follow each other, compressed or not, each from a multiple of four bytes

@@ -96,12 +96,13 @@ class Machine(Driven):
         """Describe a machine; nothing runs yet. Raises InputError for what can be seen to be wrong already.
 
         `image` is a name ("debian", "debian:6.12", "hello"), fetched at `start` when it is not on this
-        machine; the default is "debian", unless a `kernel` file is given: then that boots, with `initrd` and
-        `append`, and with an image too it takes the place of the image's kernel. `append` adds words to the
-        kernel's command line. `memory` is bytes, or a size like "512M". `cpu` adds features to the processors, each of
-        which makes a guest that uses it slower: "+pku,+pks". `devices` are slow devices in Python
-        (ringzero.devices.Device), or names of ours ("debug-exit"). `disks` are files ("FILE", "FILE,ro", or a
-        Disk: docs/disks.md), virtio disks in the guest, in this order: our images have /dev/vda and so on before the
+        machine, or a disk with a system on it ("./debian-12-genericcloud-amd64.qcow2"); the default is "debian",
+        unless a `kernel` file is given: then that boots, with `initrd` and `append`, and with an image too it takes
+        the place of the image's kernel. `append` adds words to the kernel's command line. `memory` is bytes, or a
+        size like "512M". `cpu` adds features to the processors, each of which makes a guest that uses it slower:
+        "+pku,+pks". `devices` are slow devices in Python (ringzero.devices.Device), or names of ours ("debug-exit").
+        `disks` are files ("FILE", "FILE,ro", or a Disk:
+        docs/disks.md), virtio disks in the guest, in this order: our images have /dev/vda and so on before the
         first command, with the kernel that belongs to them. `mounts` are folders of this host ("./here:/there",
         "./here:/there:ro"), which our images mount before the first command. `ports` are names of channels to
         programs of the guest (see `port`); with `vsock` there are sockets between the two (see `vsock`), by the
@@ -109,8 +110,8 @@ class Machine(Driven):
         "allow=192.0.2.0/24:443" (see ringzero.machine.network); `publish` are ports of this host that lead to the
         guest: "8080:80". `name` is what the guest's network calls it, and what the addresses of its cards come from.
         `console` is given every piece of console output.
-        An image with a root disk (debian-full) has it as the first disk, with an overlay that is gone when the machine
-        is; with `persist`, the overlay is the qcow2 image of that name, made when it is not there yet.
+        An image with a root disk (debian-full, a disk of yours) has it as the first disk, with an overlay that is gone
+        when the machine is; with `persist`, the overlay is the qcow2 image of that name, made when it is not there yet.
         `seed` says what the guest shall be made into when it first boots, on a read-only disk after the others.
         `agent` and `shell` choose what an image with our agent starts: commands for `run`, and a login shell on the
         console. The agent begins on a serial port, which is there at once, and goes on over a virtio port; "serial",
@@ -125,9 +126,10 @@ class Machine(Driven):
         if image is None and kernel is None:
             image = "debian"
         if isinstance(image, str):
-            from ringzero.images import resolve
+            from ringzero.images import is_disk, resolve
 
-            resolve(image)
+            if not is_disk(image):
+                resolve(image)
         self._image = image
         # The kernel and its command line are filled in at `start`, when an image is known to be here.
         self.spec = MachineSpec.checked(
@@ -482,14 +484,16 @@ class Machine(Driven):
         """Have the image's root disk as the first of the disks, and the seed as the last, while all is put together."""
         if image.disk is not None:
             kept = Path(self._persist) if self._persist is not None else None
-            root = Disk(image.disk, format="raw", temporary=kept is None, overlay=kept)
+            root = Disk(image.disk, format=image.disk_format, temporary=kept is None, overlay=kept)
             self._disks.insert(0, root)
         elif self._persist is not None:
-            raise InputError(f"{image.name} has no root disk to keep: persist is for debian-full")
+            raise InputError(
+                f"{image.name} has no root disk to keep: persist is for debian-full and for disks as images"
+            )
         if self._seed is None:
             yield
             return
-        if image.disk is not None and self._seed.needs_cloud_init:
+        if image.disk is not None and self._seed.needs_cloud_init and not image.has_cloud_init:
             raise InputError(
                 f"{image.name} has no cloud-init to read that user-data: give a script that begins with #!"
             )
@@ -527,7 +531,11 @@ class Machine(Driven):
         from ringzero import images
 
         image = self._image
-        if isinstance(image, str):
+        if isinstance(image, str) and images.is_disk(image):
+            from ringzero.machine.disk_image import disk_image
+
+            image = self._image = disk_image(image, self._persist)
+        elif isinstance(image, str):
             from ringzero.machine.installer import run_guest
 
             image = images.find(image) or images.pull(image, run_guest=run_guest)
@@ -542,6 +550,8 @@ class Machine(Driven):
             image.append,
             agent=image.agent and self._initrd is None,
             disk=image.disk,
+            disk_format=image.disk_format,
+            has_cloud_init=image.has_cloud_init,
         )
 
     @property
