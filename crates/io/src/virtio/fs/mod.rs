@@ -5,14 +5,19 @@
 //! its place below the folder ([`nodes`]) and no other way; one that was removed is reached as long as it is open. Writes go
 //! through to the host at once, and the guest asks anew for what it knows: for a file's status whenever it needs it, for a name
 //! after a second. So programs on both sides may use the folder at the same time.
+//!
+//! Where the machine's process is jailed, the server is in another one ([`elsewhere`]).
 
+mod elsewhere;
 mod nodes;
 mod protocol;
 mod server;
+mod state;
 
 use std::borrow::Cow;
 use std::io;
 use std::os::unix::fs::FileExt;
+use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -21,6 +26,7 @@ use host::lock::{Rank, RankedMutex};
 
 use super::queue::Chain;
 use super::{Answer, Backend, BackendState};
+use elsewhere::Elsewhere;
 pub use nodes::NodeState;
 use protocol::{Arguments, IN_HEADER, OUT_HEADER, Reply, WRITE_IN, op};
 use server::{Answered, MOST_PAGES, Server, errno};
@@ -50,28 +56,88 @@ pub enum FsError {
     Folder { path: std::path::PathBuf, error: io::Error },
 }
 
+/// A request, and the place for its answer: a chain of the driver's, or what came of one to another process.
+trait Exchange {
+    fn readable_bytes(&self) -> u64;
+    fn writable_bytes(&self) -> u64;
+    fn read(&self, offset: u64, bytes: &mut [u8]) -> bool;
+    fn write(&self, offset: u64, bytes: &[u8]) -> bool;
+}
+
+impl Exchange for Chain<'_> {
+    fn readable_bytes(&self) -> u64 {
+        self.readable_bytes()
+    }
+
+    fn writable_bytes(&self) -> u64 {
+        self.writable_bytes()
+    }
+
+    fn read(&self, offset: u64, bytes: &mut [u8]) -> bool {
+        self.read(offset, bytes)
+    }
+
+    fn write(&self, offset: u64, bytes: &[u8]) -> bool {
+        self.write(offset, bytes)
+    }
+}
+
+/// Where requests are carried out.
+enum Place {
+    Here(Server),
+    Elsewhere(Elsewhere),
+}
+
 /// A folder that a guest can mount.
 pub struct SharedFolder {
     config: [u8; CONFIG_BYTES],
-    server: RankedMutex<Server>,
+    place: RankedMutex<Place>,
     /// The driver has gone since the last request. Who notes it does not wait for one that is being served.
     is_new: AtomicBool,
+}
+
+fn open(path: &Path, is_read_only: bool) -> io::Result<Server> {
+    Folder::open(path).map(|folder| Server::new(folder, is_read_only))
+}
+
+/// Serves a folder to a machine's process at the other end of a socket, until that has gone.
+///
+/// # Errors
+/// What it says makes no sense, or the socket's.
+pub fn serve_folder(path: &Path, is_read_only: bool, socket: UnixStream) -> io::Result<()> {
+    match open(path, is_read_only) {
+        Ok(mut server) => elsewhere::serve(&mut server, socket),
+        Err(error) => elsewhere::refuse(socket, &error),
+    }
 }
 
 impl SharedFolder {
     /// # Errors
     /// [`FsError`] for a name that no guest can mount by, and a folder that cannot be opened.
     pub fn new(path: &Path, tag: &str, is_read_only: bool) -> Result<SharedFolder, FsError> {
+        let failed = |error| FsError::Folder { path: path.into(), error };
+        SharedFolder::at(tag, || open(path, is_read_only).map(Place::Here).map_err(failed))
+    }
+
+    /// A folder that [`serve_folder`] serves at the other end of a socket.
+    ///
+    /// # Errors
+    /// As [`SharedFolder::new`].
+    pub fn elsewhere(path: &Path, tag: &str, socket: UnixStream) -> Result<SharedFolder, FsError> {
+        let failed = |error| FsError::Folder { path: path.into(), error };
+        SharedFolder::at(tag, || Elsewhere::join(socket).map(Place::Elsewhere).map_err(failed))
+    }
+
+    fn at(tag: &str, place: impl FnOnce() -> Result<Place, FsError>) -> Result<SharedFolder, FsError> {
         let allowed = |byte: u8| byte.is_ascii_alphanumeric() || b".-_".contains(&byte);
         if !(1..=TAG_BYTES).contains(&tag.len()) || !tag.bytes().all(allowed) {
             return Err(FsError::Tag(tag.into()));
         }
-        let folder = Folder::open(path).map_err(|error| FsError::Folder { path: path.into(), error })?;
+        let place = RankedMutex::new(Rank::Backend, place()?);
         let mut config = [0; CONFIG_BYTES];
         config[..tag.len()].copy_from_slice(tag.as_bytes());
         config[TAG_BYTES..].copy_from_slice(&u32::from(QUEUES - 1).to_le_bytes());
-        let server = RankedMutex::new(Rank::Backend, Server::new(folder, is_read_only));
-        Ok(SharedFolder { config, server, is_new: AtomicBool::new(false) })
+        Ok(SharedFolder { config, place, is_new: AtomicBool::new(false) })
     }
 }
 
@@ -82,7 +148,7 @@ struct Request {
     node: u64,
 }
 
-fn request(chain: &Chain<'_>) -> Option<Request> {
+fn request(chain: &impl Exchange) -> Option<Request> {
     let mut bytes = [0; IN_HEADER];
     if !chain.read(0, &mut bytes) {
         return None;
@@ -93,7 +159,7 @@ fn request(chain: &Chain<'_>) -> Option<Request> {
 }
 
 /// What the guest reads from a file: straight into its buffers, behind the header. Gives the size of all.
-fn read(server: &Server, chain: &Chain<'_>, room: u64) -> Result<u64, i32> {
+fn read(server: &Server, chain: &impl Exchange, room: u64) -> Result<u64, i32> {
     let mut bytes = [0; 20];
     if !chain.read(IN_HEADER as u64, &mut bytes) {
         return Err(libc::EINVAL);
@@ -123,7 +189,7 @@ fn read(server: &Server, chain: &Chain<'_>, room: u64) -> Result<u64, i32> {
     Ok(done)
 }
 
-fn write(server: &Server, chain: &Chain<'_>) -> Answered {
+fn write(server: &Server, chain: &impl Exchange) -> Answered {
     let mut bytes = [0; WRITE_IN];
     if !chain.read(IN_HEADER as u64, &mut bytes) {
         return Err(libc::EINVAL);
@@ -157,7 +223,7 @@ fn write(server: &Server, chain: &Chain<'_>) -> Answered {
 }
 
 /// Carries a request out; `None` when it has no answer, or no room for one.
-fn carry_out(server: &mut Server, chain: &Chain<'_>) -> Option<u32> {
+fn carry_out(server: &mut Server, chain: &impl Exchange) -> Option<u32> {
     let request = request(chain)?;
     // Without room for an answer nobody waits for one.
     let room = chain.writable_bytes().saturating_sub(OUT_HEADER as u64);
@@ -181,9 +247,54 @@ fn carry_out(server: &mut Server, chain: &Chain<'_>) -> Option<u32> {
         Ok((size, reply)) => (0, size + reply.0.len() as u64, reply),
         Err(error) => (-error, 0, Reply::default()),
     };
+    finish(chain, request.unique, error, size, &reply)
+}
+
+/// Writes the header of an answer, and what of it is not there yet.
+fn finish(chain: &impl Exchange, unique: u64, error: i32, size: u64, reply: &Reply) -> Option<u32> {
     let total = OUT_HEADER as u32 + size as u32;
-    let header = Reply::default().u32(total).u32(error.cast_unsigned()).u64(request.unique);
+    let header = Reply::default().u32(total).u32(error.cast_unsigned()).u64(unique);
     (chain.write(0, &header.0) && chain.write(OUT_HEADER as u64, &reply.0)).then_some(total)
+}
+
+impl Place {
+    fn carry_out(&mut self, chain: &Chain<'_>) -> Option<u32> {
+        match self {
+            Place::Here(server) => carry_out(server, chain),
+            Place::Elsewhere(elsewhere) => elsewhere.carry_out(chain).unwrap_or_else(|_| {
+                // It has gone, or the request is longer than any that makes sense.
+                finish(chain, request(chain)?.unique, -libc::EIO, 0, &Reply::default())
+            }),
+        }
+    }
+
+    fn forget_all(&mut self) {
+        match self {
+            Place::Here(server) => server.forget_all(),
+            Place::Elsewhere(elsewhere) => elsewhere.forget_all(),
+        }
+    }
+
+    fn close_all(&mut self) {
+        match self {
+            Place::Here(server) => server.close_all(),
+            Place::Elsewhere(elsewhere) => elsewhere.close_all(),
+        }
+    }
+
+    fn state(&mut self) -> State {
+        match self {
+            Place::Here(server) => server.state(),
+            Place::Elsewhere(elsewhere) => elsewhere.state(),
+        }
+    }
+
+    fn restore(&mut self, state: &State) {
+        match self {
+            Place::Here(server) => server.restore(state),
+            Place::Elsewhere(elsewhere) => elsewhere.restore(state),
+        }
+    }
 }
 
 impl Backend for SharedFolder {
@@ -215,24 +326,24 @@ impl Backend for SharedFolder {
         if self.is_new.load(Ordering::SeqCst) {
             return BackendState::Fs(State::default());
         }
-        BackendState::Fs(self.server.lock().state())
+        BackendState::Fs(self.place.lock().state())
     }
 
     fn restore(&self, state: &BackendState) {
         let BackendState::Fs(state) = state else { return };
         self.is_new.store(false, Ordering::SeqCst);
-        self.server.lock().restore(state);
+        self.place.lock().restore(state);
     }
 
     fn end(&self) {
-        self.server.lock().close_all();
+        self.place.lock().close_all();
     }
 
     fn serve(&self, _queue: u16, _features: u64, chain: &Chain<'_>) -> Answer {
-        let mut server = self.server.lock();
+        let mut place = self.place.lock();
         if self.is_new.swap(false, Ordering::SeqCst) {
-            server.forget_all();
+            place.forget_all();
         }
-        Answer::Done(carry_out(&mut server, chain).unwrap_or(0))
+        Answer::Done(place.carry_out(chain).unwrap_or(0))
     }
 }

@@ -92,6 +92,12 @@ impl<'a> Arguments<'a> {
         Ok(u64::from_le_bytes(*bytes))
     }
 
+    pub fn bytes(&mut self, count: usize) -> Result<&'a [u8], i32> {
+        let (bytes, rest) = self.0.split_at_checked(count).ok_or(libc::EINVAL)?;
+        self.0 = rest;
+        Ok(bytes)
+    }
+
     /// Leaves bytes out.
     pub fn skip(&mut self, count: usize) -> Result<(), i32> {
         self.0 = self.0.get(count..).ok_or(libc::EINVAL)?;
