@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import stat
+from collections.abc import Iterator
 from pathlib import Path
 
 from ringzero import images
@@ -18,6 +20,7 @@ __all__ = [
     "disk_initramfs",
     "disk_program",
     "kernel",
+    "members",
     "nano",
     "program",
 ]
@@ -119,16 +122,20 @@ def basics(archive: NewcWriter) -> None:
 
 
 def member(archive: bytes, name: str) -> bytes | None:
-    """Return one file of a newc archive of our own making, or None (Linux, buffer-format.rst)."""
+    """Return one file of a newc archive of our own making, or None."""
+    return next((data for found, data in members(archive) if found == name), None)
+
+
+def members(archive: bytes) -> Iterator[tuple[str, bytes]]:
+    """Go through the names and contents of the files in a newc archive of our own making (Linux, buffer-format.rst)."""
     at = 0
     while archive[at : at + 6] == b"070701" and at + 110 <= len(archive):
         fields = [int(archive[at + 6 + 8 * i : at + 14 + 8 * i], 16) for i in range(13)]
         size, name_size = fields[6], fields[11]
         start = _padded(at + 110 + name_size)
-        if archive[at + 110 : at + 110 + name_size - 1].decode() == name:
-            return archive[start : start + size]
+        if stat.S_ISREG(fields[1]):
+            yield (archive[at + 110 : at + 110 + name_size - 1].decode(), archive[start : start + size])
         at = _padded(start + size)
-    return None
 
 
 def _padded(offset: int) -> int:

@@ -11,6 +11,7 @@ from rich.console import Console
 
 from ringzero.bench.io.block import BlockBench
 from ringzero.bench.io.boot import BootBench
+from ringzero.bench.io.network import NetworkBench
 from ringzero.bench.io.run import RunBench
 from ringzero.bench.memory import item
 from ringzero.errors import InputError
@@ -28,11 +29,13 @@ class Item(Protocol):
 ITEMS: dict[str, Callable[[], Item]] = {
     "boot": BootBench,
     "block": BlockBench,
+    "network": NetworkBench,
     "run": RunBench,
 }
 SMALL: dict[str, Callable[[], Item]] = {
     "boot": lambda: BootBench(runs=1),
     "block": lambda: BlockBench(runs=1, mebibytes=32, operations=2000, rounds=1),
+    "network": lambda: NetworkBench(runs=1, seconds=1, trips=500),
     "run": lambda: RunBench(commands=20, mebibytes=2, rounds=1),
 }
 """The same with little to do, to see that they work: what they measure stands for nothing."""

@@ -25,7 +25,7 @@ from ringzero.images.apt import Apt, Progress, no_progress
 from ringzero.images.cache import ImageCache
 from ringzero.images.newc import NewcWriter
 
-__all__ = ["READY", "SERVICES", "Service", "append", "initramfs"]
+__all__ = ["READY", "SERVICES", "Service", "append", "files_of", "initramfs"]
 
 READY = "SERVICE READY"
 FAILED = "SERVICE FAILED"
@@ -348,10 +348,10 @@ def initramfs(service: Service, series: str, progress: Progress = no_progress) -
     if initrd is None:
         raise InternalError("the debian image has no initramfs")
     # Linux unpacks archives that follow each other, and a later file takes the place of an earlier one.
-    return initrd.read_bytes() + _files(service, progress).read_bytes()
+    return initrd.read_bytes() + files_of(service, progress).read_bytes()
 
 
-def _files(service: Service, progress: Progress) -> Path:
+def files_of(service: Service, progress: Progress = no_progress) -> Path:
     """Return the archive of a service's own files, made when the cache has none."""
     cache, name, archive = ImageCache(), f"bench-{service.name}", "root.cpio.gz"
     with cache.locked():
