@@ -150,6 +150,14 @@ class Vm:
         """End the VM from a device, with the reason that `wait` returns."""
     def raise_irq(self, line: int, level: bool) -> None:
         """Drive an ISA interrupt line (0-15) from a Python device."""
+    def attach(self, device: VirtioDevice, /) -> None:
+        """Put a device on the PCI bus of a machine that has started, and tell the guest."""
+
+    def detach(self, device: VirtioDevice, timeout: float, /) -> bool:
+        """Ask the guest to let a device go, and wait for it up to `timeout` seconds; False when it has not by then. It
+        may do so later still; the device can be asked for again.
+        """
+
     def balloon_target(self, pages: int) -> None:
         """Ask the guest to have `pages` pages (4096 bytes each) in its balloon, all of its RAM at most; 0 gives all
         back. Returns at once. A guest whose driver is not loaded is asked when it is; one may give less than it is

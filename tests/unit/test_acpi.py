@@ -158,6 +158,10 @@ def test_iasl_reads_the_tables_and_compiles_the_dsdt_without_complaint(tmp_path:
         'EisaId ("PNP0B00")',
         '"QEMU0001"',
         "Name (\\_S5, Package",
+        "OperationRegion (HPRG, SystemIO, 0x0620, 0x0C)",
+        "Method (_E01",
+        "Notify (\\_SB.PCI0.S1F, 0x03)",
+        "Method (_EJ0, 1, NotSerialized)",
     ):
         assert wanted in source
     done = subprocess.run(

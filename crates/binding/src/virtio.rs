@@ -1,6 +1,6 @@
 //! The class `VirtioDevice`.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 use monitor::Backend;
 use pyo3::prelude::*;
@@ -12,11 +12,14 @@ use crate::enter::CoreError;
 pub struct VirtioDevice {
     /// Gone when a machine has it.
     backend: Mutex<Option<Arc<dyn Backend>>>,
+    /// By which the machine knows it.
+    pub known: Weak<dyn Backend>,
 }
 
 impl VirtioDevice {
     pub fn new(backend: Arc<dyn Backend>) -> VirtioDevice {
-        VirtioDevice { backend: Mutex::new(Some(backend)) }
+        let known = Arc::downgrade(&backend);
+        VirtioDevice { backend: Mutex::new(Some(backend)), known }
     }
 
     /// Gives the device to a machine.

@@ -218,6 +218,29 @@ impl Vm {
         })?)
     }
 
+    fn attach(&self, py: Python<'_>, device: &Bound<'_, VirtioDevice>) -> PyResult<()> {
+        let backend = device.get().take()?;
+        Ok(py_enter(py, || self.machine.attach(&backend))?)
+    }
+
+    fn detach(&self, py: Python<'_>, device: &Bound<'_, VirtioDevice>, timeout: f64) -> PyResult<bool> {
+        let limit = Duration::try_from_secs_f64(timeout.max(0.0)).unwrap_or(Duration::MAX);
+        let known = &device.get().known;
+        let begin = Instant::now();
+        let presence = py_enter(py, || self.machine.want_back(known))?;
+        loop {
+            // In slices: the machine may end meanwhile, and the main thread look for signals.
+            let slice = limit.saturating_sub(begin.elapsed()).min(SIGNAL_CHECK);
+            if py_enter(py, || self.machine.wait_gone(&presence, slice))? {
+                return Ok(true);
+            }
+            if begin.elapsed() >= limit {
+                return Ok(false);
+            }
+            py.check_signals()?;
+        }
+    }
+
     fn balloon_target(&self, py: Python<'_>, pages: &Bound<'_, PyAny>) -> PyResult<()> {
         let pages = fit(pages, "a number of pages")?;
         Ok(py_enter(py, || {

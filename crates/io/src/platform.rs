@@ -14,12 +14,13 @@ use crate::bus::{AccessSize, BusError, MmioBus, MmioDevice, PortBus, PortDevice,
 use crate::irq::pic::PicPort;
 use crate::irq::ports::{IoApicPage, PicPorts};
 use crate::irq::{Fabric, IOAPIC_PAGE, Interrupt, IrqLine, Kick};
+use crate::pci::hotplug::{EVENT_PORTS, Presence, SLOT_PORTS};
 use crate::pci::{self, MOST_CARDS};
 use crate::scratch::Scratch;
 use crate::serial_service::{SerialError, SerialService};
 use crate::timer::acpi::ACPI_PORTS;
 use crate::timer::pit::SPEAKER_OFFSET;
-use crate::timer::{AcpiPorts, EndRequest, FastControl, Pit, TimerQueue, TimerThread};
+use crate::timer::{AcpiPorts, EndRequest, FastControl, Pit, SCI_LINE, TimerQueue, TimerThread};
 use crate::uart::{Doorbell, Uart};
 use crate::virtio::service::Gate;
 use crate::virtio::{Backend, transport};
@@ -27,7 +28,6 @@ use crate::virtio::{Backend, transport};
 /// First port and interrupt line of COM1 to COM4.
 const SERIAL: [(u16, u8); 4] = [(0x3f8, 4), (0x2f8, 3), (0x3e8, 4), (0x2e8, 3)];
 const ACPI_FIRST: u16 = 0x600;
-const SCI_LINE: u8 = 9;
 const ISA_LINES: u8 = 16;
 pub const MOST_CPUS: usize = 16;
 
@@ -126,6 +126,8 @@ impl Platform {
         let pci = pci::Host::new(Arc::clone(&fabric), end_request);
         ports.claim(pci::CONFIG_PORTS.0, pci::CONFIG_PORTS.1, Dword, pci.clone())?;
         mmio.claim(pci::WINDOW, pci::WINDOW_BYTES, pci.clone())?;
+        ports.claim_part(EVENT_PORTS.0, EVENT_PORTS.1, pci::EVENT_OFFSET, Byte, pci.clone())?;
+        ports.claim_part(SLOT_PORTS.0, SLOT_PORTS.1, pci::SLOTS_OFFSET, Dword, pci.clone())?;
 
         // 4. Serial ports.
         let doorbell = Arc::new(Doorbell::new()?);
@@ -189,11 +191,10 @@ impl Platform {
     ///
     /// # Errors
     /// [`Error::PciFull`].
-    pub fn add_virtio(&mut self, backend: Arc<dyn Backend>, memory: Arc<GuestMemory>) -> Result<(), Error> {
+    pub fn add_virtio(&mut self, backend: Arc<dyn Backend>, memory: Arc<GuestMemory>) -> Result<Arc<Presence>, Error> {
         let mut pci = self.pci.lock();
         let slot = pci.free_slot().ok_or(Error::PciFull)?;
-        pci.insert(&slot, transport::card(backend, memory, Arc::clone(&self.gate), &slot));
-        Ok(())
+        Ok(pci.insert(&slot, transport::card(backend, memory, Arc::clone(&self.gate), &slot)))
     }
 
     /// Returns when no device touches guest memory any more; none does before the guard is dropped.
@@ -217,7 +218,29 @@ impl Platform {
 
     /// The processors have ended: the threads of devices end, too, and files are free for other machines.
     pub fn end_devices(&self) {
-        self.pci.lock().end();
+        let leaving = self.pci.lock().end();
+        for thread in leaving {
+            // It has told nobody of a panic but the standard error; its device is gone.
+            let _ = thread.join();
+        }
+    }
+
+    // ---- while the guest runs --------------------------------------------------------------------------------------
+
+    /// Puts a virtio device on the PCI bus, in a free slot, and tells the guest.
+    ///
+    /// # Errors
+    /// [`Error::PciFull`].
+    pub fn plug_in(&self, backend: Arc<dyn Backend>, memory: Arc<GuestMemory>) -> Result<Arc<Presence>, Error> {
+        let mut pci = self.pci.lock();
+        let slot = pci.free_slot().ok_or(Error::PciFull)?;
+        Ok(pci.plug_in(&slot, transport::card(backend, memory, Arc::clone(&self.gate), &slot)))
+    }
+
+    /// Asks the guest for a device; false when it is gone already.
+    #[must_use]
+    pub fn want_back(&self, presence: &Arc<Presence>) -> bool {
+        self.pci.lock().want_back(presence)
     }
 
     // ---- what the processors reach ---------------------------------------------------------------------------------

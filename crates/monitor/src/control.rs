@@ -177,6 +177,15 @@ impl Control {
         Ok(())
     }
 
+    /// # Errors
+    /// [`Error::NotStarted`] before the start, [`Error::Ended`] from when the machine is ending.
+    pub fn check_alive(&self) -> Result<(), Error> {
+        if let Some(reason) = self.reason.get() {
+            return Err(Error::Ended(reason.clone()));
+        }
+        if self.state.lock().started { Ok(()) } else { Err(Error::NotStarted) }
+    }
+
     /// Ends the machine from outside.
     pub fn stop(&self, reason: String) {
         self.end(reason);

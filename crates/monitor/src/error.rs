@@ -41,6 +41,8 @@ pub enum Error {
     RegisterValue { name: String, value: u64 },
     #[error("interrupt lines are 0 to 15, not {0}")]
     Line(usize),
+    #[error("this machine does not have that device, or the guest has let it go already")]
+    NoDevice,
     #[error(transparent)]
     Platform(#[from] io::platform::Error),
     #[error("the trace file {} cannot be written: {error}", .path.display())]

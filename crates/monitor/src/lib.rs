@@ -5,6 +5,7 @@
 pub mod control;
 mod error;
 pub mod features;
+pub mod hotplug;
 pub mod kick;
 mod memory;
 pub mod outside;

@@ -27,6 +27,7 @@ use x86::{CpuState, Gpa, PAGE_SIZE};
 
 use crate::Error;
 use crate::control::Control;
+use crate::hotplug::{Plugged, connect_pause};
 use crate::kick::Kicker;
 use crate::registers;
 use crate::run::{self, Activity, Exits, Hall, Processor};
@@ -101,6 +102,7 @@ pub struct Vm {
     pub(crate) worker: Mutex<Worker>,
     dispatcher: Dispatcher,
     balloon: Arc<Balloon>,
+    pub(crate) plugged: Plugged,
     threads: RankedMutex<Vec<JoinHandle<()>>>,
     counters: Arc<Counters>,
 }
@@ -213,14 +215,10 @@ impl Vm {
         platform.add_virtio(Arc::new(Entropy), Arc::clone(&memory))?;
         let balloon = Arc::new(Balloon::new(memory.clone(), memory.pmap().pages()));
         platform.add_virtio(balloon.clone(), Arc::clone(&memory))?;
+        let plugged = Plugged::default();
         for device in &options.devices {
-            let paused = Arc::clone(&control);
-            device.connect_pause(Box::new(move || {
-                let control = Arc::clone(&paused);
-                // A thread of its own: whoever asks may be waited for by those who wait for the machine to stand still.
-                let _ = std::thread::Builder::new().name("rz-pause".into()).spawn(move || control.pause());
-            }));
-            platform.add_virtio(Arc::clone(device), Arc::clone(&memory))?;
+            connect_pause(device.as_ref(), &control);
+            plugged.add(device, platform.add_virtio(Arc::clone(device), Arc::clone(&memory))?);
         }
         for processor in &mut processors {
             // A kernel that is entered without firmware finds the MTRRs as firmware leaves them.
@@ -240,6 +238,7 @@ impl Vm {
             worker,
             dispatcher,
             balloon,
+            plugged,
             threads: RankedMutex::new(Rank::Waiting, Vec::new()),
             counters,
         })

@@ -39,6 +39,7 @@ guest.
     0x040-0x043  PIT, and 0x061   0x402 0x0E9              debug output
     0x060 0x064  i8042            0x505                    pvpanic
     0x070 0x071  RTC and CMOS     0x600                    ACPI PM1a event, 0x604 PM1a control, 0x608 PM timer
+                                  0x610, 0x620             ACPI general-purpose events; slots of the PCI bus
     0xCF8 0xCFC  PCI config       0xCF9                    reset register
     when asked for: 0x0F4 debug-exit, 0x0E0-0x0E7 and 0x2000-0x200F pc-testdev
 """
@@ -95,6 +96,10 @@ PCI_IRQS: Final = (10, 11)
 PM1A_EVENT: Final = 0x600
 PM1A_CONTROL: Final = 0x604
 PM_TIMER: Final = 0x608
+GPE0: Final = 0x610
+GPE0_PORTS: Final = 2
+PCI_HOTPLUG: Final = 0x620
+PCI_HOTPLUG_PORTS: Final = 12
 RESET_REGISTER: Final = 0xCF9
 RESET_VALUE: Final = 6
 

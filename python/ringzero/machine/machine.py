@@ -16,16 +16,17 @@ import re
 import socket
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from ringzero.errors import GuestEnded, GuestError, InputError, InternalError
 from ringzero.machine.agent_way import AGENT_NAME, AgentWay
 from ringzero.machine.console import Console, Sink
 from ringzero.machine.disk import Disk
 from ringzero.machine.drive import Driven
+from ringzero.machine.hotplug import PATIENCE, Attached, Plugs
 from ringzero.machine.memory import MachineMemory
 from ringzero.machine.mount import Mount
 from ringzero.machine.network import GuestListener, Network, Networks, Publish
@@ -165,6 +166,7 @@ class Machine(Driven):
         self._translations = None if kaslr else translation_folder(translation_cache)
         self._translation_bytes = None if translation_memory is None else parse_size(translation_memory)
         self._core_vm: _core.Vm | None = None
+        self._plugs: Plugs | None = None
         self._console: Console | None = None
         self._has_agent = False
         self._agent: AgentLink | None = None
@@ -195,6 +197,7 @@ class Machine(Driven):
                 vm.start()
             if self._metadata is not None:
                 self._metadata.start()
+            self._plugs = Plugs(vm, self.spec.cpus, self.networks, self._mounts, self._ports)
             self._core_vm = vm
             self._running = True
         threading.Thread(target=self._watch, name="ringzero-watch", daemon=True).start()
@@ -254,14 +257,74 @@ class Machine(Driven):
         for disk in self._opened_disks:
             disk.retry()
 
+    def attach(
+        self,
+        *,
+        disk: Disk | str | os.PathLike[str] | None = None,
+        mount: Mount | str | None = None,
+        net: str | Network | None = None,
+        publish: str | Publish | Sequence[str | Publish] = (),
+        ports: Sequence[str] = (),
+    ) -> Attached:
+        """Give the running machine one device more, and return it for `detach`.
+
+        The values are those that a machine starts with. Waits until a guest with our agent has a driver for it, and has
+        mounted the folder or has an address on the network: a disk is the next /dev/vdX. Of another guest it is only
+        known that it was told. Raises GuestError when the guest has no driver.
+        """
+        with core_errors():
+            return self._plugged.attach(
+                self._shell(), disk=disk, mount=mount, net=net, publish=publish, ports=ports
+            )
+
+    def detach(self, device: Attached, timeout: float = PATIENCE) -> None:
+        """Have the guest let a device go that `attach` returned, and wait for that up to `timeout` seconds.
+
+        A file system on a disk should be unmounted first, as with a real disk: the guest is not asked whether it likes
+        to. Raises GuestError when the guest does not let go in time; it can be asked again.
+        """
+        with core_errors():
+            self._plugged.detach(self._shell(), device, timeout)
+
+    @property
+    def attached(self) -> list[Attached]:
+        """The devices that came while the machine ran."""
+        return list(self._plugged.attached)
+
+    @property
+    def _plugged(self) -> Plugs:
+        if self._plugs is None:
+            raise InputError("the machine was not started: devices can be given to it when it is made")
+        if self._ended.is_set():
+            raise GuestEnded(
+                f"the machine has ended ({self._end_reason}): it takes no devices", self._end_reason
+            )
+        return self._plugs
+
+    def _shell(self) -> Callable[[str], tuple[int, str]] | None:
+        """Return how a script is run in this guest; None when it has no agent."""
+        if self._agent is None:
+            return None
+
+        def run(script: str) -> tuple[int, str]:
+            done = self.run(["sh", "-c", script], capture_output=True, text=True)
+            return done.returncode, done.stdout
+
+        return run
+
     def disk_troubles(self) -> list[str]:
         """Return a sentence for each disk that the host cannot write to as the guest wants: the machine is paused until
         `resume`, and nothing is lost.
         """
-        pairs = zip(self._disks, self._opened_disks, strict=False)
+        pairs = list(zip(self._disks, self._opened_disks, strict=False))
+        pairs += self._attached_disks()
         return [
             f"the disk {disk.path}: {why}" for disk, opened in pairs if (why := opened.trouble()) is not None
         ]
+
+    def _attached_disks(self) -> list[tuple[Disk, _core.Disk]]:
+        attached = self._plugs.attached if self._plugs is not None else []
+        return [(one.what, cast("_core.Disk", one.device)) for one in attached if isinstance(one.what, Disk)]
 
     def disk_stats(self) -> list[dict[str, int]]:
         """Return what was done with each disk: numbers of requests by kind, and bytes."""
@@ -313,8 +376,9 @@ class Machine(Driven):
         What is sent waits until a program of the guest has opened the port (/dev/virtio-ports/NAME with udev,
         /dev/vport0pN elsewhere, or a terminal: /dev/hvc0); what the guest sends while nobody is joined is gone.
         """
+        attached = self._plugs.ports_with(name) if self._plugs is not None else None
         with core_errors():
-            return self._ports.join(name)
+            return (attached or self._ports).join(name)
 
     @property
     def vsock(self) -> Vsock:

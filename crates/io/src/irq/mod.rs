@@ -70,6 +70,9 @@ struct Wiring {
     ioapic: IoApic,
 }
 
+/// The bit of the sources for which there is none of their own.
+const SHARED_SOURCE: u32 = 1 << 31;
+
 /// One source on an ISA line.
 pub struct IrqLine {
     fabric: Arc<Fabric>,
@@ -81,6 +84,17 @@ impl IrqLine {
     /// Assert the line, or let it go. The caller keeps its own level, to not call for nothing.
     pub fn set(&self, level: bool) {
         self.fabric.set_line(self.line, self.source, level);
+    }
+}
+
+impl Drop for IrqLine {
+    /// A source that is gone asserts nothing, and another may have its bit.
+    fn drop(&mut self) {
+        self.set(false);
+        let mut wiring = self.fabric.wiring.lock();
+        if let Some(used) = wiring.sources.get_mut(self.line).filter(|_| self.source != SHARED_SOURCE) {
+            *used &= !self.source;
+        }
     }
 }
 
@@ -125,7 +139,7 @@ impl Fabric {
         let mut wiring = self.wiring.lock();
         let source = match wiring.sources.get_mut(line) {
             Some(used) => {
-                // A 33rd source would share the last bit; there are four devices on the fullest line.
+                // A 32nd source and those behind it share the last bit; on the fullest line are 16 slots of the PCI bus.
                 let source = 1 << used.trailing_ones().min(31);
                 *used |= source;
                 source

@@ -8,24 +8,30 @@
 //! device's own: the host's lock is held meanwhile.
 
 pub mod config;
+pub mod hotplug;
 pub mod interrupts;
 #[cfg(test)]
 mod tests;
 
 use std::sync::Arc;
+use std::thread::JoinHandle;
 
 use host::lock::RankedMutex;
 use x86::Gpa;
 
 use crate::bus::{AccessSize, MmioDevice, PortDevice, shared};
 use crate::irq::Fabric;
-use crate::timer::EndRequest;
+use crate::timer::{EndRequest, SCI_LINE};
 use crate::virtio;
 use config::{Config, ConfigState, Identity, command, offset, status};
+use hotplug::{Hotplug, HotplugState, Presence};
 use interrupts::{InterruptState, Interrupts};
 
 /// Ports 0xcf8 to 0xcff.
 pub const CONFIG_PORTS: (u16, u16) = (0xcf8, 8);
+/// Where the ports of [`hotplug`] begin among the host's own offsets.
+pub const EVENT_OFFSET: u16 = 0x10;
+pub const SLOTS_OFFSET: u16 = 0x20;
 /// Where BARs can be: python/ringzero/machine/address_map.py and the DSDT tell the same.
 pub const WINDOW: Gpa = Gpa(0xe000_0000);
 pub const WINDOW_BYTES: u64 = 0x1000_0000;
@@ -105,6 +111,7 @@ pub struct Card {
     pub function: Box<dyn Function>,
     /// And where its MSI-X capability is.
     msix: Option<(u8, MsixPlace)>,
+    presence: Arc<Presence>,
 }
 
 impl Card {
@@ -119,7 +126,7 @@ impl Card {
             let control = (interrupts::ENABLED | interrupts::ALL_MASKED).to_le_bytes();
             Some((config.add_capability(MSIX_CAPABILITY, &body, &control)?, place))
         });
-        Card { config, interrupts, function: f, msix }
+        Card { config, interrupts, function: f, msix, presence: Arc::default() }
     }
 
     fn read_config(&mut self, at: u8, size: AccessSize) -> u32 {
@@ -169,6 +176,7 @@ pub struct HostState {
     /// CONFIG_ADDRESS.
     pub address: u32,
     pub cards: Vec<CardState>,
+    pub hotplug: HotplugState,
 }
 
 /// The host bridge, with the reset register of its chipset amidst its ports: the two share an address but not a width,
@@ -179,6 +187,10 @@ pub struct Host {
     address: u32,
     reset: u8,
     end: EndRequest,
+    hotplug: Hotplug,
+    /// Threads that end the devices of ejected cards.
+    leaving: Vec<JoinHandle<()>>,
+    has_ended: bool,
 }
 
 /// The bridge is given nothing to do: it has no registers outside its configuration space.
@@ -214,7 +226,9 @@ impl Host {
     /// A bus with nothing but its bridge, in slot 0.
     #[must_use]
     pub fn new(fabric: Arc<Fabric>, end: EndRequest) -> Arc<RankedMutex<Self>> {
-        let mut host = Host { fabric, slots: [const { None }; SLOTS], address: 0, reset: 0, end };
+        let hotplug = Hotplug::new(fabric.line(SCI_LINE));
+        let (slots, leaving) = ([const { None }; SLOTS], Vec::new());
+        let mut host = Host { fabric, slots, address: 0, reset: 0, end, hotplug, leaving, has_ended: false };
         if let Some(slot) = host.free_slot() {
             let card = Card::new(Config::new(BRIDGE), slot.interrupts(0), None, Box::new(Bridge));
             host.insert(&slot, card);
@@ -222,18 +236,49 @@ impl Host {
         shared(host)
     }
 
-    /// The first slot without a card; `None` when the bus is full.
+    /// The first slot without a card; `None` when the bus is full, or its machine has ended.
     #[must_use]
     pub fn free_slot(&self) -> Option<Slot> {
+        if self.has_ended {
+            return None;
+        }
         let number = self.slots.iter().position(Option::is_none)?;
         let window = WINDOW.add(number as u64 * SLOT_BYTES);
         let line = LINES[number % LINES.len()];
         Some(Slot { number, window, line, fabric: Arc::clone(&self.fabric) })
     }
 
-    /// Puts a card into its slot.
-    pub fn insert(&mut self, slot: &Slot, card: Card) {
+    /// Puts a card into its slot, before the guest starts.
+    pub fn insert(&mut self, slot: &Slot, card: Card) -> Arc<Presence> {
+        let presence = Arc::clone(&card.presence);
         self.slots[slot.number] = Some(card);
+        presence
+    }
+
+    /// Puts a card into its slot while the guest runs, and tells it.
+    pub fn plug_in(&mut self, slot: &Slot, card: Card) -> Arc<Presence> {
+        let presence = self.insert(slot, card);
+        self.hotplug.inserted(slot.number);
+        presence
+    }
+
+    /// Asks the guest for a card; false when it is gone already.
+    pub fn want_back(&mut self, presence: &Arc<Presence>) -> bool {
+        let is_it = |card: &Option<Card>| card.as_ref().is_some_and(|card| Arc::ptr_eq(&card.presence, presence));
+        let Some(slot) = self.slots.iter().position(is_it) else { return false };
+        self.hotplug.wanted(slot);
+        true
+    }
+
+    /// The guest has put these slots out of use.
+    fn eject(&mut self, slots: u32) {
+        self.leaving.retain(|thread| !thread.is_finished());
+        for slot in (0..SLOTS).filter(|slot| slots & 1 << slot != 0) {
+            self.hotplug.gone(slot);
+            if let Some(card) = self.slots[slot].take() {
+                self.leaving.extend(hotplug::leave(card));
+            }
+        }
     }
 
     /// The card and register that CONFIG_ADDRESS selects, with `lane` the port's place in CONFIG_DATA.
@@ -261,12 +306,13 @@ impl Host {
             let (config, interrupts) = (card.config.state(), card.interrupts.state());
             Some(CardState { slot, config, interrupts, function: card.function.state() })
         });
-        HostState { address: self.address, cards: cards.collect() }
+        HostState { address: self.address, cards: cards.collect(), hotplug: self.hotplug.state() }
     }
 
     /// Takes over a state of a bus with the same cards.
     pub fn restore(&mut self, state: &HostState) {
         self.address = state.address & ADDRESS_BITS;
+        self.hotplug.restore(&state.hotplug);
         for saved in &state.cards {
             if let Some(card) = self.slots.get_mut(saved.slot).and_then(Option::as_mut) {
                 card.config.restore(&saved.config);
@@ -280,8 +326,12 @@ impl Host {
 
 impl Host {
     /// The machine has ended: no device does anything any more, or keeps what others may want.
-    pub fn end(&mut self) {
+    ///
+    /// What is given must still be waited for, with the bus unlocked: the threads of cards that are on their way out.
+    pub fn end(&mut self) -> Vec<JoinHandle<()>> {
+        self.has_ended = true;
         self.slots.iter_mut().flatten().for_each(|card| card.function.end());
+        std::mem::take(&mut self.leaving)
     }
 }
 
@@ -290,6 +340,8 @@ impl PortDevice for Host {
         match (offset, size) {
             (0, AccessSize::Dword) => self.address,
             (1, AccessSize::Byte) => u32::from(self.reset),
+            (SLOTS_OFFSET.., _) => self.hotplug.read_slots(offset - SLOTS_OFFSET, size),
+            (EVENT_OFFSET.., _) => u32::from(self.hotplug.read_event(offset - EVENT_OFFSET)),
             (4.., _) => self.selected(offset).map_or(u32::MAX, |(card, at)| card.read_config(at, size)),
             _ => u32::MAX,
         }
@@ -306,6 +358,11 @@ impl PortDevice for Host {
                     (self.end)("reboot");
                 }
             }
+            (SLOTS_OFFSET.., _) => {
+                let ejected = self.hotplug.write_slots(offset - SLOTS_OFFSET, size, value);
+                self.eject(ejected);
+            }
+            (EVENT_OFFSET.., _) => self.hotplug.write_event(offset - EVENT_OFFSET, value as u8),
             (4.., _) => {
                 if let Some((card, at)) = self.selected(offset) {
                     card.write_config(at, size, value);

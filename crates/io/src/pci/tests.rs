@@ -1,6 +1,7 @@
 //! The bus as a guest sees it, through its ports and its window.
 
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use host::clock::Clock;
 use host::lock::RankedMutex;
@@ -25,10 +26,20 @@ impl Function for Echo {
     }
 }
 
+impl Drop for Echo {
+    fn drop(&mut self) {
+        self.0.lock().unwrap().push(DROPPED);
+    }
+}
+
+/// What an [`Echo`] leaves behind.
+const DROPPED: (usize, u64, u64) = (usize::MAX, 0, 0);
+
 struct Bench {
     host: Arc<RankedMutex<Host>>,
     fabric: Arc<Fabric>,
     interrupts: Arc<Interrupts>,
+    presence: Arc<Presence>,
     written: Arc<Mutex<Vec<(usize, u64, u64)>>>,
     reasons: Arc<Mutex<Vec<&'static str>>>,
 }
@@ -46,14 +57,19 @@ fn bench() -> Bench {
     let told = Arc::clone(&reasons);
     let host = Host::new(Arc::clone(&fabric), Arc::new(move |reason| told.lock().unwrap().push(reason)));
     let slot = host.lock().free_slot().unwrap();
+    let written = Arc::default();
+    let (card, interrupts) = echo(&slot, &written);
+    let presence = host.lock().insert(&slot, card);
+    Bench { host, fabric, interrupts, presence, written, reasons }
+}
+
+fn echo(slot: &Slot, written: &Arc<Mutex<Vec<(usize, u64, u64)>>>) -> (Card, Arc<Interrupts>) {
     let mut config = Config::new(ECHO);
     config.add_memory_bar(0, 0x4000, slot.window);
     config.set_interrupt(slot.line);
     let interrupts = slot.interrupts(MSIX.vectors);
-    let written = Arc::new(Mutex::new(Vec::new()));
-    let echo = Box::new(Echo(Arc::clone(&written)));
-    host.lock().insert(&slot, Card::new(config, Arc::clone(&interrupts), Some(MSIX), echo));
-    Bench { host, fabric, interrupts, written, reasons }
+    let echo = Box::new(Echo(Arc::clone(written)));
+    (Card::new(config, Arc::clone(&interrupts), Some(MSIX), echo), interrupts)
 }
 
 impl Bench {
@@ -212,4 +228,127 @@ fn odd_accesses_to_the_table_do_no_harm() {
     let other = self::bench();
     other.host.lock().restore(&saved);
     assert_eq!(other.host.lock().state(), saved);
+}
+
+const FOREVER: Duration = Duration::from_secs(60);
+
+impl Bench {
+    fn port(&self, offset: u16, size: AccessSize) -> u32 {
+        PortDevice::read(&mut *self.host.lock(), offset, size)
+    }
+
+    fn set_port(&self, offset: u16, size: AccessSize, value: u32) {
+        PortDevice::write(&mut *self.host.lock(), offset, size, value);
+    }
+
+    fn plug_in(&self) -> Arc<Presence> {
+        let slot = self.host.lock().free_slot().unwrap();
+        let (card, _) = echo(&slot, &self.written);
+        self.host.lock().plug_in(&slot, card)
+    }
+}
+
+#[test]
+fn a_card_comes_while_the_guest_runs_and_goes_when_it_is_ejected() {
+    let bench = bench();
+    bench.set_port(EVENT_OFFSET + 1, Byte, 2);
+    assert!(!bench.is_line_asserted(9));
+    let presence = bench.plug_in();
+    assert!(bench.is_line_asserted(9), "the system is told");
+    assert_eq!(bench.port(EVENT_OFFSET, Byte), 2);
+    bench.set_port(EVENT_OFFSET, Byte, 2);
+    assert!(!bench.is_line_asserted(9));
+    assert_eq!((bench.port(SLOTS_OFFSET, Dword), bench.port(SLOTS_OFFSET + 4, Dword)), (1 << 2, 0));
+    bench.set_port(SLOTS_OFFSET, Dword, 1 << 2);
+    assert_eq!(bench.port(SLOTS_OFFSET, Dword), 0, "seen");
+    assert_eq!(bench.config(2, 0, Word), 0x1234);
+
+    bench.set_port(SLOTS_OFFSET + 8, Dword, u32::MAX);
+    assert_eq!(bench.config(2, 0, Word), 0x1234, "nobody wants it back, so it stays");
+    assert_eq!(bench.config(1, 0, Word), 0x1234);
+    assert!(!presence.is_gone());
+
+    assert!(bench.host.lock().want_back(&presence));
+    assert!(bench.is_line_asserted(9));
+    assert_eq!((bench.port(SLOTS_OFFSET, Dword), bench.port(SLOTS_OFFSET + 4, Dword)), (0, 1 << 2));
+    assert!(!presence.wait_gone(Duration::ZERO), "only wanted");
+    bench.set_port(SLOTS_OFFSET + 4, Dword, u32::MAX);
+    bench.set_port(SLOTS_OFFSET + 8, Dword, 1 << 2);
+    assert!(presence.wait_gone(FOREVER));
+    assert_eq!(bench.config(2, 0, Dword), u32::MAX);
+    assert_eq!(*bench.written.lock().unwrap(), [DROPPED], "the device has let go of all it had");
+    assert!(!bench.host.lock().want_back(&presence));
+
+    // The slot is free for another card, which the order for the first has nothing to do with.
+    let second = bench.plug_in();
+    bench.set_port(SLOTS_OFFSET + 8, Dword, 1 << 2);
+    assert!(!second.is_gone());
+    assert_eq!(bench.config(2, 0, Word), 0x1234);
+}
+
+#[test]
+fn a_card_that_was_there_from_the_start_can_be_wanted_back() {
+    let bench = bench();
+    bench.interrupts.raise(0, 1);
+    assert!(bench.is_line_asserted(11));
+    assert!(bench.host.lock().want_back(&bench.presence));
+    bench.set_port(SLOTS_OFFSET + 8, Dword, 1 << 1);
+    assert!(bench.presence.wait_gone(FOREVER));
+    let Bench { interrupts, fabric, host, .. } = bench;
+    drop(interrupts);
+    fabric.write_pic(PicPort::SlaveCommand, 0x0a);
+    assert_eq!(fabric.read_pic(PicPort::SlaveCommand) & 1 << 3, 0, "a card that is gone asserts no line");
+    assert_eq!(host.lock().free_slot().unwrap().line, 11);
+}
+
+#[test]
+fn sources_on_a_line_are_used_again() {
+    let bench = bench();
+    let mut lines = Vec::new();
+    for _ in 0..100 {
+        lines.clear();
+        lines.extend((0..8).map(|_| bench.fabric.line(11)));
+        lines[7].set(true);
+        lines[6].set(true);
+        assert!(bench.is_line_asserted(11));
+        lines[6].set(false);
+        assert!(bench.is_line_asserted(11), "two sources, each with a bit of its own");
+        lines[7].set(false);
+        assert!(!bench.is_line_asserted(11));
+    }
+}
+
+#[test]
+fn the_bus_takes_no_more_cards_than_it_has_slots_and_none_after_its_end() {
+    let bench = bench();
+    for _ in 2..SLOTS {
+        let _ = bench.plug_in();
+    }
+    assert!(bench.host.lock().free_slot().is_none());
+    assert!(bench.host.lock().want_back(&bench.presence));
+    bench.set_port(SLOTS_OFFSET + 8, Dword, u32::MAX);
+    assert!(bench.presence.wait_gone(FOREVER));
+    assert!(bench.host.lock().free_slot().is_some());
+    bench.host.lock().end().into_iter().for_each(|thread| thread.join().unwrap());
+    assert!(bench.host.lock().free_slot().is_none());
+}
+
+#[test]
+fn odd_accesses_to_the_slots_do_no_harm_and_a_saved_order_stands() {
+    let bench = bench();
+    assert!(bench.host.lock().want_back(&bench.presence));
+    for offset in EVENT_OFFSET..SLOTS_OFFSET + 12 {
+        for size in [Byte, Word] {
+            let _ = bench.port(offset, size);
+            bench.set_port(offset, size, u32::MAX);
+        }
+    }
+    assert!(!bench.presence.is_gone());
+    let saved = bench.host.lock().state();
+    assert_eq!(saved.hotplug.ejectable, 1 << 1);
+    let other = self::bench();
+    other.host.lock().restore(&saved);
+    assert_eq!(other.host.lock().state(), saved);
+    other.set_port(SLOTS_OFFSET + 8, Dword, 1 << 1);
+    assert!(other.presence.wait_gone(FOREVER));
 }

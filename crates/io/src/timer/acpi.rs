@@ -14,6 +14,8 @@ use crate::irq::IrqLine;
 /// not call back into the platform.
 pub type EndRequest = Arc<dyn Fn(&'static str) + Send + Sync>;
 
+/// The ISA line of ACPI's interrupt, as the FADT has it.
+pub const SCI_LINE: u8 = 9;
 pub const PM_TIMER_HZ: u64 = 3_579_545;
 const NANOSECONDS: u64 = 1_000_000_000;
 

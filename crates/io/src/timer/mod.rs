@@ -4,6 +4,6 @@ pub mod acpi;
 pub mod pit;
 pub mod service;
 
-pub use acpi::{AcpiPorts, EndRequest, FastControl};
+pub use acpi::{AcpiPorts, EndRequest, FastControl, SCI_LINE};
 pub use pit::Pit;
 pub use service::{NEVER, Timer, TimerQueue, TimerTarget, TimerThread};

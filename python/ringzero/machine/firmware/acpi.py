@@ -17,7 +17,7 @@ from typing import Final
 from ringzero.devices import ports
 from ringzero.errors import InputError
 from ringzero.machine import address_map
-from ringzero.machine.firmware import aml
+from ringzero.machine.firmware import aml, hotplug
 
 __all__ = ["MOST_CPUS", "AcpiTables", "build_tables"]
 
@@ -126,13 +126,13 @@ def _fadt(facs: int, dsdt: int) -> bytes:
         0,  # PM1b control
         0,  # PM2 control
         address_map.PM_TIMER,
-        0,  # GPE0
+        address_map.GPE0,
         0,  # GPE1
         4,  # PM1_EVT_LEN
         2,  # PM1_CNT_LEN
         0,  # PM2_CNT_LEN
         4,  # PM_TMR_LEN
-        0,  # GPE0_BLK_LEN
+        address_map.GPE0_PORTS,
         0,  # GPE1_BLK_LEN
         0,  # GPE1_BASE
         0,  # CST_CNT
@@ -158,7 +158,8 @@ def _fadt(facs: int, dsdt: int) -> bytes:
     body += _gas(0, 0, 0)  # PM1b control
     body += _gas(0, 0, 0)  # PM2 control
     body += _gas(address_map.PM_TIMER, 32, 3)
-    body += _gas(0, 0, 0) * 2  # GPE0, GPE1
+    body += _gas(address_map.GPE0, 8 * address_map.GPE0_PORTS, 1)
+    body += _gas(0, 0, 0)  # GPE1
     body += _gas(0, 0, 0) * 2  # sleep control and status: for hardware-reduced machines
     body += b"RINGZERO"  # hypervisor vendor identity
     return _table(b"FACP", 6, body)
@@ -187,7 +188,7 @@ def _madt(cpus: int) -> bytes:
 
 def _pci_bridge() -> bytes:
     """Return the PCI host bridge: bus 0 alone, so that nobody looks for devices on others, the window of its
-    devices' registers, and which interrupt each slot's INTA# is (6.2.13 _PRT).
+    devices' registers, which interrupt each slot's INTA# is (6.2.13 _PRT), and the slots.
     """
     interrupts = [
         aml.package(
@@ -213,6 +214,7 @@ def _pci_bridge() -> bytes:
             ),
         ),
         aml.name("_PRT", aml.package(*interrupts)),
+        hotplug.slots(),
     )
 
 
@@ -260,6 +262,7 @@ def _dsdt() -> bytes:
     zero = aml.integer(0)
     body = aml.name("\\_S5", aml.package(s5, s5, zero, zero))
     body += aml.scope("\\_SB", _pci_bridge(), *uarts, keyboard, clock, panic)
+    body += aml.scope("\\_GPE", hotplug.event_handler())
     return _table(b"DSDT", 2, body)
 
 

@@ -15,21 +15,31 @@ from typing import Final
 
 __all__ = [
     "BUS_NUMBERS",
+    "DWORD_ACCESS",
     "MEMORY",
+    "SYSTEM_IO",
     "address_space",
+    "bit_and",
     "buffer",
     "device",
     "eisa_id",
+    "field",
     "integer",
     "io_ports",
     "irq",
+    "local",
     "method",
     "name",
+    "notify",
+    "operation_region",
     "package",
+    "path",
     "resources",
     "return_value",
     "scope",
+    "store",
     "string",
+    "when",
 ]
 
 _ZERO_OP: Final = b"\x00"
@@ -46,8 +56,20 @@ _PACKAGE_OP: Final = b"\x12"
 _METHOD_OP: Final = b"\x14"
 _DUAL_NAME_PREFIX: Final = b"\x2e"
 _MULTI_NAME_PREFIX: Final = b"\x2f"
-_DEVICE_OP: Final = b"\x5b\x82"
+_LOCAL0_OP: Final = 0x60
+_STORE_OP: Final = b"\x70"
+_AND_OP: Final = b"\x7b"
+_NOTIFY_OP: Final = b"\x86"
+_IF_OP: Final = b"\xa0"
 _RETURN_OP: Final = b"\xa4"
+_REGION_OP: Final = b"\x5b\x80"
+_FIELD_OP: Final = b"\x5b\x81"
+_DEVICE_OP: Final = b"\x5b\x82"
+
+SYSTEM_IO: Final = 1
+"""The address space of an operation region: I/O ports."""
+DWORD_ACCESS: Final = 3
+"""How a field is accessed: 32 bits at a time."""
 
 MEMORY: Final = 0
 BUS_NUMBERS: Final = 2
@@ -127,6 +149,53 @@ def method(path: str, *terms: bytes, arguments: int = 0) -> bytes:
 def return_value(value: bytes) -> bytes:
     """Return `Return (value)`."""
     return _RETURN_OP + value
+
+
+def path(text: str) -> bytes:
+    """Return a named object, as a value or as the target of a store."""
+    return _name_string(text)
+
+
+def local(number: int) -> bytes:
+    """Return `LocalN`, a variable of the method: 0 to 7."""
+    return bytes([_LOCAL0_OP + (number & 7)])
+
+
+def store(value: bytes, target: bytes) -> bytes:
+    """Return `target = value`."""
+    return _STORE_OP + value + target
+
+
+def bit_and(left: bytes, right: bytes) -> bytes:
+    """Return `left & right`, which is kept nowhere."""
+    return _AND_OP + left + right + _ZERO_OP
+
+
+def when(condition: bytes, *terms: bytes) -> bytes:
+    """Return `If (condition) { terms }`."""
+    return _IF_OP + _with_length(condition + b"".join(terms))
+
+
+def notify(path: str, value: bytes) -> bytes:
+    """Return `Notify (path, value)`."""
+    return _NOTIFY_OP + _name_string(path) + value
+
+
+def operation_region(path: str, space: int, first: int, size: int) -> bytes:
+    """Return `OperationRegion (path, space, first, size)`: registers, `size` bytes of them."""
+    return _REGION_OP + _name_string(path) + bytes([space]) + integer(first) + integer(size)
+
+
+def field(region: str, access: int, *units: tuple[str, int]) -> bytes:
+    """Return `Field (region, access, NoLock, WriteAsZeros)`; each unit has a name and a width in bits."""
+    write_as_zeros = 2 << 5
+    body = _name_string(region) + bytes([access | write_as_zeros])
+    for unit, bits in units:
+        # 20.2.4: the width is written as a package's length is, which does not count itself here.
+        body += _name_string(unit) + (
+            bytes([bits]) if bits < 1 << 6 else bytes([1 << 6 | bits & 0xF, bits >> 4])
+        )
+    return _FIELD_OP + _with_length(body)
 
 
 def package(*elements: bytes) -> bytes:
