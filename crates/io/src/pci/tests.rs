@@ -13,8 +13,11 @@ use crate::irq::pic::PicPort;
 use crate::timer::TimerQueue;
 use AccessSize::{Byte, Dword, Qword, Word};
 
+/// BAR, offset and value of each.
+type Writes = Arc<Mutex<Vec<(usize, u64, u64)>>>;
+
 /// Remembers what was written, and answers with the offset.
-struct Echo(Arc<Mutex<Vec<(usize, u64, u64)>>>);
+struct Echo(Writes);
 
 impl Function for Echo {
     fn read(&mut self, _bar: usize, offset: u64, _size: AccessSize) -> u64 {
@@ -40,7 +43,7 @@ struct Bench {
     fabric: Arc<Fabric>,
     interrupts: Arc<Interrupts>,
     presence: Arc<Presence>,
-    written: Arc<Mutex<Vec<(usize, u64, u64)>>>,
+    written: Writes,
     reasons: Arc<Mutex<Vec<&'static str>>>,
 }
 
@@ -63,7 +66,7 @@ fn bench() -> Bench {
     Bench { host, fabric, interrupts, presence, written, reasons }
 }
 
-fn echo(slot: &Slot, written: &Arc<Mutex<Vec<(usize, u64, u64)>>>) -> (Card, Arc<Interrupts>) {
+fn echo(slot: &Slot, written: &Writes) -> (Card, Arc<Interrupts>) {
     let mut config = Config::new(ECHO);
     config.add_memory_bar(0, 0x4000, slot.window);
     config.set_interrupt(slot.line);
