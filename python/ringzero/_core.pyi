@@ -34,6 +34,7 @@ __all__ = [
     "image_snapshot",
     "nat_card",
     "prepare",
+    "serve_folder",
     "shared_folder",
 ]
 
@@ -387,10 +388,16 @@ def enter_jail(*, network: bool = False) -> None:
 def prepare() -> None:
     """Make what all machines of a process have in common, which else the first makes: before a process forks."""
 
-def shared_folder(path: str, tag: str, *, read_only: bool = False) -> VirtioDevice:
+def serve_folder(path: str, socket: int, *, read_only: bool = False) -> None:
+    """Serve a folder to the `shared_folder` of another process, at the other end of a socket (a descriptor), until that
+    has gone; from when the folder is open in a jail, for ever: this process can do nothing else any more. Raises
+    CoreError."""
+
+def shared_folder(path: str, tag: str, *, read_only: bool = False, server: int | None = None) -> VirtioDevice:
     """Return a device by which a guest mounts a folder of this host (`mount -t virtiofs TAG /there`). It reaches
     nothing that is not below the folder, follows no symbolic link, and makes no device. Files of this process's user
-    and group are root's in the guest, all others nobody's. `tag` has 1 to 36 letters, digits, dots and dashes."""
+    and group are root's in the guest, all others nobody's. `tag` has 1 to 36 letters, digits, dots and dashes.
+    `server` is a socket (a descriptor) to a process that does all that, with `serve_folder`; without, this one does."""
 
 def engines() -> list[str]: ...
 def host_features() -> dict[str, bool | int | str]:

@@ -130,6 +130,37 @@ def test_a_vm_has_disks_of_its_own(host: Host, tmp_path: Path) -> None:
     assert _core.image_info(str(image))["size"] == 16 << 20
 
 
+def test_a_vm_has_folders_that_other_processes_serve(host: Host, root: Path, tmp_path: Path) -> None:
+    """They end with the VM, and a guest gets nowhere else."""
+    (tmp_path / "secret").write_text("no")
+    shared, only = tmp_path / "shared", tmp_path / "only"
+    for folder in (shared, only):
+        folder.mkdir()
+    (only / "file").write_text("read me")
+    (shared / "out").symlink_to(tmp_path / "secret")
+    vm = host.up("debian", mounts=[f"{shared}:/there", f"{only}:/only:ro"], **SMALL)
+    assert vm.row()["jail"] == ["no new privileges", "seccomp"]
+    assert vm.run(["cat", "/only/file"], text=True).stdout == "read me"
+    script = "mkdir d; echo x > a; mv a d/b; ln d/b c; rm c; chmod 600 d/b; touch -d 2020-01-01 d/b; ls -l d"
+    assert "Jan  1  2020" in vm.run(["sh", "-c", script], cwd="/there", text=True, check=True).stdout
+    assert ((shared / "d" / "b").read_text(), (shared / "d" / "b").stat().st_mode & 0o777) == ("x\n", 0o600)
+    assert vm.run(["sh", "-c", "echo y > /only/new"]).returncode != 0
+    assert vm.run(["cat", "/there/out"]).returncode != 0
+    data = os.urandom(3 << 20)
+    (shared / "large").write_bytes(data)
+    vm.run(["sh", "-c", "cat large > copy; sync"], cwd="/there", check=True)
+    assert (shared / "copy").read_bytes() == data
+    helpers = [one for one in processes(tmp_path) if "rz folder" in Path(f"/proc/{one}/comm").read_text()]
+    assert len(helpers) == 2
+    # One that is gone is an error of each of its requests, and nothing else.
+    kill(helpers[0])
+    kill(helpers[1])
+    assert eventually(lambda: vm.run(["ls", "/there"]).returncode != 0)
+    assert says(vm)
+    kill(vm.row()["pid"])
+    assert eventually(lambda: vm.phase == "ended")
+
+
 def test_a_vm_whose_disk_fails_waits_and_goes_on(host: Host, tmp_path: Path) -> None:
     """Its process tells the daemon, and tries again by itself."""
     raw = tmp_path / "a.raw"

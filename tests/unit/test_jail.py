@@ -1,4 +1,4 @@
-"""The jail of a VM's process: a guest runs in it, and nothing that a VM does not need can be done."""
+"""The jail of a VM's process, and of those that serve its folders: nothing that they do not need can be done."""
 
 import subprocess
 import sys
@@ -94,3 +94,46 @@ def test_a_guest_runs_and_nothing_else_does() -> None:
         [sys.executable, "-c", SCRIPT], capture_output=True, text=True, timeout=120, check=False
     )
     assert (done.returncode, done.stdout) == (0, "poweroff\n"), done.stderr
+
+
+FOLDER = """
+import ctypes, os, socket
+from ringzero import _core
+
+ours, theirs = socket.socketpair()
+ours.shutdown(socket.SHUT_WR)
+_core.serve_folder("/tmp", theirs.fileno())
+libc = ctypes.CDLL(None, use_errno=True)
+
+
+def call(*arguments):
+    ctypes.set_errno(0)
+    if libc.syscall(*arguments) == -1:
+        raise OSError(ctypes.get_errno(), "")
+
+
+attempts = {
+    "open": lambda: open("/etc/passwd"),
+    "socket": lambda: socket.socket(),
+    "pair": lambda: socket.socketpair(),
+    "run": lambda: os.execv("/bin/true", ["true"]),
+    "fork": os.fork,
+    "kill": lambda: os.kill(os.getppid(), 0),
+    "attach": lambda: call(101, 16, os.getppid(), 0, 0),
+    "mount": lambda: call(165, b"none", b"/tmp", b"tmpfs", 0, 0),
+    "ioctl": lambda: call(16, 0, 0x5412, b"x"),
+}
+for name, attempt in attempts.items():
+    try:
+        attempt()
+        print("allowed:", name, flush=True)
+    except PermissionError:
+        pass
+print("end", flush=True)
+os._exit(0)
+"""
+
+
+def test_who_serves_a_folder_does_nothing_else() -> None:
+    done = subprocess.run([sys.executable, "-c", FOLDER], capture_output=True, text=True, timeout=60)
+    assert (done.stdout, done.returncode) == ("end\n", 0), done.stderr

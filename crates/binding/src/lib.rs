@@ -31,7 +31,7 @@ mod core {
     #[pymodule_export]
     use crate::features::{engines, host_features, prepare};
     #[pymodule_export]
-    use crate::folder::shared_folder;
+    use crate::folder::{serve_folder, shared_folder};
     #[pymodule_export]
     use crate::image::{
         image_check, image_commit, image_convert, image_create, image_info, image_resize, image_snapshot,

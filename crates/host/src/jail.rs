@@ -1,4 +1,6 @@
-//! The jail of a process that runs one VM: from when it is entered the process makes only those system calls that a machine
+//! The jail of a process that runs one VM, and that of one that serves a folder to such a process.
+//!
+//! Of the first: from when it is entered the process makes only those system calls that a machine
 //! needs while it runs, and gains no privileges. It opens no file, socket or other process, and starts no program but one that it
 //! holds a descriptor of, as tracees are started. Only one whose guest has a network with a way out makes sockets: those of the
 //! Internet, no others.
@@ -197,6 +199,58 @@ const NETWORK_LIMITED: &[Limited] = &[Limited {
     values: &[libc::AF_INET as u32, libc::AF_INET6 as u32],
 }];
 
+/// What a process makes that serves a folder: files by their names, which it has resolved below the folder, and one socket that
+/// is there. It starts nothing, reaches no other process, and makes no sockets.
+const FOLDER: &[i64] = &[
+    libc::SYS_read,
+    libc::SYS_write,
+    libc::SYS_recvfrom,
+    libc::SYS_sendto,
+    libc::SYS_pread64,
+    libc::SYS_pwrite64,
+    libc::SYS_close,
+    libc::SYS_lseek,
+    libc::SYS_fcntl,
+    libc::SYS_fstat,
+    libc::SYS_fstatfs,
+    libc::SYS_ftruncate,
+    libc::SYS_fallocate,
+    libc::SYS_fsync,
+    libc::SYS_fdatasync,
+    libc::SYS_getdents64,
+    libc::SYS_openat2,
+    libc::SYS_statx,
+    libc::SYS_newfstatat,
+    libc::SYS_mkdirat,
+    libc::SYS_mknodat,
+    libc::SYS_symlinkat,
+    libc::SYS_readlinkat,
+    libc::SYS_linkat,
+    libc::SYS_renameat,
+    libc::SYS_renameat2,
+    libc::SYS_unlinkat,
+    libc::SYS_chmod,
+    libc::SYS_fchmod,
+    libc::SYS_utimensat,
+    libc::SYS_mmap,
+    libc::SYS_munmap,
+    libc::SYS_mremap,
+    libc::SYS_mprotect,
+    libc::SYS_madvise,
+    libc::SYS_brk,
+    libc::SYS_futex,
+    libc::SYS_sched_yield,
+    libc::SYS_clock_gettime,
+    libc::SYS_getrandom,
+    libc::SYS_rt_sigaction,
+    libc::SYS_rt_sigprocmask,
+    libc::SYS_rt_sigreturn,
+    libc::SYS_sigaltstack,
+    libc::SYS_restart_syscall,
+    libc::SYS_exit,
+    libc::SYS_exit_group,
+];
+
 /// AUDIT_ARCH_X86_64.
 const ARCHITECTURE: u32 = 0xc000_003e;
 /// Places in `struct seccomp_data`.
@@ -217,17 +271,21 @@ fn end(action: u32) -> sock_filter {
     sock_filter { code: (BPF_RET | BPF_K) as u16, jt: 0, jf: 0, k: action }
 }
 
-fn program(has_network: bool) -> Vec<sock_filter> {
+fn of_vm(has_network: bool) -> Vec<sock_filter> {
     let network = if has_network { (NETWORK, NETWORK_LIMITED) } else { (&[][..], &[][..]) };
+    program(&[ALLOWED, network.0], &[LIMITED, network.1])
+}
+
+fn program(allowed: &[&[i64]], limited: &[&[Limited]]) -> Vec<sock_filter> {
     let allow = end(libc::SECCOMP_RET_ALLOW);
     let refuse = |error: i32| end(libc::SECCOMP_RET_ERRNO | error as u32);
     let mut program = vec![load(ARCH), jump(ARCHITECTURE, 1, 0), end(libc::SECCOMP_RET_KILL_PROCESS), load(NUMBER)];
-    for call in ALLOWED.iter().chain(network.0) {
+    for call in allowed.iter().copied().flatten() {
         program.extend([jump(*call as u32, 0, 1), allow]);
     }
     // The C library then uses clone, whose flags can be looked at.
     program.extend([jump(libc::SYS_clone3 as u32, 0, 1), refuse(libc::ENOSYS)]);
-    for limited in LIMITED.iter().chain(network.1) {
+    for limited in limited.iter().copied().flatten() {
         let mut part = vec![
             load(ARGUMENTS + 8 * limited.argument),
             sock_filter { code: (BPF_ALU | BPF_AND | BPF_K) as u16, jt: 0, jf: 0, k: limited.bits },
@@ -253,7 +311,18 @@ fn check(result: libc::c_long) -> io::Result<()> {
 /// # Errors
 /// When the system has no such filters; then nothing is filtered.
 pub fn enter(has_network: bool) -> io::Result<()> {
-    let mut program = program(has_network);
+    close(of_vm(has_network))
+}
+
+/// Puts this process into the jail of one that serves a folder.
+///
+/// # Errors
+/// As [`enter`].
+pub fn enter_with_folder() -> io::Result<()> {
+    close(program(&[FOLDER], &[]))
+}
+
+fn close(mut program: Vec<sock_filter>) -> io::Result<()> {
     let filter = sock_fprog { len: program.len() as u16, filter: program.as_mut_ptr() };
     let none = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
     // SAFETY: see the head of the file.
@@ -271,8 +340,7 @@ mod tests {
 
     #[test]
     fn jumps_of_the_filter_reach_their_targets() {
-        for has_network in [false, true] {
-            let program = program(has_network);
+        for program in [of_vm(false), of_vm(true), program(&[FOLDER], &[])] {
             assert!(program.len() < 4096);
             for (at, instruction) in program.iter().enumerate() {
                 if instruction.code & 7 == BPF_JMP as u16 {

@@ -16,6 +16,9 @@ pub mod slow;
 pub mod trace;
 pub mod vm;
 
+use std::os::fd::OwnedFd;
+use std::path::Path;
+
 /// Makes what all machines of this process have in common, before it forks.
 pub fn prepare() {
     processor::prepare();
@@ -27,6 +30,15 @@ pub fn prepare() {
 /// When the system has no such filters.
 pub fn enter_jail(has_network: bool) -> Result<(), Error> {
     host::jail::enter(has_network).map_err(|error| Error::Host { what: "jail", error })
+}
+
+/// Serves a folder to a machine's process at the other end of a socket until that has gone, in a jail of its own.
+///
+/// # Errors
+/// When there is no jail on this host, or what that process says makes no sense.
+pub fn serve_folder(path: &Path, is_read_only: bool, socket: OwnedFd) -> Result<(), Error> {
+    let failed = |error| Error::Host { what: "folder", error };
+    io::virtio::fs::serve_folder(path, is_read_only, socket.into(), host::jail::enter_with_folder).map_err(failed)
 }
 
 #[cfg(test)]

@@ -152,6 +152,7 @@ def main() -> None:
     import ringzero.devices
     import ringzero.images.debian
     import ringzero.machine.boot.unpacked
+    import ringzero.machine.disk_image
     import ringzero.machine.exec  # noqa: F401
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -30,11 +30,12 @@ import sys
 import time
 import zlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ringzero.errors import InputError, InternalError, RingzeroError
 from ringzero.host.agent_relay import AgentRelay
+from ringzero.host.folders import served_elsewhere
 from ringzero.host.loop import READ, WRITE, Loop, Timer
 from ringzero.host.spec import GuestSpec
 from ringzero.host.vm_memory import GuestMemory
@@ -202,8 +203,16 @@ class VmProcess:
         """Put the machine together. Raises RingzeroError when it cannot be."""
         self.spec = spec = place.spec
         self._began = time.time()
-        self._machine = machine = spec.machine()
+        try:
+            # Before this process has threads.
+            folders = served_elsewhere(spec.mounts, spec.name)
+        except OSError as error:
+            raise InternalError(f"the host gives no process for a folder: {error.strerror}") from error
+        self._machine = machine = replace(spec, mounts=tuple(folders)).machine()
         self._vm = machine.assembled(files)
+        for folder in folders:
+            assert folder.server is not None
+            os.close(folder.server)
         self._has_network = bool(machine.networks)
         self._memory = GuestMemory(self._vm, spec.memory)
         with core_errors():

@@ -25,6 +25,7 @@ _THERE = re.compile(r"/[A-Za-z0-9._/+@%=-]*\Z")
 class Mount:
     """A folder of this host that a guest has at a place of its own.
 
+    server: a socket to a process that serves it (a descriptor), where that is not this one.
     tag: the name by which the guest's system mounts it: `mount -t virtiofs TAG /there`. Our images do so themselves.
     """
 
@@ -32,6 +33,7 @@ class Mount:
     there: PurePosixPath
     read_only: bool = False
     tag: str = ""
+    server: int | None = None
 
     def __post_init__(self) -> None:
         if not _THERE.match(str(self.there)) or ".." in self.there.parts:
@@ -80,7 +82,9 @@ class Mount:
         """Open the folder, and return the device. Raises the core's CoreError when it cannot be opened."""
         from ringzero import _core
 
-        return _core.shared_folder(os.fspath(self.here), self.tag, read_only=self.read_only)
+        return _core.shared_folder(
+            os.fspath(self.here), self.tag, read_only=self.read_only, server=self.server
+        )
 
     @property
     def word(self) -> str:

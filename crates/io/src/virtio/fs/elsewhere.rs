@@ -36,8 +36,8 @@ fn number(socket: &mut impl Read) -> io::Result<u32> {
 /// Bytes with their number before them.
 fn bytes(socket: &mut impl Read, most: u64) -> io::Result<Vec<u8>> {
     let size = u64::from(number(socket)?);
-    let mut bytes = Vec::new();
-    // Memory is taken as they come.
+    // Of what is long, memory is taken as it comes.
+    let mut bytes = Vec::with_capacity(size.min(MOST_ANSWER) as usize);
     if size > most || socket.take(size).read_to_end(&mut bytes)? as u64 != size {
         return Err(io::ErrorKind::InvalidData.into());
     }
@@ -46,9 +46,9 @@ fn bytes(socket: &mut impl Read, most: u64) -> io::Result<Vec<u8>> {
 
 fn send(socket: &mut impl Write, numbers: &[u32], bytes: &[u8]) -> io::Result<()> {
     let size = u32::try_from(bytes.len()).map_err(|_| io::ErrorKind::InvalidData)?;
-    let mut message: Vec<u8> = numbers.iter().chain([&size]).flat_map(|number| number.to_le_bytes()).collect();
-    message.extend(bytes);
-    socket.write_all(&message)
+    let head: Vec<u8> = numbers.iter().chain([&size]).flat_map(|number| number.to_le_bytes()).collect();
+    socket.write_all(&head)?;
+    socket.write_all(bytes)
 }
 
 /// The process that serves, seen from the one that has the machine.

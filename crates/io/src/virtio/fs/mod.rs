@@ -100,12 +100,18 @@ fn open(path: &Path, is_read_only: bool) -> io::Result<Server> {
     Folder::open(path).map(|folder| Server::new(folder, is_read_only))
 }
 
-/// Serves a folder to a machine's process at the other end of a socket, until that has gone.
+/// Serves a folder to a machine's process at the other end of a socket, until that has gone. When the folder is open, before
+/// that process is listened to, `jail` gives up what is not needed any more.
 ///
 /// # Errors
 /// What it says makes no sense, or the socket's.
-pub fn serve_folder(path: &Path, is_read_only: bool, socket: UnixStream) -> io::Result<()> {
-    match open(path, is_read_only) {
+pub fn serve_folder(
+    path: &Path,
+    is_read_only: bool,
+    socket: UnixStream,
+    jail: impl FnOnce() -> io::Result<()>,
+) -> io::Result<()> {
+    match open(path, is_read_only).and_then(|server| jail().map(|()| server)) {
         Ok(mut server) => elsewhere::serve(&mut server, socket),
         Err(error) => elsewhere::refuse(socket, &error),
     }

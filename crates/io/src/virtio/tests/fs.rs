@@ -49,7 +49,7 @@ fn both(test: impl Fn(How)) {
 fn served(path: &Path, is_read_only: bool) -> UnixStream {
     let (ours, theirs) = UnixStream::pair().unwrap();
     let path = path.to_path_buf();
-    std::thread::spawn(move || serve_folder(&path, is_read_only, theirs));
+    std::thread::spawn(move || serve_folder(&path, is_read_only, theirs, || Ok(())));
     ours
 }
 
@@ -383,7 +383,7 @@ fn a_server_that_has_gone_is_an_error_of_each_request() {
     let path = scratch("gone");
     let (ours, theirs) = UnixStream::pair().unwrap();
     let (heard, told) = (theirs.try_clone().unwrap(), path.clone());
-    let server = std::thread::spawn(move || serve_folder(&told, false, theirs));
+    let server = std::thread::spawn(move || serve_folder(&told, false, theirs, || Ok(())));
     let folder = SharedFolder::elsewhere(&path, "tag", ours).unwrap();
     let mut guest = Guest { folder, memory: memory(), unique: 1 };
     assert!(guest.ask(INIT, 0, &words(&[7, 36, 0x2_0000, u32::MAX])).is_ok());
