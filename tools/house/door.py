@@ -57,7 +57,9 @@ def parser() -> argparse.ArgumentParser:
     )
     fuzz.add_argument("--seed", type=int, default=None, help="first seed (default: from the clock)")
     fuzz.add_argument(
-        "--devices", action="store_true", help="drive virtio devices as no driver should, instead"
+        "--devices",
+        action="store_true",
+        help="drive virtio devices as no driver should, and the network behind a card from both sides, instead",
     )
 
     conform = commands.add_parser(

@@ -5,7 +5,7 @@
 use std::net::IpAddr;
 
 use super::checksum::Sum;
-use super::frame::{Cut, ETHERNET_BYTES, Frame};
+use super::frame::{Cut, ETHERNET_BYTES, Frame, HEADER_BYTES, MOST_BYTES, Offload};
 use super::packet::{self, FRAGMENT, TCP, UDP};
 
 /// What a guest's driver takes.
@@ -23,6 +23,17 @@ const UDP_CHECKSUM: u16 = 6;
 /// Flags of TCP that only the last piece has (FIN, PSH), or the first (CWR, RFC 3168).
 const LAST_ONLY: u8 = 0x09;
 const FIRST_ONLY: u8 = 0x80;
+
+/// A frame with the header that a guest wrote before it; `None` where they do not fit each other.
+#[must_use]
+pub fn checked(header: [u8; HEADER_BYTES], bytes: Vec<u8>) -> Option<Frame> {
+    if !(ETHERNET_BYTES..=MOST_BYTES).contains(&bytes.len()) {
+        return None;
+    }
+    let frame = Frame { offload: Offload::parse(header, bytes.len())?, head: bytes, tail: None };
+    // Who gets it relies on what it says of itself.
+    (frame.offload.cut == Cut::None || parts(&frame).is_some()).then_some(frame)
+}
 
 /// Where the parts of a frame begin that is to be cut: the transport's header, and the payload. `None` for one that is not
 /// what its sender says.

@@ -11,7 +11,7 @@ use super::queue::{Broken, Chain};
 use super::requests::{Requests, Turn};
 use super::{Answer, Backend, BackendState};
 use crate::network::fit::{self, Abilities};
-use crate::network::frame::{Cut, ETHERNET_BYTES, Frame, HEADER_BYTES, MOST_BYTES, Offload};
+use crate::network::frame::{ETHERNET_BYTES, Frame, HEADER_BYTES, MOST_BYTES};
 use crate::network::inbox::Inbox;
 use crate::network::{Mac, Wire};
 
@@ -158,9 +158,7 @@ impl Net {
         if !chain.read(0, &mut header) || !chain.read(HEADER_BYTES as u64, buffer) {
             return None;
         }
-        let frame = Frame { offload: Offload::parse(header, size)?, head: std::mem::take(buffer), tail: None };
-        // Who gets it relies on what it says of itself.
-        (frame.offload.cut == Cut::None || fit::parts(&frame).is_some()).then_some(frame)
+        fit::checked(header, std::mem::take(buffer))
     }
 
     fn transmit(&self, requests: &mut Requests<'_>) -> Result<Turn, Broken> {

@@ -28,12 +28,19 @@ pub struct Fragments {
 }
 
 impl Fragments {
+    #[cfg(any(test, feature = "testing"))]
+    pub fn bytes(&self) -> usize {
+        let pieces = self.packets.iter().flat_map(|packet| &packet.pieces);
+        pieces.map(|(_, piece)| piece.len()).sum()
+    }
+
     /// Takes a fragment; gives what the packet carries, when it was the one that was missing.
     pub fn take(&mut self, ip: &Ip, data: &[u8]) -> Option<Vec<u8>> {
         let name = (ip.source, ip.target, ip.protocol, ip.identity);
         let end = ip.place + data.len();
-        // All but the last are of whole eights.
-        if end > MOST_BYTES || data.is_empty() || ip.has_more && !data.len().is_multiple_of(8) {
+        // All but the last are of whole eights. A packet of IPv4 counts its header (RFC 791, 3.1 "Total Length").
+        let most = if ip.source.is_ipv4() { MOST_BYTES - ip.header } else { MOST_BYTES };
+        if end > most || data.is_empty() || ip.has_more && !data.len().is_multiple_of(8) {
             return None;
         }
         let at = self.packets.iter().position(|packet| packet.name == name).unwrap_or_else(|| {

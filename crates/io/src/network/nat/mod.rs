@@ -6,12 +6,15 @@
 
 pub mod config;
 mod dhcp;
+mod dhcp6;
 mod dns;
 mod fragments;
 mod neighbours;
 mod segment;
 mod state;
 mod tcp;
+#[cfg(any(test, feature = "testing"))]
+pub mod testing;
 #[cfg(test)]
 mod tests;
 mod udp;

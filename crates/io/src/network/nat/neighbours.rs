@@ -18,6 +18,7 @@ const ROUTER_SOLICITATION: u8 = 133;
 const ROUTER_ADVERTISEMENT: u8 = 134;
 const SOLICITATION: u8 = 135;
 const ADVERTISEMENT: u8 = 136;
+const OTHER_CONFIGURATION: u8 = 0x40;
 const ALL_NODES: Ipv6Addr = Ipv6Addr::new(0xff02, 0, 0, 0, 0, 0, 0, 1);
 /// Options: who says it, a prefix, the MTU, name servers.
 const SOURCE_CARD: u8 = 1;
@@ -68,8 +69,10 @@ pub fn answer_icmp6(source: IpAddr, data: &[u8], common: &Common) -> Option<Fram
         }
         ROUTER_SOLICITATION => {
             let lifetime = 1800_u16.to_be_bytes();
+            // RFC 4861, 4.2: who wants to know more may ask by DHCPv6.
+            let flags = if common.config.policy.names { OTHER_CONFIGURATION } else { 0 };
             let mut reply =
-                vec![ROUTER_ADVERTISEMENT, 0, 0, 0, 64, 0, lifetime[0], lifetime[1], 0, 0, 0, 0, 0, 0, 0, 0];
+                vec![ROUTER_ADVERTISEMENT, 0, 0, 0, 64, flags, lifetime[0], lifetime[1], 0, 0, 0, 0, 0, 0, 0, 0];
             reply.extend([SOURCE_CARD, 1]);
             reply.extend(ROUTER.0);
             reply.extend([MTU, 1, 0, 0]);

@@ -11,12 +11,12 @@ use std::{io, mem};
 use host::socket::{self, Epoll, Event};
 use host::{passing, random};
 
-use super::config::{Config, DNS_PORT, Forward, GATEWAY, GUEST, Way};
+use super::config::{Config, DNS_PORT, Forward, GATEWAY, GUEST, ROUTER6, Way};
 use super::fragments::Fragments;
 use super::segment::{ACK, RST, SYN, Say, Segment};
 use super::tcp::{Fate, Tcp};
 use super::udp::{self, Udp};
-use super::{Common, FIRST_FLOW, dhcp, dns, neighbours};
+use super::{Common, FIRST_FLOW, dhcp, dhcp6, dns, neighbours};
 use crate::network::frame::{ETHERNET_BYTES, Frame};
 use crate::network::packet::{self, ARP, Datagram, ICMP, ICMP6, IPV4, IPV6, Ip, TCP, UDP};
 use crate::network::{Mac, fit};
@@ -25,6 +25,9 @@ use crate::network::{Mac, fit};
 /// allows more.
 const MOST_TCP: usize = if cfg!(test) { 16 } else { 512 };
 const MOST_UDP: usize = if cfg!(test) { 16 } else { 256 };
+/// Of the TCP connections, those that the host took for ports of the guest's: whoever fills them keeps the guest from none of
+/// its own.
+const MOST_CALLED: usize = MOST_TCP / 4 * 3;
 /// Connections that are taken from a listening socket at a time.
 const MOST_ACCEPTED: usize = 64;
 
@@ -43,6 +46,8 @@ pub struct State {
     names: HashMap<Name, u64>,
     next_token: u64,
     tcp: usize,
+    /// Of these, those that the host took.
+    called: usize,
     fragments: Fragments,
     forwarded: Vec<Option<Arc<std::net::UdpSocket>>>,
     /// Connections that have something to say to the guest when it has sent all that it had.
@@ -67,6 +72,7 @@ impl State {
             names: HashMap::new(),
             next_token: FIRST_FLOW,
             tcp: 0,
+            called: 0,
             fragments: Fragments::default(),
             forwarded,
             dirty: Vec::new(),
@@ -75,9 +81,41 @@ impl State {
         }
     }
 
-    #[cfg(test)]
+    #[cfg(any(test, feature = "testing"))]
     pub fn counts(&self) -> (usize, usize, usize) {
         (self.tcp, self.flows.len() - self.tcp, self.names.len())
+    }
+
+    /// What does not hold of what should always.
+    #[cfg(any(test, feature = "testing"))]
+    pub fn audit(&self) -> Option<&'static str> {
+        let (mut tcp, mut called, mut held, mut pending) = (0, 0, 0, 0);
+        for flow in self.flows.values() {
+            if let Flow::Tcp(flow) = flow {
+                let Some((held_here, pending_here)) = flow.measure() else {
+                    return Some("one connection's own numbers");
+                };
+                (tcp, called) = (tcp + 1, called + usize::from(flow.is_called()));
+                (held, pending) = (held + held_here, pending + pending_here);
+            }
+        }
+        let others = self.flows.len() - tcp;
+        let (common, room) = (&self.common, self.flows.len());
+        [
+            (tcp == self.tcp && tcp <= MOST_TCP, "the number of TCP connections"),
+            (called == self.called && called <= MOST_CALLED, "the number of those that the host took"),
+            (others <= MOST_UDP, "the number of others"),
+            (self.names.len() == room, "a name for each, and for no other"),
+            (self.names.values().all(|token| self.flows.contains_key(token)), "names of those that there are"),
+            (held == common.held, "what is under way to the guest"),
+            (pending == common.pending, "what waits for hosts"),
+            (held <= 48 << 20 && pending <= 48 << 20, "bounds of what waits"),
+            (self.starved.len() <= MOST_TCP + MOST_UDP, "each waits for room once"),
+            (self.dirty.len() <= MOST_TCP, "each has something to say once"),
+            (self.fragments.bytes() <= 2 << 20, "a bound for fragments"),
+        ]
+        .into_iter()
+        .find_map(|(holds, what)| (!holds).then_some(what))
     }
 
     // ---- time ------------------------------------------------------------------------------------------------------
@@ -142,7 +180,7 @@ impl State {
         if fate != Fate::Lives {
             self.remove(token, fate);
         } else if mem::take(&mut self.common.is_starved) {
-            self.starved.push(token);
+            self.starve(token);
         }
     }
 
@@ -154,7 +192,7 @@ impl State {
                 let is_done = udp.is_readable(&mut self.common, |common| nobody(guest, remote, common));
                 self.common.is_starved = false;
                 if !is_done {
-                    self.starved.push(token);
+                    self.starve(token);
                 }
             }
             None => {}
@@ -166,6 +204,7 @@ impl State {
             Some(Flow::Tcp(tcp)) => {
                 self.names.remove(&(TCP, tcp.guest, tcp.remote));
                 self.tcp -= 1;
+                self.called -= usize::from(tcp.is_called());
                 tcp.end(fate, &mut self.common);
             }
             Some(Flow::Udp(udp)) => {
@@ -188,7 +227,10 @@ impl State {
             }
         }
         self.next_token += 1;
-        self.tcp += usize::from(matches!(flow, Flow::Tcp(_)));
+        if let Flow::Tcp(tcp) = &flow {
+            self.tcp += 1;
+            self.called += usize::from(tcp.is_called());
+        }
         self.names.insert(name, token);
         self.flows.insert(token, flow);
         Ok(token)
@@ -201,14 +243,33 @@ impl State {
             return true;
         }
         let oldest = self.flows.iter().filter_map(|(token, flow)| match flow {
-            // One that the guest began and the host has not answered is what a flood is made of.
-            Flow::Tcp(tcp) if is_tcp && tcp.is_connecting() => Some((tcp.last, *token)),
+            // Those that somebody began and the other has not answered are what a flood is made of.
+            Flow::Tcp(tcp) if is_tcp && tcp.is_half_open() => Some((tcp.last, *token)),
             Flow::Udp(udp) if !is_tcp => Some((udp.last, *token)),
             _ => None,
         });
         let Some((_, token)) = oldest.min() else { return false };
         self.remove(token, Fate::Broken);
         true
+    }
+
+    /// Gives up the oldest of those connections that the host took and the guest has not answered; false when it has answered
+    /// all.
+    fn forget_called(&mut self) -> bool {
+        let oldest = self.flows.iter().filter_map(|(token, flow)| match flow {
+            Flow::Tcp(tcp) if tcp.is_called() && tcp.is_half_open() => Some((tcp.last, *token)),
+            _ => None,
+        });
+        let Some((_, token)) = oldest.min() else { return false };
+        self.remove(token, Fate::Broken);
+        true
+    }
+
+    /// There is no room for what a connection has for the guest.
+    fn starve(&mut self, token: u64) {
+        if !self.starved.contains(&token) {
+            self.starved.push(token);
+        }
     }
 
     /// A socket of a connection has changed.
@@ -267,7 +328,8 @@ impl State {
     }
 
     fn accepted(&mut self, stream: std::net::TcpStream, peer: SocketAddr, port: u16) {
-        if stream.set_nonblocking(true).is_err() || !self.make_room(true) {
+        let is_full = self.called >= MOST_CALLED && !self.forget_called();
+        if stream.set_nonblocking(true).is_err() || is_full || !self.make_room(true) {
             return;
         }
         let _ = stream.set_nodelay(true);
@@ -353,9 +415,12 @@ impl State {
     fn take_packet(&mut self, ip: &Ip, data: &[u8], packet: &[u8]) {
         if ip.protocol == UDP
             && let Some(datagram) = Datagram::parse(ip, data)
-            && datagram.target.port() == dhcp::SERVER_PORT
         {
-            return self.lease(&datagram);
+            match datagram.target.port() {
+                dhcp::SERVER_PORT if ip.source.is_ipv4() => return self.lease(&datagram),
+                dhcp6::SERVER_PORT if ip.source.is_ipv6() => return self.inform(&datagram),
+                _ => {}
+            }
         }
         if ip.protocol == ICMP6
             && ip.target.is_ipv6()
@@ -390,6 +455,20 @@ impl State {
             let source = SocketAddr::new(GATEWAY.into(), dhcp::SERVER_PORT);
             let target = if message.source.ip().is_unspecified() { [255; 4].into() } else { message.source.ip() };
             self.common.send_datagram(source, SocketAddr::new(target, dhcp::CLIENT_PORT), &reply);
+        }
+    }
+
+    /// Tells a guest what it asks for over IPv6.
+    fn inform(&mut self, message: &Datagram<'_>) {
+        let config = &self.common.config;
+        // RFC 8415, 18.4: from its own address on this link, and answered there.
+        let is_near = matches!(message.source.ip(), IpAddr::V6(address) if address.is_unicast_link_local());
+        if config.has_ipv6
+            && is_near
+            && let Some(reply) = dhcp6::answer(message.data, config.policy.names)
+        {
+            let source = SocketAddr::new(ROUTER6.into(), dhcp6::SERVER_PORT);
+            self.common.send_datagram(source, message.source, &reply);
         }
     }
 

@@ -25,6 +25,9 @@ const LITTLE_PENDING: usize = 16 << 10;
 /// What is under way to the guest likewise.
 const MOST_HELD: usize = 4 << 20;
 const LITTLE_HELD: usize = 16 << 10;
+/// Pieces that are under way to the guest, of one connection: a peer that speaks in single bytes makes each of them cost more
+/// than it counts.
+const MOST_SEGMENTS: usize = 512;
 /// What all connections of a guest together may have of either, before each gets little.
 const ENOUGH: usize = 32 << 20;
 /// The largest IP packet, less its header and TCP's.
@@ -68,6 +71,7 @@ pub struct Tcp {
     pub remote: SocketAddr,
     stream: TcpStream,
     stage: Stage,
+    is_called: bool,
     /// Numbers of what goes to the guest: the first that is not acknowledged, and the next (3.3.1 "Key Connection State
     /// Variables", SND).
     first: u32,
@@ -111,6 +115,7 @@ impl Tcp {
             remote,
             stream,
             stage,
+            is_called: stage == Stage::Calling,
             first: number,
             next: number,
             held: VecDeque::new(),
@@ -156,8 +161,30 @@ impl Tcp {
         self.stream.as_fd()
     }
 
-    pub fn is_connecting(&self) -> bool {
-        self.stage == Stage::Connecting
+    /// Whether one side has not answered the other yet.
+    pub fn is_half_open(&self) -> bool {
+        self.stage != Stage::Open
+    }
+
+    /// Whether the host took it for the guest.
+    pub fn is_called(&self) -> bool {
+        self.is_called
+    }
+
+    /// Bytes that are held, and that wait; `None` where what is held does not follow each other up to what comes next.
+    #[cfg(any(test, feature = "testing"))]
+    pub fn measure(&self) -> Option<(usize, usize)> {
+        let mut next = self.first;
+        for (number, payload) in &self.held {
+            if *number != next {
+                return None;
+            }
+            next = next.wrapping_add(payload.len() as u32);
+        }
+        let is_right = self.held.is_empty() || next == self.next || next.wrapping_add(1) == self.next;
+        let held = self.held.iter().map(|(_, payload)| payload.len()).sum();
+        (is_right && self.held.len() <= MOST_SEGMENTS && self.pending.len() <= MOST_PENDING)
+            .then_some((held, self.pending.len()))
     }
 
     /// Ends the host's side.
@@ -280,7 +307,8 @@ impl Tcp {
             let most = if common.held > ENOUGH { LITTLE_HELD } else { MOST_HELD };
             let room = (self.window as usize).min(most).saturating_sub(under_way);
             // 3.8.6.2.1 "Sender's Algorithm": no small piece where a larger one can be sent soon.
-            if room == 0 || room < usize::from(self.maximum) && under_way > 0 {
+            let is_small = room < usize::from(self.maximum) && under_way > 0;
+            if room == 0 || is_small || self.held.len() >= MOST_SEGMENTS {
                 break;
             }
             if !common.has_room() {

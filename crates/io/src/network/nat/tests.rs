@@ -533,3 +533,82 @@ fn no_frame_does_harm() {
     guest.nat.flush();
     assert_eq!(guest.counts().0, 0);
 }
+
+#[test]
+fn a_peer_that_speaks_in_single_bytes_is_waited_for() {
+    let guest = Guest::new(config());
+    let (listener, remote) = listener();
+    let mut connection = Connection::open(&guest, 4000, remote);
+    let (mut peer, _) = listener.accept().unwrap();
+    peer.set_nodelay(true).unwrap();
+    let mut pieces = 0;
+    let mut hear = |connection: &mut Connection<'_>| {
+        let size = with_segment(&guest.receive(), |segment| segment.data.len());
+        connection.expected = connection.expected.wrapping_add(size as u32);
+        pieces += usize::from(size > 0);
+        (size, pieces)
+    };
+    // Nothing is acknowledged, though the window would let much more come.
+    while hear_one(&mut peer, &mut connection, &mut hear) < 512 {}
+    assert!(guest.nat.shared.state.get().unwrap().lock().audit().is_none());
+    peer.write_all(&[1; 100]).unwrap();
+    std::thread::sleep(Duration::from_millis(20));
+    assert!(guest.inbox.is_empty(), "so many pieces are enough");
+    connection.say(ACK, &[]);
+    assert_eq!(hear(&mut connection).0, 100);
+}
+
+fn hear_one(
+    peer: &mut TcpStream,
+    connection: &mut Connection<'_>,
+    hear: &mut impl FnMut(&mut Connection<'_>) -> (usize, usize),
+) -> usize {
+    peer.write_all(&[7]).unwrap();
+    hear(connection).1
+}
+
+#[test]
+fn who_fills_the_guests_ports_keeps_it_from_none_of_its_own() {
+    let (forwarded, remote) = (TcpListener::bind("127.0.0.1:0").unwrap(), listener());
+    let outside = forwarded.local_addr().unwrap();
+    let guest = Guest::new(Config { forwards: vec![Forward::Tcp(forwarded, 80)], ..config() });
+    // The guest answers none of these: the newest are kept.
+    let callers: Vec<TcpStream> = (0..40).map(|_| TcpStream::connect(outside).unwrap()).collect();
+    let begin = Instant::now();
+    let is_over = |peer: &TcpStream| {
+        peer.set_nonblocking(true).unwrap();
+        peer.peek(&mut [0]).is_err_and(|error| error.kind() == io::ErrorKind::ConnectionReset)
+    };
+    while callers.iter().filter(|peer| is_over(peer)).count() != 28 {
+        assert!(begin.elapsed() < LONG, "{:?}", guest.counts());
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    assert_eq!(guest.counts().0, 12);
+    while guest.inbox.take().is_some() {}
+    let (listener, remote) = remote;
+    let _first = Connection::open(&guest, 4000, remote);
+    let _ = listener.accept().unwrap();
+    assert_eq!(guest.counts().0, 13);
+    assert!(guest.nat.shared.state.get().unwrap().lock().audit().is_none());
+}
+
+#[test]
+fn a_guest_may_ask_for_the_name_server_over_ipv6() {
+    let guest = Guest::new(config());
+    let own: std::net::Ipv6Addr = "fe80::15".parse().unwrap();
+    let all: std::net::Ipv6Addr = "ff02::1:2".parse().unwrap();
+    let ask = |from: SocketAddr, to: SocketAddr, question: &[u8]| {
+        guest.send_frame(udp::datagram(Guest::ethernet(packet::IPV6), from, to, question, 1500));
+    };
+    ask(at(own, 546), at(all, 547), &[11, 1, 2, 3]);
+    let frame = guest.receive();
+    let bytes = &frame.head[ETHERNET_BYTES..];
+    let ip = Ip::parse(bytes, bytes.len()).unwrap();
+    let said = Datagram::parse(&ip, &bytes[ip.header..]).unwrap();
+    assert_eq!((said.target, said.data[..4].to_vec()), (at(own, 546), vec![7, 1, 2, 3]));
+    assert!(said.data.ends_with(&super::config::RESOLVER6.octets()));
+    // From elsewhere, and a question of IPv4's over IPv6: no answer, and no frame that is none.
+    ask(at("2001:db8::1".parse::<std::net::Ipv6Addr>().unwrap(), 546), at(all, 547), &[11, 1, 2, 3]);
+    ask(at(own, 68), at(all, 67), &[1; 300]);
+    assert!(guest.inbox.is_empty());
+}

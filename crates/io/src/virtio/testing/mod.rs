@@ -32,6 +32,12 @@ pub struct Finding {
     pub what: String,
 }
 
+/// How many there were.
+#[must_use]
+pub fn panics() -> usize {
+    PANICS.load(Ordering::SeqCst)
+}
+
 /// Counts panics of devices' threads from now on: a device hides them from its guest by design.
 pub fn watch_panics() {
     static ONCE: std::sync::Once = std::sync::Once::new();
