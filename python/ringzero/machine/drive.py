@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 
 from ringzero.errors import GuestEnded, InputError
 from ringzero.machine.exec import AgentLink
-from ringzero.machine.files import GuestFiles, GuestName, GuestPath
+from ringzero.machine.files import SILENCE, GuestFiles, GuestName, GuestPath
 from ringzero.machine.frames import Credentials, Word
 from ringzero.machine.guest_process import GuestProcess, Sink
 
@@ -38,9 +38,11 @@ class Driven:
         """The guest's files: copy them, read them, write them."""
         return GuestFiles(self.agent_link)
 
-    def path(self, path: GuestName) -> GuestPath:
-        """Return a file of the guest, as pathlib.Path would be one of the host."""
-        return self.files.path(path)
+    def path(self, path: GuestName, *, timeout: float | None = SILENCE) -> GuestPath:
+        """Return a file of the guest, as pathlib.Path would be one of the host; `timeout` as `GuestFiles.within` has
+        it.
+        """
+        return self.files.within(timeout).path(path)
 
     @property
     def aio(self) -> AsyncGuest:

@@ -54,9 +54,11 @@ from ringzero.machine.frames import (
     Word,
     pack_exec,
 )
-from ringzero.machine.guest_process import PATIENCE, GuestProcess, Sink, Stream, discard
+from ringzero.machine.guest_process import PATIENCE, START_PATIENCE, GuestProcess, Sink, Stream, discard
 
 __all__ = ["AgentLink"]
+
+POSTED_MAX = 4096
 
 
 class AgentLink:
@@ -70,6 +72,8 @@ class AgentLink:
         self._lines: Lines = AgentLines(line) if isinstance(line, socket.socket) else line
         self._first = first
         self._ready = threading.Event()
+        self.was_ready = False
+        """Whether an agent has been there, be it now or not."""
         self._ended = threading.Event()
         self._processes: dict[int, GuestProcess] = {}
         self._last_number = 0
@@ -80,6 +84,8 @@ class AgentLink:
         self._number = b""  # the agent's own, as READY and HELLO have it
         self._sends_to: socket.socket | None = None  # what the agent reads; none before READY
         self._moves_to: socket.socket | None = None  # what it is to read instead
+        self._rest = b""  # of a frame that was begun, and that nobody waits for
+        self._posted: list[bytes] = []  # frames that nobody waits for
         self._credits: dict[
             tuple[int, int], int
         ] = {}  # (process, output): bytes that TAKEN is to be sent for
@@ -158,7 +164,10 @@ class AgentLink:
             number = self._free_number()
             process = GuestProcess(self, number, words, flags, cwd, {STDOUT: stdout, STDERR: stderr})
             self._processes[number] = process
-        self.send(EXEC, number, payload, flags)
+        if not self.send(EXEC, number, payload, flags, START_PATIENCE) and not process.ended:
+            with self._state:
+                self._processes.pop(number, None)
+            raise GuestError(f"the guest's agent has taken nothing for {START_PATIENCE:g} s")
         return process
 
     def resize_console(self, rows: int, columns: int) -> None:
@@ -180,7 +189,7 @@ class AgentLink:
         """Send one frame. Waits for the agent, and for room on the line; returns whether it was sent.
 
         It is not when the guest has ended or its agent was lost meanwhile, and when it took nothing for `patience`
-        seconds.
+        seconds. What was begun by then follows when the agent takes it, before anything else.
         """
         frame = memoryview(HEADER.pack(kind, flags, number, len(payload)) + payload)
         end = None if patience is None else time.monotonic() + patience
@@ -202,14 +211,17 @@ class AgentLink:
             return number not in (0, CONSOLE_ID) and number not in self._processes
 
         def able() -> bool:
-            return self._ready.is_set() and self._unacknowledged < LINE_WINDOW
+            return self._ready.is_set() and self._unacknowledged < LINE_WINDOW and not self._rest
 
         while frame:
             with self._state:
-                left = None if end is None or begun else max(0.0, end - time.monotonic())
+                left = None if end is None else max(0.0, end - time.monotonic())
                 self._state.wait_for(lambda: self._ended.is_set() or pointless() or able(), left)
-                if self._ended.is_set() or pointless() or not able():
+                if self._ended.is_set() or pointless():
                     return False
+                if not able():
+                    self._rest = bytes(frame) if begun else self._rest
+                    return begun
                 greeting, self._greeting = self._greeting, b""
                 line = self._sends_to
                 assert line is not None  # READY has come
@@ -230,6 +242,14 @@ class AgentLink:
                 self._credits[number, which] = self._credits.get((number, which), 0) + size
         self._flush()
 
+    def post(self, kind: int, number: int, payload: bytes = b"", flags: int = 0) -> None:
+        """Have a frame sent when there is room for it. Never waits; for frames that are small and few."""
+        with self._state:
+            if self._ended.is_set() or len(self._posted) >= POSTED_MAX:
+                return  # whoever has taken none of those takes no more of them
+            self._posted.append(HEADER.pack(kind, flags, number, len(payload)) + payload)
+        self._flush()
+
     def _flush(self) -> None:
         """Send what the reader cannot wait to send, unless somebody is sending: he does it after his own."""
         while self._sending.acquire(blocking=False):
@@ -247,22 +267,30 @@ class AgentLink:
                 self._sending.release()
 
     def _urgent(self) -> list[tuple[socket.socket, bytes]]:
-        """Take what is to be sent out of turn, and where to. No frame is half sent: both locks are held."""
+        """Take what is to be sent out of turn, and where to. Both locks are held: nobody is amid a frame."""
         line = self._sends_to
         if self._ended.is_set() or line is None:
             return []
+        if self._rest:
+            size = max(0, LINE_WINDOW - self._unacknowledged)
+            piece, self._rest = self._rest[:size], self._rest[size:]
+            self._unacknowledged += len(piece)
+            self._state.notify_all()
+            return [(line, piece)] if piece else []
         if self._moves_to is not None:
             move, hello = HEADER.pack(MOVE, 0, 0, 0), _hello(self._number)
             self._unacknowledged += len(move) + len(hello)
             self._sends_to, self._moves_to = self._moves_to, None
             return [(line, move), (self._sends_to, hello)]
-        if not (self._greeting or self._credits) or self._unacknowledged >= LINE_WINDOW:
+        if not (self._greeting or self._credits or self._posted) or self._unacknowledged >= LINE_WINDOW:
             return []  # after the next ACK
         frames = self._greeting + b"".join(
             HEADER.pack(TAKEN, which, number, WORD.size) + WORD.pack(size)
             for (number, which), size in self._credits.items()
         )
+        frames += b"".join(self._posted)
         self._greeting = b""
+        self._posted.clear()
         self._credits.clear()
         self._unacknowledged += len(frames)
         return [(line, frames)]
@@ -315,6 +343,8 @@ class AgentLink:
             left = list(self._processes.values())
             self._processes.clear()
             self._credits.clear()
+            self._posted.clear()
+            self._rest = b""
             if why is not None:
                 self._ready.clear()
             self._state.notify_all()
@@ -327,6 +357,7 @@ class AgentLink:
             self._sends_to, self._moves_to = self._lines.present, None
             self._unacknowledged = 0
             self._complaint = None
+            self.was_ready = True
             self._ready.set()
             self._state.notify_all()
         self._flush()

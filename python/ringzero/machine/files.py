@@ -17,7 +17,7 @@ from ringzero.errors import GuestError
 from ringzero.machine.exec import AgentLink
 from ringzero.machine.frames import STDOUT as STDOUT_KIND
 from ringzero.machine.streams import Collected, OutputPipe
-from ringzero.machine.tar import Progress, Reader, archive, unpack
+from ringzero.machine.tar import BLOCK, Progress, Reader, archive, unpack
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -25,6 +25,11 @@ if TYPE_CHECKING:
 __all__ = ["GuestFiles", "GuestPath", "Progress"]
 
 GuestName = str | os.PathLike[str]
+SILENCE = 60.0
+"""Seconds that a guest may show no sign of what it was asked for: then it is given up."""
+READ_MOST = 1 << 30
+_LIST_MOST = 64 << 20
+"""Bytes that a file and a folder have at most where they are kept in memory."""
 # Of what a builtin says, a path is all that is looked at.
 _MESSAGE_MAX = 8192
 _FOLDER, _LINK, _FILE = 4, 10, 8
@@ -34,52 +39,85 @@ _FOLDER, _LINK, _FILE = 4, 10, 8
 class GuestFiles:
     """The files of one guest. `path` gives one of them; the rest copies."""
 
-    def __init__(self, link: Callable[[], AgentLink]) -> None:
+    def __init__(self, link: Callable[[], AgentLink], timeout: float | None = SILENCE) -> None:
         """Take the way to the agent: called for each request, since it may have to wait for the guest."""
         self._link = link
+        self._timeout = timeout
+
+    def within(self, timeout: float | None) -> GuestFiles:
+        """Return the same files, for operations that are given up with a GuestError after `timeout` seconds: a minute
+        by itself, None is never. Whatever moves a file's content is given up when nothing came or went for so long.
+        """
+        return GuestFiles(self._link, timeout)
 
     def path(self, path: GuestName) -> GuestPath:
         """Return a file of the guest, whether it is there or not."""
         return GuestPath(self, path)
 
-    def put(self, source: GuestName, target: GuestName, *, progress: Progress | None = None) -> None:
+    def put(
+        self,
+        source: GuestName,
+        target: GuestName,
+        *,
+        progress: Progress | None = None,
+        timeout: float | None = None,
+    ) -> None:
         """Copy a file or a whole tree of this host to `target` in the guest, which is its name there.
 
         Modes and times go with it, links stay links, and root owns it. Each file appears whole or not at all, in the
-        place of one that is there; a tree is joined with one that is there.
+        place of one that is there; a tree is joined with one that is there. `timeout` is as `within` has it.
         """
-        self._stream_in(["put", os.fspath(target)], archive(Path(source), progress))
+        files = self if timeout is None else self.within(timeout)
+        files._stream_in(["put", os.fspath(target)], archive(Path(source), progress))
 
-    def get(self, source: GuestName, target: GuestName, *, progress: Progress | None = None) -> None:
+    def get(
+        self,
+        source: GuestName,
+        target: GuestName,
+        *,
+        progress: Progress | None = None,
+        timeout: float | None = None,
+        most: int | None = None,
+    ) -> None:
         """Copy a file or a whole tree of the guest to `target` on this host, as `put` does the other way.
 
         The guest is not trusted: nothing lands outside `target`, and set-user bits are not kept. Its links are made as
-        they are, so look before you follow them.
+        they are, so look before you follow them. An archive of more than `most` bytes is given up with a GuestError.
         """
+        patience = self._timeout if timeout is None else timeout
         out, said = OutputPipe(STDOUT_KIND), Collected()
+        out.patience = patience
+        came = 0
         process = self._link().start(
             ["get", os.fspath(source)], stdin=False, stdout=out, stderr=_short(said), builtin=True
         )
         out.attach(process)
 
         def read(size: int) -> bytes:
+            nonlocal came
             buffer = bytearray(size)
             got = out.readinto(buffer)
+            came += got
+            if most is not None and came > most:
+                raise GuestError(f"{os.fspath(source)!r} has more than the {most} bytes that were allowed")
             if not got:
-                _check(process.wait(), said, source)  # its reason is better than that the archive ends
+                _check(process.wait_heard(patience), said, source)  # better than that the archive ends
             return bytes(memoryview(buffer)[:got])
 
         try:
             unpack(Reader(read), Path(target), progress)
-            while out.readinto(bytearray(4096)):
-                pass
-            _check(process.wait(), said, source)
+            rest = 0
+            while got := out.readinto(bytearray(4096)):
+                rest += got
+                if rest > BLOCK * 20:  # as programs pad it that write in records
+                    raise GuestError("the guest sent more after the end of an archive")
+            _check(process.wait_heard(patience), said, source)
         finally:
             out.close()
 
-    def read_bytes(self, path: GuestName) -> bytes:
-        """Return what is in a file."""
-        return self.call("read", path)
+    def read_bytes(self, path: GuestName, *, most: int = READ_MOST) -> bytes:
+        """Return what is in a file. Raises GuestError when that is more than `most` bytes: `get` is for those."""
+        return self.call("read", path, most=most, is_long=True)
 
     def write_bytes(self, path: GuestName, data: bytes | bytearray | memoryview) -> int:
         """Write a file, whole or not at all; one that is there keeps its mode and owner. Returns the bytes written."""
@@ -95,16 +133,28 @@ class GuestFiles:
         self.write_bytes(path, text.encode(encoding, errors))
         return len(text)
 
-    def call(self, word: str, *arguments: GuestName | bytes | int) -> bytes:
-        """Have the agent do one of its own (guests/agent/builtin.c) and return its output. Raises OSError."""
-        out, said = Collected(), Collected()
+    def call(
+        self,
+        word: str,
+        *arguments: GuestName | bytes | int,
+        most: int = _MESSAGE_MAX,
+        is_long: bool = False,
+    ) -> bytes:
+        """Have the agent do one of its own (guests/agent/builtin.c) and return its output, of at most so many bytes.
+
+        It has the time that the files have for it; where it `is_long`, for each sign of life. Raises OSError,
+        GuestError.
+        """
+        out, said = Collected(most), Collected()
         words = [word, *(str(one) if isinstance(one, int) else os.fspath(one) for one in arguments)]
         process = self._link().start(words, stdin=False, stdout=out, stderr=_short(said), builtin=True)
         try:
-            _check(process.wait(), said, words[1])
-        except BaseException as error:
-            if not isinstance(error, (OSError, GuestError)):
-                process.kill()
+            status = process.wait_heard(self._timeout) if is_long else process.wait(self._timeout)
+            if status is None:
+                raise GuestError(f"the guest has not done {word!r} within {self._timeout:g} s")
+            _check(status, said, words[1])
+        except BaseException:
+            process.abandon()
             raise
         return bytes(out.data)
 
@@ -122,14 +172,18 @@ class GuestFiles:
             for piece in pieces:
                 if process.ended:
                     break
-                process.write(piece)
-        finally:
+                process.write(piece, self._timeout)
+        except GuestError:
+            process.abandon()
+            raise
+        except BaseException:
             # Input that ends too early is what tells the agent that it shall leave no half of a file behind.
             process.close_stdin()
-            status = None
-            with contextlib.suppress(OSError):
-                status = process.wait()
-        _check(status, said, words[1])
+            with contextlib.suppress(OSError, GuestError):
+                process.wait_heard(self._timeout)
+            raise
+        process.close_stdin()
+        _check(process.wait_heard(self._timeout), said, words[1])
 
 
 class GuestPath:
@@ -206,8 +260,13 @@ class GuestPath:
 
     def iterdir(self) -> Iterator[GuestPath]:
         """Give what is in a folder."""
-        for entry in self._files.call("list", self).split(b"\0")[:-1]:
-            yield self / os.fsdecode(entry[1:])
+        for entry in self._files.call("list", self, most=_LIST_MOST, is_long=True).split(b"\0")[:-1]:
+            name = os.fsdecode(entry[1:])
+            if name in ("", ".", "..") or "/" in name:
+                raise GuestError(
+                    f"the guest's agent says that {name!r:.60} is in {self}, and that is no name"
+                )
+            yield self / name
 
     def readlink(self) -> GuestPath:
         """Return where a link points to."""
@@ -221,6 +280,8 @@ class GuestPath:
         try:
             numbers = [int(word) for word in words]
             times = numbers[7:10]
+            if min(numbers[:7]) < 0 or max(map(abs, numbers)) >> 64:
+                raise ValueError
             seconds: list[Any] = [time // 10**9 for time in times]
             return os.stat_result(
                 # As structseq has them; rounded as os.stat does it.

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import threading
+import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Protocol
 
@@ -33,14 +33,16 @@ from ringzero.machine.frames import (
 if TYPE_CHECKING:
     from ringzero.machine.exec import AgentLink
 
-__all__ = ["PATIENCE", "GuestProcess", "Sink", "Stream", "discard"]
+__all__ = ["PATIENCE", "START_PATIENCE", "GuestProcess", "Sink", "Stream", "discard"]
 
 # A quarter of the line's window: a signal or a resize never waits behind more than this.
 STDIN_CHUNK = 8192
 # How much of an output has been taken before the agent is told: seldom, but long before its window is empty.
 TAKEN_EVERY = OUTPUT_WINDOW // 4
-# A guest that has not taken a signal after so many seconds is not going to.
-PATIENCE = 5.0
+# A guest in which a command that was killed has not ended after so many seconds is not waited for.
+PATIENCE = 3.0
+# One that has not taken a command after so many is not going to; it may be paused for a while, or busy.
+START_PATIENCE = 60.0
 
 Sink = Callable[[bytes], None]
 """Takes a piece of output; called from the link's thread. While it blocks, the guest's output waits."""
@@ -85,6 +87,7 @@ class GuestProcess:
         self._flags = flags
         self.last_words: tuple[int, bytes] | None = None
         """The frame that told its end; None before, and when it was lost."""
+        self._heard = time.monotonic()
         self._failure: Exception | None = None
         self._return_code: int | None = None
 
@@ -103,31 +106,33 @@ class GuestProcess:
         """Whether it has ended, or was lost."""
         return self._done.is_set()
 
-    def write(self, data: bytes | bytearray | memoryview) -> None:
+    def write(self, data: bytes | bytearray | memoryview, patience: float | None = None) -> None:
         """Send bytes to standard input; waits while the command does not take them. Dropped once it has
-        ended.
+        ended. Raises GuestError when nothing was taken for `patience` seconds.
         """
         view = memoryview(data).cast("B")
         while view:
             with self._credited:
-                self._credited.wait_for(lambda: self._credit > 0 or self._done.is_set())
+                able = self._credited.wait_for(lambda: self._credit > 0 or self._done.is_set(), patience)
                 if self._done.is_set():
                     return
                 size = min(len(view), self._credit, STDIN_CHUNK)
                 self._credit -= size
-            self._link.send(STDIN, self._number, view[:size])
+            sent = able and self._link.send(STDIN, self._number, view[:size], patience=patience)
+            if not sent and patience is not None and not self._done.is_set() and not self._link.ended:
+                raise GuestError(f"the guest has taken nothing for {patience:g} s")
             view = view[size:]
 
     def close_stdin(self) -> None:
         """Tell the command that its input is at its end."""
         if not self._done.is_set():
-            self._link.send(STDIN_EOF, self._number)
+            self._link.post(STDIN_EOF, self._number)
 
     def close_output(self, kind: int) -> None:
         """Read no more of STDOUT or STDERR: what the command writes there ends it by SIGPIPE, as a pipe does."""
         self._sinks[kind] = discard
         if not self._done.is_set():
-            self._link.send(CLOSE, self._number, flags=kind - STDOUT, patience=PATIENCE)
+            self._link.post(CLOSE, self._number, flags=kind - STDOUT)
 
     def taken(self, kind: int, size: int) -> None:
         """Say that so many bytes of STDOUT or STDERR have found their place: the guest may send more."""
@@ -140,31 +145,26 @@ class GuestProcess:
         self._link.take(self._number, kind - STDOUT, size)
 
     def abandon(self) -> None:
-        """End it, because nobody wants it any more. One of the agent's own puts what it does in order first."""
-        with contextlib.suppress(GuestError):
-            if self._flags & FLAG_BUILTIN:
-                self.close_stdin()
-                self.close_output(STDOUT)
-            else:
-                self.kill()
+        """End it, because nobody wants it any more. Never waits."""
+        self._end_there()
 
     def when_credited(self, callback: Callable[[int], None]) -> None:
         """Call `callback`, from the link's thread, with the bytes of input that the guest has taken, as it says so."""
         self._credit_callback = callback
 
     def send_signal(self, number: int) -> None:
-        """Send a signal to the command and all that it started in its group."""
+        """Send a signal to the command and all that it started in its group. Never waits."""
         if not self._done.is_set():
-            self._link.send(SIGNAL, self._number, WORD.pack(number), patience=PATIENCE)
+            self._link.post(SIGNAL, self._number, WORD.pack(number))
 
     def kill(self) -> None:
         """Send SIGKILL."""
         self.send_signal(9)
 
     def resize(self, rows: int, columns: int) -> None:
-        """Set the size of the command's terminal, in characters."""
+        """Set the size of the command's terminal, in characters. Never waits."""
         if not self._done.is_set():
-            self._link.send(RESIZE, self._number, WINDOW.pack(rows, columns), patience=PATIENCE)
+            self._link.post(RESIZE, self._number, WINDOW.pack(rows, columns))
 
     def wait_started(self, timeout: float | None = None) -> bool:
         """Wait until it runs (for one that was started with `tell`), or has ended. False when `timeout` (seconds)
@@ -188,6 +188,34 @@ class GuestProcess:
             raise self._failure
         return self._return_code
 
+    def wait_heard(self, patience: float | None) -> int:
+        """Wait for the end as `wait` does, as long as something is heard of it. Raises GuestError when nothing was for
+        `patience` seconds.
+        """
+        while True:
+            left = None if patience is None else max(0.0, self._heard + patience - time.monotonic())
+            status = self.wait(left)
+            if status is not None:
+                return status
+            if patience is not None and time.monotonic() >= self._heard + patience:
+                raise GuestError(f"the guest has said nothing for {patience:g} s")
+
+    def fail(self, why: Exception) -> None:
+        """End it for a reason of this side's, which whoever waits is told. Never waits."""
+        self._end_there()
+        self.finish(failure=why)
+        self._sinks[STDOUT] = self._sinks[STDERR] = discard
+
+    def _end_there(self) -> None:
+        """Have it end in the guest. One of the agent's own puts what it does in order first."""
+        if self._done.is_set():
+            return
+        if self._flags & FLAG_BUILTIN:
+            self.close_stdin()
+            self.close_output(STDOUT)
+        else:
+            self.kill()
+
     def when_known(self, callback: Callable[[], None]) -> None:
         """Call `callback`, from the link's thread, when it has started, when it has ended, and at once when either is
         so already.
@@ -200,6 +228,7 @@ class GuestProcess:
 
     def deliver(self, kind: int, payload: bytes) -> None:
         """Take a frame. Raises GuestError for one that our agent does not send."""
+        self._heard = time.monotonic()
         if kind in self._sinks:
             with self._credited:
                 self._out[kind] += len(payload)
@@ -211,11 +240,8 @@ class GuestProcess:
                 return
             try:
                 sink(payload)
-            except (
-                Exception
-            ) as error:  # the sink is the caller's: its failure is this command's, not the link's
-                self._sinks[STDOUT] = self._sinks[STDERR] = discard
-                self.finish(failure=error)
+            except Exception as error:  # the caller's own: it is this command's failure, not the link's
+                self.fail(error)
             self.taken(kind, len(payload))
         elif kind == CREDIT:
             with self._credited:

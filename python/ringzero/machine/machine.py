@@ -47,6 +47,8 @@ if TYPE_CHECKING:
 CONSOLE_PORT = 0
 # A guest boots in seconds when translated and in minutes when interpreted; a host may be busy as well.
 READY_TIMEOUT = 600.0
+# An agent that was there and was lost is started again at once, where it is.
+AGAIN_TIMEOUT = 20.0
 # How long a panicked kernel must have been silent before we believe that it stands still for ever.
 PANIC_SILENCE = 0.5
 
@@ -409,8 +411,9 @@ class Machine(Driven):
 
     def agent_link(self) -> AgentLink:
         """Return the line to the guest's agent, once that has said that it is there."""
-        if not self.wait_ready(READY_TIMEOUT):
-            raise GuestError(f"the guest's agent did not answer within {READY_TIMEOUT:g} s")
+        limit = AGAIN_TIMEOUT if self._link().was_ready else READY_TIMEOUT
+        if not self.wait_ready(limit):
+            raise GuestError(f"the guest's agent did not answer within {limit:g} s")
         return self._link()
 
     def why_ended(self) -> str | None:

@@ -47,8 +47,6 @@ __all__ = [
 Redirection = int | IO[Any] | None
 """None, PIPE, DEVNULL, STDOUT (for standard error), a descriptor, or a file."""
 
-# A guest that does not say whether it has started a command after so many seconds does not work.
-START_TIMEOUT = 60.0
 _PUMP_SIZE = 65536
 
 
@@ -147,10 +145,10 @@ class GuestPopen:
             for pipe in (out, err):
                 if pipe is not None:
                     pipe.attach(process)
-            if tell and not process.wait_started(START_TIMEOUT):
+            if tell and not process.wait_started(guest_process.START_PATIENCE):
                 process.kill()
                 raise GuestError(
-                    f"the guest's agent has not started {process.args[0]!r} within {START_TIMEOUT:g} s"
+                    f"the guest's agent has not started {process.args[0]!r} within {guest_process.START_PATIENCE:g} s"
                 )
         except BaseException:
             for fd in self._files:

@@ -7,12 +7,22 @@ import threading
 from collections import deque
 from typing import TYPE_CHECKING, Any
 
+from ringzero.errors import GuestError
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from ringzero.machine.guest_process import GuestProcess
 
-__all__ = ["Collected", "InputPipe", "OutputPipe"]
+__all__ = ["CAPTURE_MAX", "Collected", "InputPipe", "OutputPipe"]
+
+
+CAPTURE_MAX = 1 << 30
+"""Bytes of an output that are captured: whatever says more is read as a stream, or is up to no good."""
+
+
+def _too_much(most: int) -> GuestError:
+    return GuestError(f"the guest has sent more than {most} bytes, too much to be kept: read it as a stream")
 
 
 class OutputPipe(io.RawIOBase):
@@ -28,6 +38,8 @@ class OutputPipe(io.RawIOBase):
         self._changed = threading.Condition()
         self._watcher: Callable[[], None] | None = None
         self._collected: bytearray | None = None
+        self.patience: float | None = None
+        """Seconds that a read waits for a byte."""
 
     def attach(self, process: GuestProcess) -> None:
         """Say whose output it is."""
@@ -44,8 +56,11 @@ class OutputPipe(io.RawIOBase):
                 self._collected += data
             self._changed.notify_all()
             watcher, collected = self._watcher, self._collected is not None
+            is_full = self._collected is not None and len(self._collected) > CAPTURE_MAX
         if collected:
             self._taken(len(data))
+        if is_full and self._process is not None:
+            self._process.fail(_too_much(CAPTURE_MAX))
         if watcher is not None:
             watcher()
 
@@ -65,10 +80,11 @@ class OutputPipe(io.RawIOBase):
         return True
 
     def readinto(self, buffer: Any) -> int:
-        """Wait for a byte, and read what is there and fits; 0 at the end."""
+        """Wait for a byte, and read what is there and fits; 0 at the end. Raises GuestError after `patience`."""
         self._check_open()
         with self._changed:
-            self._changed.wait_for(lambda: self._pieces or self._over or self.closed)
+            if not self._changed.wait_for(lambda: self._pieces or self._over or self.closed, self.patience):
+                raise GuestError(f"the guest has sent nothing for {self.patience:g} s")
         return self._move(memoryview(buffer).cast("B"))
 
     def read_now(self, size: int) -> bytes | None:
@@ -137,11 +153,16 @@ class OutputPipe(io.RawIOBase):
 class Collected:
     """A sink that keeps everything: what `run` captures."""
 
-    def __init__(self) -> None:
+    def __init__(self, most: int | None = None) -> None:
+        """Keep at most so many bytes; CAPTURE_MAX by itself."""
         self.data = bytearray()
+        self._most = most
 
     def __call__(self, data: bytes) -> None:
-        """Take a piece of output."""
+        """Take a piece of output. Raises GuestError when it is too much."""
+        most = CAPTURE_MAX if self._most is None else self._most
+        if len(self.data) + len(data) > most:
+            raise _too_much(most)
         self.data += data
 
 

@@ -22,6 +22,9 @@ BLOCK = 512
 EXTENDED_MAX = 16384
 PIECE = 65536
 _TEMPORARY = ".ringzero-new"
+PATH_MAX = 4096
+FOLDERS_MAX = 64 << 20
+"""Bytes of the names of all folders of a tree: they are kept to the end."""
 
 Progress = Callable[[str, int], None]
 """Told of each piece: the name of the file in the tree, and how many bytes of it there were."""
@@ -152,7 +155,7 @@ class Reader:
         self._exactly(padding)
 
     def _next(self) -> Member | None:
-        told: dict[bytes, bytes] = {}
+        told: dict[bytes, bytes] | None = None
         while True:
             block = self._exactly(BLOCK)
             if not any(block):
@@ -161,15 +164,20 @@ class Reader:
                 raise GuestError("the guest sent an archive whose headers are damaged")
             size, kind = _octal(block[124:136]), chr(block[156])
             if kind == "x":
+                if told is not None:
+                    raise GuestError("the guest sent an archive with headers of nothing")
                 if size > EXTENDED_MAX:
                     raise GuestError(f"the guest sent an archive with a header of {size} bytes")
                 told = _records(self._exactly(size + -size % BLOCK)[:size])
                 continue
+            told = told or {}
             if kind not in ("0", "2", "5"):
                 raise GuestError(f"the guest sent an archive with a member of type {kind!r}")
             name = told.get(b"path") or block[:100].rstrip(b"\0")
             link = told.get(b"linkpath") or block[157:257].rstrip(b"\0")
             size = _number(told[b"size"]) if b"size" in told else size
+            if max(len(name), len(link)) >= PATH_MAX:
+                raise GuestError("the guest sent an archive with a name that is too long to be one")
             if kind != "0" and size:
                 raise GuestError("the guest sent an archive in which something that is no file has content")
             self._left = size
@@ -239,7 +247,7 @@ def unpack(reader: Reader, target: Path, progress: Progress | None = None) -> No
         return
     with contextlib.suppress(FileExistsError):
         os.mkdir(target)
-    later = [first]
+    later, named = {"": first}, 0
     with _folder(os.fspath(target), -1) as root:
         for member in members:
             parts = member.name.split("/")
@@ -249,11 +257,15 @@ def unpack(reader: Reader, target: Path, progress: Progress | None = None) -> No
                 if member.kind == "5":
                     with contextlib.suppress(FileExistsError):
                         os.mkdir(parts[-1], 0o700, dir_fd=parent)
-                    later.append(member)
+                    if member.name not in later:
+                        named += len(member.name)
+                    if named > FOLDERS_MAX:
+                        raise GuestError("the guest sent an archive with more folders than a tree can have")
+                    later[member.name] = member
                 else:
                     _make(member, parts[-1], parent, reader, progress, str(target / member.name))
         # What is made in a folder changes its time, and its mode may forbid it: so they come last, the innermost first.
-        for member in reversed(later):
+        for member in reversed(later.values()):
             parts = [] if member.name == "." else member.name.split("/")
             with _within(root, parts) as folder:
                 os.fchmod(folder, member.mode & 0o777)
