@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from ringzero import Machine, images
-from ringzero.errors import FetchError
+from ringzero.errors import FetchError, GuestError
 from ringzero.machine.installer import run_guest
 from ringzero.machine.seed import Seed
 
@@ -116,3 +116,27 @@ def test_commands_of_the_host_run_in_the_whole_system(full: Machine) -> None:
     )
     assert result.stdout.split() == ["active", "active"]
     assert full.run(["sh", "-c", "exit 7"]).returncode == 7
+    done = full.run(
+        ["sh", "-c", "id -un; pwd; echo $A"], user="daemon", cwd="/tmp", env={"A": "b", "PATH": "/usr/bin"}
+    )
+    assert done.stdout == b"daemon\n/tmp\nb\n"
+    with full.popen(["bash", "-i"], stdout=subprocess.PIPE, window=(33, 77)) as shell:
+        shell.stdin.write(b"tty; stty size; exit 3\n")
+        shell.stdin.flush()
+        said = shell.stdout.read()
+    assert b"/dev/pts/" in said
+    assert b"33 77" in said
+    assert shell.returncode == 3
+
+
+def test_an_agent_that_was_killed_is_started_again(full: Machine) -> None:
+    """What it ran is lost, and told so; systemd starts another, and that moves to its port again."""
+    lost = full.popen(["sleep", "1000"])
+    with pytest.raises(GuestError, match="started again"):
+        full.run(["sh", "-c", "kill -9 $(pidof agent)"], timeout=60)
+    with pytest.raises(GuestError, match="started again"):
+        lost.wait(60)
+    assert full.run(["echo", "on"], text=True).stdout == "on\n"
+    data = bytes(range(256)) * 20000
+    full.path("/root/data").write_bytes(data)
+    assert full.path("/root/data").read_bytes() == data

@@ -34,7 +34,7 @@ from ringzero.host.runtime import Runtime
 from ringzero.host.sharing import Sharing
 from ringzero.host.spec import GuestSpec
 from ringzero.host.state import State
-from ringzero.host.wire import Message, Peer, credentials, failure, listen
+from ringzero.host.wire import Message, Peer, accept_own, failure, listen
 
 __all__ = ["Daemon", "main"]
 
@@ -253,11 +253,7 @@ class Daemon:
     # --- who asks
 
     def _accept(self, _: int) -> None:
-        with contextlib.suppress(OSError):
-            connection, _address = self._listener.accept()
-            if credentials(connection)[1] != os.geteuid():
-                connection.close()
-                return
+        if (connection := accept_own(self._listener)) is not None:
             self._clients.add(Peer(self.loop, connection, self._received, self._gone))
 
     def _gone(self, peer: Peer, _why: str) -> None:

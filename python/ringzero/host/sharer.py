@@ -15,7 +15,6 @@ goes away, this process serves the VMs until the last of them has gone, and take
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
 import socket
@@ -25,7 +24,7 @@ from collections.abc import Callable, Mapping
 from ringzero import _core
 from ringzero.errors import InputError, InternalError, RingzeroError
 from ringzero.host.loop import READ, Loop
-from ringzero.host.wire import Message, Peer, credentials, failure
+from ringzero.host.wire import Message, Peer, accept_own, failure
 
 __all__ = ["SharerProcess", "main"]
 
@@ -62,11 +61,7 @@ class SharerProcess:
             self._loop.stop()
 
     def _accept(self, _: int) -> None:
-        with contextlib.suppress(OSError):
-            connection, _address = self._listener.accept()
-            if credentials(connection)[1] != os.geteuid():
-                connection.close()
-                return
+        if (connection := accept_own(self._listener)) is not None:
             self._peers.add(Peer(self._loop, connection, self._received, self._gone))
 
     def _gone(self, peer: Peer, _why: str) -> None:

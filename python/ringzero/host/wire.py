@@ -21,7 +21,18 @@ from typing import Any
 from ringzero.errors import InputError, InternalError, RingzeroError
 from ringzero.host.loop import READ, WRITE, Loop
 
-__all__ = ["LONGEST", "Channel", "Message", "Peer", "Rubbish", "connect", "credentials", "failure", "listen"]
+__all__ = [
+    "LONGEST",
+    "Channel",
+    "Message",
+    "Peer",
+    "Rubbish",
+    "accept_own",
+    "connect",
+    "credentials",
+    "failure",
+    "listen",
+]
 
 Message = dict[str, Any]
 
@@ -49,6 +60,16 @@ def credentials(connection: socket.socket) -> tuple[int, int]:
     raw = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
     process, user, _ = _CREDENTIALS.unpack(raw)
     return process, user
+
+
+def accept_own(listener: socket.socket) -> socket.socket | None:
+    """Take a connection; None when it is another user's, or gone already."""
+    with contextlib.suppress(OSError):
+        connection, _ = listener.accept()
+        if credentials(connection)[1] == os.geteuid():
+            return connection
+        connection.close()
+    return None
 
 
 @contextlib.contextmanager
