@@ -1,12 +1,18 @@
 """debian-full: built from packages once, and kept in the cache; skipped where no mirror can be reached."""
 
+import functools
+import http.server
+import shutil
+import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
-from ringzero import Machine, images
+from ringzero import Machine, _core, images
 from ringzero.errors import FetchError, GuestError
 from ringzero.machine.installer import run_guest
 from ringzero.machine.seed import Seed
@@ -88,24 +94,103 @@ def test_a_seed_makes_a_user_and_runs_a_script(image: images.Image) -> None:
         assert "root L " in said(machine, "sudo passwd --status root")
 
 
-def test_a_seed_lets_a_key_in_and_no_empty_password(image: images.Image) -> None:
-    """The key is in the user's file, with the modes that sshd wants, and the password is locked."""
-    key = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIBeOSmM8sAvU8R7pCz8mCs5nYhHqnv1TnWq5PEY4Gx5T me@here"
-    seed = Seed(user="ana", ssh_keys=(key,), user_data=SHOW)
-    with Machine(image, memory="512M", engine=ENGINE, seed=seed) as machine:
-        text = machine.console.expect("seed-shown", timeout=300).string
-    assert key in text
-    assert "600 ana:ana" in text
-    assert "700 ana:ana" in text
-    assert "ana L " in text
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
+    """A web server of the host's, on a port of its 127.0.0.1."""
+    folder = tmp_path_factory.mktemp("served")
+    (folder / "file").write_bytes(SERVED)
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(folder))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield server.server_address[1]
+        server.shutdown()
 
 
-SHOW = b"""#!/bin/sh
-cat /home/ana/.ssh/authorized_keys
-stat -c '%a %U:%G' /home/ana/.ssh /home/ana/.ssh/authorized_keys
-passwd --status ana
-echo seed-shown
-"""
+SERVED = bytes(range(256)) * 4096
+
+
+@pytest.fixture(scope="module")
+def networked(
+    image: images.Image, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[Machine, Path]]:
+    """A machine with a network, a user with a key, and a disk that is kept, ready for commands."""
+    folder = tmp_path_factory.mktemp("networked")
+    key = EXAMPLE_KEY
+    if shutil.which("ssh-keygen") is not None:
+        subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", folder / "key"], check=True)
+        key = (folder / "key.pub").read_text().strip()
+    seed = Seed(user="ana", ssh_keys=(key,), hostname="box")
+    with Machine(
+        image,
+        memory="512M",
+        engine=ENGINE,
+        net="nat,host-loopback",
+        publish="0:22",
+        persist=folder / "kept.qcow2",
+        seed=seed,
+    ) as machine:
+        machine.run(["systemctl", "is-system-running", "--wait"], timeout=300)
+        assert machine.path("/home/ana/.ssh/authorized_keys").read_text() == f"{key}\n"
+        yield machine, folder
+
+
+EXAMPLE_KEY = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIBeOSmM8sAvU8R7pCz8mCs5nYhHqnv1TnWq5PEY4Gx5T me@here"
+
+
+def test_a_seed_lets_a_key_in_and_no_empty_password(networked: tuple[Machine, Path]) -> None:
+    """The key has the modes that sshd wants, the password is locked, and a client gets in."""
+    machine, folder = networked
+    script = "stat -c '%a %U:%G' /home/ana/.ssh /home/ana/.ssh/authorized_keys; passwd --status ana"
+    told = machine.run(["sh", "-c", script], text=True, check=True).stdout.splitlines()
+    assert told[:2] == ["700 ana:ana", "600 ana:ana"]
+    assert told[2].startswith("ana L ")
+    (port,) = (published.port for published in machine.networks.published())
+    with socket.create_connection(("127.0.0.1", port), timeout=30) as connection:
+        assert connection.recv(8) == b"SSH-2.0-"
+    if not (folder / "key").exists() or shutil.which("ssh") is None:
+        return
+    options = ["StrictHostKeyChecking=no", "UserKnownHostsFile=/dev/null", "BatchMode=yes", "LogLevel=ERROR"]
+    command = ["ssh", "-i", str(folder / "key"), "-p", str(port), *(f"-o{option}" for option in options)]
+    done = subprocess.run(
+        [*command, "ana@127.0.0.1", "sudo id -un; hostname"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        stdin=subprocess.DEVNULL,
+    )
+    assert done.stdout == "root\nbox\n", done.stderr
+    wrong = subprocess.run(
+        [*command, "root@127.0.0.1", "true"], capture_output=True, timeout=60, stdin=subprocess.DEVNULL
+    )
+    assert wrong.returncode == 255
+
+
+def test_the_system_has_an_address_and_fetches(networked: tuple[Machine, Path], served: int) -> None:
+    """By DHCP, from networkd; apt's own fetcher brings a file of the host's."""
+    machine, _ = networked
+    assert "10.0.2." in machine.run(["ip", "-4", "-brief", "address"], text=True, check=True).stdout
+    assert "10.0.2." in machine.run(["resolvectl", "dns"], text=True, check=True).stdout
+    fetch = ["/usr/lib/apt/apt-helper", "download-file", f"http://10.0.2.2:{served}/file", "/tmp/file"]
+    machine.run(fetch, check=True, timeout=60)
+    assert machine.path("/tmp/file").read_bytes() == SERVED
+
+
+def test_a_system_that_was_powered_off_leaves_a_clean_disk(
+    image: images.Image, networked: tuple[Machine, Path]
+) -> None:
+    """The last of this machine: its services are stopped, its disk is unmounted."""
+    machine, folder = networked
+    machine.run(["sh", "-c", "dd if=/dev/urandom of=/root/kept bs=1M count=8 && sync"], check=True)
+    assert machine.power_off(60) == "poweroff"
+    kept = folder / "kept.qcow2"
+    assert _core.image_check(str(kept))["errors"] == 0
+    assert image.disk is not None
+    _core.image_convert([(str(kept), "qcow2"), (str(image.disk), "raw")], str(folder / "disk.raw"), "raw")
+    checked = subprocess.run(
+        ["/usr/sbin/e2fsck", "-fn", str(folder / "disk.raw")], capture_output=True, text=True
+    )
+    assert checked.returncode == 0, checked.stdout
+    assert "recovering journal" not in checked.stdout + checked.stderr
 
 
 def test_commands_of_the_host_run_in_the_whole_system(full: Machine) -> None:
