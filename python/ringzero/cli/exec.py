@@ -15,6 +15,7 @@ from typing import Annotated, Any
 import typer
 
 from ringzero.cli import fail, output_closed
+from ringzero.cli.command_io import environment, feed
 from ringzero.errors import InputError
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
@@ -54,7 +55,7 @@ def exec_(
     if not command:
         raise InputError(f"what is to run in vm {name!r}? ringzero exec {name} -- CMD ARG...")
     with Host.connect() as host:
-        raise typer.Exit(_run(host.vm(name), command, tty, _environment(env or []), cwd, user, timeout))
+        raise typer.Exit(_run(host.vm(name), command, tty, environment(env or []), cwd, user, timeout))
 
 
 def _run(
@@ -96,7 +97,7 @@ def _run(
                 pump_keys(process.write, escape=True, left=process.kill)
                 status = process.wait(timeout)
         else:
-            threading.Thread(target=_feed, args=(process,), name="ringzero-stdin", daemon=True).start()
+            threading.Thread(target=feed, args=(process,), name="ringzero-stdin", daemon=True).start()
             status = process.wait(timeout)
     except BrokenPipeError:
         process.kill()
@@ -112,26 +113,6 @@ def _run(
         process.kill()
         return fail(f"--timeout passed before {command[0]!r} was done", 124)
     return status if status >= 0 else 128 - status
-
-
-def _feed(process: Any) -> None:
-    """Pass our standard input on."""
-    while True:
-        try:
-            data = os.read(0, 65536)
-        except OSError:
-            data = b""
-        if not data:
-            process.close_stdin()
-            return
-        process.write(data)
-
-
-def _environment(pairs: list[str]) -> dict[str, str]:
-    for pair in pairs:
-        if "=" not in pair[1:]:
-            raise InputError(f"--env {pair!r}: write NAME=VALUE")
-    return {name: value for name, _, value in (pair.partition("=") for pair in pairs)}
 
 
 def _number_or_name(user: str | None) -> str | int | None:

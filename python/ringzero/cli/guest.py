@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ringzero.cli import fail, output_closed
+from ringzero.cli.command_io import environment, feed
 from ringzero.errors import GuestEnded, InputError
 from ringzero.images import is_disk as is_disk_image
 from ringzero.machine.machine import Machine, write_all
@@ -101,7 +102,7 @@ def run_guest(options: RunOptions) -> int:
     if options.timeout is not None and not 0 < options.timeout < 1e9:
         raise InputError(f"--timeout {options.timeout:g}: give a number of seconds above 0")
     image, kernel = _kernel(options.image, options.kernel)
-    environment = _environment(options.env)
+    variables = environment(options.env)
     outcome = Outcome(None if options.timeout is None else time.monotonic() + options.timeout)
     is_disk = image is not None and is_disk_image(image)
     has_agent = image is not None and (image.startswith("debian") or is_disk) and options.initrd is None
@@ -162,7 +163,7 @@ def run_guest(options: RunOptions) -> int:
 
             mind_disks(machine)
         if command is not None:
-            status = _run_command(machine, command, outcome, show, options.tty, environment, options.cwd)
+            status = _run_command(machine, command, outcome, show, options.tty, variables, options.cwd)
         else:
             status = _run_console(machine, outcome)
         if options.stats:
@@ -256,7 +257,7 @@ def _run_command(
                 pump_keys(started.write, escape=True, left=machine.request_stop)
                 code = started.wait(outcome.left())
         else:
-            threading.Thread(target=_feed, args=(started,), name="ringzero-stdin", daemon=True).start()
+            threading.Thread(target=feed, args=(started,), name="ringzero-stdin", daemon=True).start()
             code = started.wait(outcome.left())
     except GuestEnded:
         return _status(machine, outcome, while_running=command[0])
@@ -276,19 +277,6 @@ def _run_command(
         outcome.timed_out = True
         return _status(machine, outcome)
     return code if code >= 0 else 128 - code
-
-
-def _feed(process: GuestProcess) -> None:
-    """Pass our standard input on to a command."""
-    while True:
-        try:
-            data = os.read(0, 65536)
-        except OSError:
-            data = b""
-        if not data:
-            process.close_stdin()
-            return
-        process.write(data)
 
 
 def _wait(machine: Machine, outcome: Outcome) -> int:
@@ -333,13 +321,6 @@ def _kernel(image: str | None, kernel: str | None) -> tuple[str | None, Path | N
     if kernel == "":
         raise InputError("--kernel needs the name of a file")
     return image, Path(kernel)
-
-
-def _environment(pairs: Sequence[str]) -> dict[str, str]:
-    for pair in pairs:
-        if "=" not in pair[1:]:
-            raise InputError(f"--env {pair!r}: write NAME=VALUE")
-    return {name: value for name, _, value in (pair.partition("=") for pair in pairs)}
 
 
 def _terminal_words(append: str | None, command: Sequence[str] | None) -> str | None:

@@ -10,6 +10,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ringzero.cli.options import (
+    Cpus,
+    Disks,
+    Engine,
+    Hostname,
+    Initrd,
+    Mounts,
+    Persist,
+    Published,
+    SshKeys,
+    User,
+    UserData,
+)
 from ringzero.errors import InputError
 
 if TYPE_CHECKING:
@@ -34,41 +47,24 @@ def up(
     share_group: Annotated[
         str, typer.Option(metavar="NAME", help="Equal pages are shared within a group only.")
     ] = "default",
-    cpus: Annotated[int, typer.Option(metavar="N", help="Processors.")] = 1,
-    engine: Annotated[str, typer.Option(metavar="NAME", help="direct, translate, or interpret.")] = "direct",
+    cpus: Cpus = 1,
+    engine: Engine = "direct",
     kernel: Annotated[str | None, typer.Option(metavar="FILE", help="A kernel to boot.")] = None,
-    initrd: Annotated[str | None, typer.Option(metavar="FILE", help="Its initramfs.")] = None,
+    initrd: Initrd = None,
     append: Annotated[
         str | None, typer.Option(metavar="WORDS", help="For the kernel's command line.")
     ] = None,
     net: Annotated[
         str | None, typer.Option(metavar="NETWORK", help="A network: none, nat, or allow=CIDR[:PORT],...")
     ] = None,
-    publish: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--publish", "-p", metavar="[ADDRESS:]PORT:GUEST_PORT[/udp]", help="Lead a port to the guest."
-        ),
-    ] = None,
-    disk: Annotated[
-        list[str] | None, typer.Option(metavar="FILE[,OPTION...]", help="Add a virtio disk (docs/disks.md).")
-    ] = None,
-    mount: Annotated[
-        list[str] | None, typer.Option(metavar="HERE:THERE[:ro]", help="Share a folder with the guest.")
-    ] = None,
-    persist: Annotated[
-        str | None, typer.Option(metavar="FILE", help="Keep what the root disk gets in this qcow2 image.")
-    ] = None,
-    user: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Seed: make this user, who may sudo; root is locked.")
-    ] = None,
-    ssh_key: Annotated[
-        list[str] | None, typer.Option(metavar="FILE|KEY", help="Seed: who may log in over SSH.")
-    ] = None,
-    hostname: Annotated[str | None, typer.Option(metavar="NAME", help="Seed: the guest's host name.")] = None,
-    user_data: Annotated[
-        str | None, typer.Option(metavar="FILE", help="Seed: a script, or what the image's cloud-init takes.")
-    ] = None,
+    publish: Published = None,
+    disk: Disks = None,
+    mount: Mounts = None,
+    persist: Persist = None,
+    user: User = None,
+    ssh_key: SshKeys = None,
+    hostname: Hostname = None,
+    user_data: UserData = None,
     wait: Annotated[bool, typer.Option(help="Wait until the guests have booted.")] = True,
 ) -> None:
     """Start VMs: all of them, or none where the host could not keep what it would promise."""

@@ -9,6 +9,19 @@ import typer
 from typer.core import TyperCommand
 
 from ringzero.cli.guest import RunOptions, run_guest
+from ringzero.cli.options import (
+    Cpus,
+    Disks,
+    Engine,
+    Hostname,
+    Initrd,
+    Mounts,
+    Persist,
+    Published,
+    SshKeys,
+    User,
+    UserData,
+)
 from ringzero.cli.quick import unannounced_command
 from ringzero.errors import InputError
 
@@ -65,13 +78,13 @@ def run(
             metavar="FILE", help="A kernel to boot (bzImage, ELF, multiboot), or a series of debian's."
         ),
     ] = None,
-    initrd: Annotated[str | None, typer.Option(metavar="FILE", help="Its initramfs.")] = None,
+    initrd: Initrd = None,
     append: Annotated[
         str | None, typer.Option(metavar="WORDS", help="Words for the kernel's command line.")
     ] = None,
     memory: Annotated[str, typer.Option(metavar="SIZE", help="Guest memory: 512M, 2G.")] = "256M",
-    cpus: Annotated[int, typer.Option(metavar="N", help="Processors.")] = 1,
-    engine: Annotated[str, typer.Option(metavar="NAME", help="direct, translate, or interpret.")] = "direct",
+    cpus: Cpus = 1,
+    engine: Engine = "direct",
     cpu: Annotated[
         str, typer.Option(metavar="WORDS", help="Features to add to the processors: +pku,+pks.")
     ] = "",
@@ -89,12 +102,8 @@ def run(
     device: Annotated[
         list[str] | None, typer.Option(metavar="NAME", help="Add a device: debug-exit, or pc-testdev.")
     ] = None,
-    disk: Annotated[
-        list[str] | None, typer.Option(metavar="FILE[,OPTION...]", help="Add a virtio disk (docs/disks.md).")
-    ] = None,
-    mount: Annotated[
-        list[str] | None, typer.Option(metavar="HERE:THERE[:ro]", help="Share a folder with the guest.")
-    ] = None,
+    disk: Disks = None,
+    mount: Mounts = None,
     vsock: Annotated[
         str | None,
         typer.Option(metavar="SOCKET", help="Let programs here and in the guest connect, by this name."),
@@ -103,26 +112,12 @@ def run(
         list[str] | None,
         typer.Option(metavar="NETWORK", help="Add a network card: none, nat, or allow=CIDR[:PORT],..."),
     ] = None,
-    publish: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--publish", "-p", metavar="[ADDRESS:]PORT:GUEST_PORT[/udp]", help="Lead a port to the guest."
-        ),
-    ] = None,
-    persist: Annotated[
-        str | None,
-        typer.Option(metavar="FILE", help="Keep what the root disk gets in this qcow2 image."),
-    ] = None,
-    user: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Seed: make this user, who may sudo; root is locked.")
-    ] = None,
-    ssh_key: Annotated[
-        list[str] | None, typer.Option(metavar="FILE|KEY", help="Seed: who may log in over SSH.")
-    ] = None,
-    hostname: Annotated[str | None, typer.Option(metavar="NAME", help="Seed: the guest's host name.")] = None,
-    user_data: Annotated[
-        str | None, typer.Option(metavar="FILE", help="Seed: a script, or what the image's cloud-init takes.")
-    ] = None,
+    publish: Published = None,
+    persist: Persist = None,
+    user: User = None,
+    ssh_key: SshKeys = None,
+    hostname: Hostname = None,
+    user_data: UserData = None,
     stats: Annotated[bool, typer.Option("--stats", help="Print the counters at the end.")] = False,
     trace: Annotated[
         str | None, typer.Option(metavar="FILE", help="Write a trace of every instruction.")
