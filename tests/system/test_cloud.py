@@ -73,6 +73,18 @@ def test_the_image_is_not_written(cloud: Path, booted: Machine) -> None:
     assert ImageCache(cache_root() / "tests").find(cloud_image.NAME, thorough=True) is not None
 
 
+def test_cloud_init_takes_what_the_metadata_tells(cloud: Path) -> None:
+    """From 169.254.169.254, when it is told that this is a cloud like EC2."""
+    seed = Seed(ssh_keys=(KEY,), hostname="box")
+    with Machine(
+        str(cloud), memory="512M", engine=ENGINE, net="nat", seed=seed, append="ci.ds=Ec2"
+    ) as machine:
+        machine.run(["cloud-init", "status", "--wait"], timeout=300)
+        assert "DataSourceEc2" in machine.path("/run/cloud-init/result.json").read_text()
+        assert machine.run(["hostname"], text=True).stdout == "box\n"
+        assert KEY in machine.path("/home/debian/.ssh/authorized_keys").read_text()
+
+
 def test_what_it_writes_can_be_kept_and_its_own_kernel_then_counts(cloud: Path, tmp_path: Path) -> None:
     kept = tmp_path / "kept.qcow2"
     command = "cp vmlinuz-* vmlinuz-9 && echo more >> vmlinuz-9 && sed -i 's/vmlinuz-6[^ ]*/vmlinuz-9/' grub/grub.cfg"
