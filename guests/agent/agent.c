@@ -11,6 +11,7 @@
  *   ringzero.agent=vsock
  *                       the same over a socket to the host
  *   ringzero.disks      the drivers of disks, before anything else
+ *   ringzero.mmio       that of devices without a bus, too
  *   ringzero.ports      the driver of named ports, likewise
  *   ringzero.vsock      that of sockets between guest and host, likewise
  *   ringzero.mount=...  a folder of the host, likewise (mount.c)
@@ -156,6 +157,7 @@ static const char *const virtio_modules[] = {
     "/lib/modules/virtio_pci.ko",
     0,
 };
+static const char *const mmio_modules[] = {"/lib/modules/virtio_mmio.ko", 0};
 static const char *const disk_modules[] = {"/lib/modules/virtio_blk.ko", 0};
 static const char *const port_modules[] = {"/lib/modules/virtio_console.ko", 0};
 static const char *const folder_modules[] = {"/lib/modules/fuse.ko", "/lib/modules/virtiofs.ko", 0};
@@ -188,13 +190,20 @@ static void load_all(const char *const *paths)
             sys_unlink(*paths);
 }
 
+static void load_virtio(void)
+{
+    load_all(virtio_modules);
+    if (asked("ringzero.mmio"))
+        load_all(mmio_modules);
+}
+
 /* What nobody waits for, when the machine first idles: a child does it, and commands go on meanwhile. */
 static void load_others(void)
 {
     others_loaded = 1;
     if (sys_fork() != 0)
         return;
-    load_all(virtio_modules);
+    load_virtio();
     load_all(other_modules);
     sys_exit(0);
 }
@@ -209,7 +218,7 @@ static void seek_port(void)
     if (seeker != 0)
         return;
     if (is_init) {
-        load_all(virtio_modules);
+        load_virtio();
         load_all(port_modules);
     }
     /* The port has its name a moment after its driver is loaded, when the device has answered. */
@@ -435,24 +444,24 @@ __attribute__((used)) static void agent_main(long *stack)
     }
     prepare();
     if (asked("ringzero.disks")) {
-        load_all(virtio_modules);
+        load_virtio();
         load_all(disk_modules);
     }
     if (asked("ringzero.ports") || asked("ringzero.agent=port")) {
-        load_all(virtio_modules);
+        load_virtio();
         load_all(port_modules);
     }
     if (asked("ringzero.vsock") || asked("ringzero.agent=vsock")) {
-        load_all(virtio_modules);
+        load_virtio();
         load_all(vsock_modules);
     }
     if (mount_folders(command_line, 0)) {
-        load_all(virtio_modules);
+        load_virtio();
         load_all(folder_modules);
         mount_folders(command_line, 1);
     }
     if (asked("ringzero.net")) {
-        load_all(virtio_modules);
+        load_virtio();
         load_all(network_modules);
         start_network();
     }

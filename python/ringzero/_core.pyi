@@ -68,8 +68,10 @@ class Vm:
         translations: str | None = None,
         translation_bytes: int | None = None,
         devices: Sequence[VirtioDevice] = (),
+        transport: str = "pci",
     ) -> Self:
-        """Put a machine together. `devices` are on its PCI bus, in this order, behind those that every machine has."""
+        """Put a machine together. `devices` are on its PCI bus, in this order, behind those that every machine has;
+        with the transport "mmio" each is at an address of its own instead."""
 
     def memory_map(self) -> list[tuple[int, int, str]]:
         """Return (first address, size, kind) rows; kind is 'ram' or 'mmio'. RAM has a hole below 4 GiB."""

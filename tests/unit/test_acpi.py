@@ -136,9 +136,10 @@ def test_address_spaces_of_a_bridge() -> None:
 
 
 @pytest.mark.skipif(IASL is None, reason="no iasl (apt: acpica-tools)")
-def test_iasl_reads_the_tables_and_compiles_the_dsdt_without_complaint(tmp_path: Path) -> None:
+@pytest.mark.parametrize("mmio", [False, True])
+def test_iasl_reads_the_tables_and_compiles_the_dsdt_without_complaint(tmp_path: Path, mmio: bool) -> None:
     assert IASL is not None
-    for name, _, data in build_tables(2).named:
+    for name, _, data in build_tables(2, mmio=mmio).named:
         if name in ("RSDP", "FACS"):
             continue
         (tmp_path / f"{name}.dat").write_bytes(data)
@@ -164,6 +165,7 @@ def test_iasl_reads_the_tables_and_compiles_the_dsdt_without_complaint(tmp_path:
         "Method (_EJ0, 1, NotSerialized)",
     ):
         assert wanted in source
+    assert source.count('"LNRO0005"') == (16 if mmio else 0)
     done = subprocess.run(
         [IASL, "-ve", "DSDT.dsl"], cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False
     )

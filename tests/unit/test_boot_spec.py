@@ -182,3 +182,10 @@ def test_every_error_has_its_exit_status() -> None:
         error = getattr(errors, name)
         assert issubclass(error, errors.RingzeroError)
         assert error.exit_status == (2 if issubclass(error, InputError) else 1)
+
+
+def test_transports() -> None:
+    assert MachineSpec.checked().transport == "pci"
+    assert MachineSpec.checked(transport="mmio").transport == "mmio"
+    with pytest.raises(InputError, match="no transport 'isa'"):
+        MachineSpec.checked(transport="isa")

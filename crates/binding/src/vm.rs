@@ -55,10 +55,10 @@ impl Vm {
         signature = (
             memory, *, cpus = None, engine = "direct", cpu_features = Vec::new(), count_instructions = false,
             profile = false, trace_path = None, translations = None, translation_bytes = None,
-            devices = Vec::new()
+            devices = Vec::new(), transport = "pci"
         ),
         text_signature = "(memory, *, cpus=1, engine='direct', cpu_features=(), count_instructions=False, \
-            profile=False, trace_path=None, translations=None, translation_bytes=None, devices=())"
+            profile=False, trace_path=None, translations=None, translation_bytes=None, devices=(), transport='pci')"
     )]
     #[expect(clippy::too_many_arguments, reason = "they are Python's keyword arguments")]
     fn new(
@@ -73,7 +73,13 @@ impl Vm {
         translations: Option<PathBuf>,
         translation_bytes: Option<&Bound<'_, PyAny>>,
         devices: Vec<Bound<'_, VirtioDevice>>,
+        transport: &str,
     ) -> PyResult<Self> {
+        let has_pci_devices = match transport {
+            "pci" => true,
+            "mmio" => false,
+            _ => return Err(CoreError::new_err(format!("there is no transport '{transport}': choose pci or mmio"))),
+        };
         let devices = devices.iter().map(|device| device.get().take()).collect::<PyResult<_>>()?;
         let options = Options {
             memory: fit(memory, "the size of memory")?,
@@ -85,6 +91,7 @@ impl Vm {
             trace: trace_path,
             translations,
             translation_bytes: translation_bytes.map(|bytes| fit(bytes, "memory for translations")).transpose()?,
+            has_pci_devices,
             devices,
         };
         let machine = Arc::new(py_enter(py, || monitor::Vm::new(&options))?);

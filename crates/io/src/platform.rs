@@ -23,7 +23,7 @@ use crate::timer::pit::SPEAKER_OFFSET;
 use crate::timer::{AcpiPorts, EndRequest, FastControl, Pit, SCI_LINE, TimerQueue, TimerThread};
 use crate::uart::{Doorbell, Uart};
 use crate::virtio::service::Gate;
-use crate::virtio::{Backend, transport};
+use crate::virtio::{Backend, mmio, transport};
 
 /// First port and interrupt line of COM1 to COM4.
 const SERIAL: [(u16, u8); 4] = [(0x3f8, 4), (0x2f8, 3), (0x3e8, 4), (0x2e8, 3)];
@@ -57,6 +57,8 @@ pub enum Error {
     Host(#[from] io::Error),
     #[error("the PCI bus is full: it has room for {MOST_CARDS} devices")]
     PciFull,
+    #[error("there is room for {} virtio devices without a bus", mmio::MOST_DEVICES)]
+    MmioFull,
     #[error(transparent)]
     Bus(#[from] BusError),
     #[error(transparent)]
@@ -75,6 +77,8 @@ pub struct Platform {
     /// The lines as devices outside this crate drive them.
     outside_lines: Vec<IrqLine>,
     pci: Arc<RankedMutex<pci::Host>>,
+    /// Virtio devices that are on no bus.
+    virtio_mmio: Vec<Arc<RankedMutex<mmio::Registers>>>,
     /// Closed while the guest's memory must stand still.
     gate: Arc<Gate>,
     // Dropped last: each stops its thread.
@@ -153,6 +157,7 @@ impl Platform {
             acpi,
             outside_lines,
             pci,
+            virtio_mmio: Vec::new(),
             gate: Arc::default(),
             serial,
             _timer_thread: timer_thread,
@@ -197,6 +202,21 @@ impl Platform {
         Ok(pci.insert(&slot, transport::card(backend, memory, Arc::clone(&self.gate), &slot)))
     }
 
+    /// Gives a virtio device a page of registers, on no bus.
+    ///
+    /// # Errors
+    /// [`Error::MmioFull`].
+    pub fn add_virtio_mmio(&mut self, backend: Arc<dyn Backend>, memory: Arc<GuestMemory>) -> Result<(), Error> {
+        let number = self.virtio_mmio.len();
+        if number == mmio::MOST_DEVICES {
+            return Err(Error::MmioFull);
+        }
+        let registers = mmio::registers(number, backend, memory, Arc::clone(&self.gate), &self.fabric);
+        self.mmio.claim(mmio::FIRST.add(number as u64 * mmio::PAGE), mmio::PAGE, registers.clone())?;
+        self.virtio_mmio.push(registers);
+        Ok(())
+    }
+
     /// Returns when no device touches guest memory any more; none does before the guard is dropped.
     pub fn still(&self) -> RwLockWriteGuard<'_, ()> {
         self.gate.close()
@@ -218,6 +238,7 @@ impl Platform {
 
     /// The processors have ended: the threads of devices end, too, and files are free for other machines.
     pub fn end_devices(&self) {
+        self.virtio_mmio.iter().for_each(|device| device.lock().end());
         let leaving = self.pci.lock().end();
         for thread in leaving {
             // It has told nobody of a panic but the standard error; its device is gone.

@@ -33,6 +33,7 @@ fn machine_with(code: &[u8], engine: &str, processors: usize) -> Vm {
         profile: false,
         trace: None,
         translations: None,
+        has_pci_devices: true,
         devices: Vec::new(),
         translation_bytes: None,
     };

@@ -65,7 +65,9 @@ pub struct Options {
     pub translation_bytes: Option<u64>,
     /// The folder of translations that are kept from run to run; none are kept without one.
     pub translations: Option<PathBuf>,
-    /// Virtio devices on the PCI bus, behind those that every machine has, in the order in which the guest finds them.
+    /// Whether virtio devices are on the PCI bus, or else each at an address of its own.
+    pub has_pci_devices: bool,
+    /// Virtio devices, behind those that every machine has, in the order in which the guest finds them.
     pub devices: Vec<Arc<dyn Backend>>,
 }
 
@@ -211,14 +213,22 @@ impl Vm {
                 ended.end(reason.into());
             }),
         )?;
-        // 5. Devices on the PCI bus.
-        platform.add_virtio(Arc::new(Entropy), Arc::clone(&memory))?;
+        // 5. Virtio devices.
+        let mut add = |device: &Arc<dyn Backend>| {
+            if options.has_pci_devices {
+                return platform.add_virtio(Arc::clone(device), Arc::clone(&memory)).map(Some);
+            }
+            platform.add_virtio_mmio(Arc::clone(device), Arc::clone(&memory)).map(|()| None)
+        };
+        add(&(Arc::new(Entropy) as Arc<dyn Backend>))?;
         let balloon = Arc::new(Balloon::new(memory.clone(), memory.pmap().pages()));
-        platform.add_virtio(balloon.clone(), Arc::clone(&memory))?;
+        add(&(balloon.clone() as Arc<dyn Backend>))?;
         let plugged = Plugged::default();
         for device in &options.devices {
             connect_pause(device.as_ref(), &control);
-            plugged.add(device, platform.add_virtio(Arc::clone(device), Arc::clone(&memory))?);
+            if let Some(presence) = add(device)? {
+                plugged.add(device, presence);
+            }
         }
         for processor in &mut processors {
             // A kernel that is entered without firmware finds the MTRRs as firmware leaves them.

@@ -56,6 +56,7 @@ class RunOptions:
     engine: str = "direct"
     cpu: str = ""
     kaslr: bool = False
+    virtio: str = "pci"
     timeout: float | None = None
     tty: bool = False
     env: tuple[str, ...] = ()
@@ -135,6 +136,7 @@ def run_guest(options: RunOptions) -> int:
         engine=options.engine,
         cpu=options.cpu,
         kaslr=options.kaslr,
+        transport=options.virtio,
         kernel=kernel,
         initrd=options.initrd,
         devices=options.device,

@@ -21,6 +21,7 @@ OPTIONS: dict[str, tuple[str, Callable[[str], Any] | None]] = {
     "--engine": ("engine", str),
     "--cpu": ("cpu", str),
     "--kaslr": ("kaslr", None),
+    "--virtio": ("virtio", str),
     "--timeout": ("timeout", float),
     "--tty": ("tty", None),
     "-t": ("tty", None),

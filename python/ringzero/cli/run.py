@@ -91,6 +91,12 @@ def run(
     kaslr: Annotated[
         bool, typer.Option("--kaslr", help="Let the kernel unpack itself, at a random address; slower.")
     ] = False,
+    virtio: Annotated[
+        str,
+        typer.Option(
+            metavar="WAY", help="Virtio devices on the bus (pci), or, for kernels without PCI, mmio."
+        ),
+    ] = "pci",
     timeout: Annotated[
         float | None, typer.Option(metavar="SECONDS", help="End the guest after so long, with status 124.")
     ] = None,
@@ -143,6 +149,7 @@ def run(
         engine=engine,
         cpu=cpu,
         kaslr=kaslr,
+        virtio=virtio,
         timeout=timeout,
         tty=tty,
         env=tuple(env or ()),

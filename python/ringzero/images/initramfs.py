@@ -69,6 +69,7 @@ MODULES = (
     "virtio_pci_legacy_dev.ko",
     "virtio_pci_modern_dev.ko",
     "virtio_pci.ko",
+    "virtio_mmio.ko",
     "virtio_balloon.ko",
     "virtio_blk.ko",
     "virtio_console.ko",

@@ -9,6 +9,7 @@ share.
     │                      │     0xFEE0_0000  local APIC
     │                      │     0xFEC0_0000  I/O APIC
     │                      │     0xE000_0000  PCI window, 256 MiB: registers of PCI devices
+    │                      │     0xD000_0000  virtio devices on no bus, when asked for, a page each
     ├──────────────────────┤ 0xC000_0000    3 GiB   LOW_RAM_LIMIT
     │ RAM                  │
     │   initramfs          │ as high as the kernel allows
@@ -86,6 +87,9 @@ LOCAL_APIC: Final = 0xFEE0_0000
 
 PCI_WINDOW: Final = 0xE000_0000
 PCI_WINDOW_SIZE: Final = 256 * MIB
+VIRTIO_MMIO: Final = 0xD000_0000
+VIRTIO_MMIO_DEVICES: Final = 16
+
 PCI_CONFIG: Final = 0xCF8
 PCI_CONFIG_PORTS: Final = 8
 PCI_SLOTS: Final = 32

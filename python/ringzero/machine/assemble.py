@@ -92,6 +92,7 @@ def _plan(spec: MachineSpec, files: BootFiles) -> BootPlan:
         name=str(spec.kernel),
         initrd_name=str(spec.initrd) if spec.initrd is not None else "initramfs",
         vmlinux=files.vmlinux,
+        mmio=spec.transport == "mmio",
     )
 
 
@@ -136,6 +137,7 @@ def assemble(
         spec.memory,
         cpus=spec.cpus,
         engine=spec.engine,
+        transport=spec.transport,
         cpu_features=requested_features(spec.cpu),
         count_instructions=count_instructions,
         profile=profile,

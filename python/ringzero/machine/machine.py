@@ -26,6 +26,7 @@ from ringzero.machine.agent_way import AGENT_NAME, AgentWay
 from ringzero.machine.console import Console, Sink
 from ringzero.machine.disk import Disk
 from ringzero.machine.drive import Driven
+from ringzero.machine.firmware import virtio_mmio
 from ringzero.machine.hotplug import PATIENCE, Attached, Plugs
 from ringzero.machine.memory import MachineMemory
 from ringzero.machine.mount import Mount
@@ -73,6 +74,7 @@ class Machine(Driven):
         engine: str = "direct",
         cpu: str = "",
         kaslr: bool = False,
+        transport: str = "pci",
         kernel: str | os.PathLike[str] | None = None,
         initrd: str | os.PathLike[str] | None = None,
         append: str | None = None,
@@ -136,7 +138,7 @@ class Machine(Driven):
         self._image = image
         # The kernel and its command line are filled in at `start`, when an image is known to be here.
         self.spec = MachineSpec.checked(
-            memory=memory, cpus=cpus, engine=engine, cpu=cpu, kaslr=kaslr, linux=False
+            memory=memory, cpus=cpus, engine=engine, cpu=cpu, kaslr=kaslr, transport=transport, linux=False
         )
         self._kernel = Path(kernel) if kernel is not None else None
         self._initrd = Path(initrd) if initrd is not None else None
@@ -591,7 +593,15 @@ class Machine(Driven):
             words += [mount.word for mount in self._mounts]
             words += self.networks.words()
         words += [SEED_WORD] if self._seed is not None else []
+        if self.spec.transport == "mmio":
+            words += ["ringzero.mmio"] if image.agent else []
+            words += virtio_mmio.words(self._device_count())
         return " ".join(word for word in [*words, self._append] if word)
+
+    def _device_count(self) -> int:
+        """Return how many virtio devices this machine has, with the two that every machine has."""
+        single = [self._ports or self._way is not None, self._vsock]
+        return 2 + len(self._disks) + len(self._mounts) + sum(map(bool, single)) + len(self.networks.networks)
 
     def resolved_image(self) -> Image:
         """Return what boots: the image, fetched if need be, with the caller's own files in the place of its."""

@@ -36,6 +36,8 @@ MOST_MEMORY: Final = 256 * address_map.GIB
 """A sanity limit: the pmap alone would need half a GiB here, at 8 bytes a page."""
 MOST_CPUS: Final = 16
 ENGINES: Final = ("direct", "translate", "interpret")
+TRANSPORTS: Final = ("pci", "mmio")
+"""On the PCI bus, or each at an address of its own, for small kernels without PCI."""
 CPU_FEATURES: Final = ("pku", "pks")
 """What processors have only where it is asked for, as /proc/cpuinfo calls it: protection keys."""
 
@@ -120,6 +122,7 @@ class MachineSpec:
     kernel, initrd: files, not yet read; None when the caller has them in memory.
     command_line: for the kernel.
     linux: whether the kernel is a Linux, which needs more memory than a guest of ours.
+    transport: how the guest finds virtio devices, one of `TRANSPORTS`.
     kaslr: whether a bzImage unpacks itself, at an address of its own choice, or is unpacked before it starts.
     """
 
@@ -132,6 +135,7 @@ class MachineSpec:
     command_line: str = ""
     linux: bool = True
     kaslr: bool = False
+    transport: str = "pci"
 
     @classmethod
     def checked(
@@ -146,6 +150,7 @@ class MachineSpec:
         command_line: str = "",
         linux: bool = True,
         kaslr: bool = False,
+        transport: str = "pci",
         engines: Sequence[str] = ENGINES,
         most_cpus: int = MOST_CPUS,
     ) -> MachineSpec:
@@ -164,6 +169,8 @@ class MachineSpec:
             raise InputError(f"{cpus} processors are not possible: give a number from 1 to {most_cpus}")
         if engine not in engines:
             raise InputError(f"there is no engine {engine!r}: choose one of {', '.join(engines)}")
+        if transport not in TRANSPORTS:
+            raise InputError(f"there is no transport {transport!r}: choose one of {', '.join(TRANSPORTS)}")
         requested_features(cpu)
         if "\0" in command_line:
             raise InputError("the kernel command line holds a null character: remove it")
@@ -177,4 +184,5 @@ class MachineSpec:
             command_line=command_line,
             linux=linux,
             kaslr=kaslr,
+            transport=transport,
         )

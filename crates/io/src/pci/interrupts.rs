@@ -92,6 +92,19 @@ impl Interrupts {
         causes
     }
 
+    /// Why INTA# is asserted.
+    #[must_use]
+    pub fn causes(&self) -> u8 {
+        self.pins.lock().causes
+    }
+
+    /// The guest has seen these causes.
+    pub fn acknowledge(&self, causes: u8) {
+        let mut pins = self.pins.lock();
+        pins.causes &= !causes;
+        pins.follow_line();
+    }
+
     /// What the status register tells: INTA# would be asserted but for the disable bit.
     #[must_use]
     pub fn is_waiting(&self) -> bool {

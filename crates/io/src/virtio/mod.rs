@@ -7,10 +7,12 @@
 pub mod balloon;
 pub mod block;
 pub mod console;
+mod device;
 pub mod entropy;
 pub mod fs;
 mod helpers;
 pub mod line;
+pub mod mmio;
 pub mod net;
 pub mod queue;
 pub mod requests;

@@ -7,15 +7,13 @@
 use std::sync::Arc;
 
 use memory::GuestMemory;
-use x86::Gpa;
 
-use super::line::Line;
-use super::queue::{MOST_ENTRIES, Place, Progress, Queue, Rules};
-use super::service::{Gate, Service, Work};
-use super::{Backend, BackendState, feature, status};
+use super::Backend;
+use super::device::Device;
+pub use super::device::{QueueState, State};
+use super::service::Gate;
 use crate::bus::AccessSize;
 use crate::pci::config::{Config, Identity};
-use crate::pci::interrupts::Interrupts;
 use crate::pci::{Card, Function, FunctionState, MsixPlace, Slot};
 
 /// 4.1.2 "PCI Device Discovery".
@@ -43,57 +41,11 @@ const ISR_TYPE: u8 = 3;
 const DEVICE_TYPE: u8 = 4;
 const PCI_TYPE: u8 = 5;
 
-const NO_VECTOR: u16 = 0xffff;
-
-/// One queue as the driver has set it up.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct QueueState {
-    pub place: Place,
-    pub vector: u16,
-    pub is_enabled: bool,
-    pub progress: Progress,
-}
-
-/// What a saved machine keeps of a device: all that is not in the guest's memory or in the back end.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct State {
-    pub status: u8,
-    pub driver_features: u64,
-    pub feature_select: [u32; 2],
-    pub queue_select: u16,
-    pub config_vector: u16,
-    pub queues: Vec<QueueState>,
-    pub backend: BackendState,
-}
-
 /// The device's side of the transport.
 pub struct Transport {
-    backend: Arc<dyn Backend>,
-    memory: Arc<GuestMemory>,
-    gate: Arc<Gate>,
-    interrupts: Arc<Interrupts>,
-    line: Arc<Line>,
-    state: State,
-    /// While the driver is on.
-    service: Option<Service>,
-    /// After a reset, until its last request is done.
-    ending: Option<Service>,
+    device: Device,
     /// Where in the configuration space the window to the BAR is.
     window: Option<u8>,
-}
-
-fn fresh_state(queues: u16) -> State {
-    let place = Place { entries: MOST_ENTRIES, ..Place::default() };
-    let queue = QueueState { place, vector: NO_VECTOR, is_enabled: false, progress: Progress::default() };
-    State {
-        status: 0,
-        driver_features: 0,
-        feature_select: [0; 2],
-        queue_select: 0,
-        config_vector: NO_VECTOR,
-        queues: vec![queue; usize::from(queues)],
-        backend: BackendState::Plain,
-    }
 }
 
 /// A card with this device, for a slot of the bus.
@@ -132,192 +84,12 @@ pub fn card(backend: Arc<dyn Backend>, memory: Arc<GuestMemory>, gate: Arc<Gate>
     // One message for each queue, and one for changes of the configuration.
     let msix = MsixPlace { bar: BAR, table: MSIX_TABLE, pending: MSIX_PENDING, vectors: queues + 1 };
     let interrupts = slot.interrupts(msix.vectors);
-    let state = fresh_state(queues);
-    let (service, ending) = (None, None);
-    let (twin, line) = (Arc::clone(&interrupts), Arc::default());
-    backend.connect(&line);
-    let transport = Transport { backend, memory, gate, interrupts: twin, line, state, service, ending, window };
+    let device = Device::new(backend, memory, gate, Arc::clone(&interrupts));
+    let transport = Transport { device, window };
     Card::new(config, interrupts, Some(msix), Box::new(transport))
 }
 
 impl Transport {
-    fn offered(&self) -> u64 {
-        feature::VERSION_1 | feature::INDIRECT_DESCRIPTORS | feature::EVENT_INDEX | self.backend.features()
-    }
-
-    fn queue(&mut self) -> Option<&mut QueueState> {
-        self.state.queues.get_mut(usize::from(self.state.queue_select))
-    }
-
-    /// 2.1: a reset is over when the status reads 0, and then no request is under way any more.
-    fn status(&mut self) -> u8 {
-        if self.ending.as_ref().is_some_and(|service| !service.has_stopped()) {
-            return status::DRIVER_OK | status::FEATURES_OK;
-        }
-        self.ending = None;
-        if self.service.as_ref().is_some_and(Service::is_broken) {
-            self.state.status |= status::NEEDS_RESET;
-        }
-        self.state.status
-    }
-
-    fn set_status(&mut self, value: u8) {
-        let now = self.status();
-        if value == 0 {
-            self.reset();
-            return;
-        }
-        if self.ending.is_some() {
-            // The driver does not wait for its reset to be over (2.1.1): nothing can begin meanwhile.
-            return;
-        }
-        // 2.1.1: a driver sets bits and clears none; the device alone says that it needs a reset.
-        let mut new = now | value & !status::NEEDS_RESET;
-        if new & !now & status::FEATURES_OK != 0 && !self.agrees() {
-            new &= !status::FEATURES_OK;
-        }
-        self.state.status = new;
-        if new & !now & status::DRIVER_OK != 0 && new & status::FEATURES_OK != 0 {
-            self.start();
-        }
-    }
-
-    /// 3.1.1, 6.1: nothing that was not offered, and this version of virtio.
-    fn agrees(&self) -> bool {
-        let chosen = self.state.driver_features;
-        chosen & !self.offered() == 0 && chosen & feature::VERSION_1 != 0
-    }
-
-    fn reset(&mut self) {
-        self.state = fresh_state(self.backend.queues());
-        let _ = self.interrupts.take_causes();
-        self.line.clear();
-        if let Some(service) = self.service.take() {
-            service.stop();
-            self.ending = Some(service);
-        }
-        self.backend.reset();
-    }
-
-    /// Starts the threads of the enabled queues.
-    fn start(&mut self) {
-        let features = self.state.driver_features;
-        let rules = Rules {
-            indirect: features & feature::INDIRECT_DESCRIPTORS != 0,
-            event_index: features & feature::EVENT_INDEX != 0,
-        };
-        let enabled = self.state.queues.iter().enumerate().filter(|(_, queue)| queue.is_enabled);
-        let queues: Result<Vec<_>, _> = enabled
-            .map(|(number, queue)| {
-                let made = Queue::new(&self.memory, queue.place, rules, queue.progress)?;
-                Ok::<_, super::queue::Broken>((number as u16, queue.vector, made))
-            })
-            .collect();
-        let work = Work {
-            backend: Arc::clone(&self.backend),
-            memory: Arc::clone(&self.memory),
-            gate: Arc::clone(&self.gate),
-            interrupts: Arc::clone(&self.interrupts),
-            line: Arc::clone(&self.line),
-            features,
-            config_vector: self.state.config_vector,
-        };
-        match queues.ok().and_then(|queues| Service::start(work, queues).ok()) {
-            Some(service) => self.service = Some(service),
-            None => self.state.status |= status::NEEDS_RESET,
-        }
-    }
-
-    /// 4.1.4.3 "Common configuration structure layout", by doublewords: each of the guest's accesses is a part of one.
-    fn read_common(&mut self, at: u64) -> u32 {
-        let queues = self.state.queues.len() as u32;
-        let selected = u32::from(self.state.queue_select);
-        let status = if at == 0x14 { u32::from(self.status()) } else { 0 };
-        let [feature_select, driver_select] = self.state.feature_select;
-        let offered = self.offered();
-        let driver_features = self.state.driver_features;
-        let config_vector = u32::from(self.state.config_vector);
-        let queue = self.queue().copied();
-        let of_queue =
-            |value: &dyn Fn(QueueState) -> u64, shift: u32| queue.map_or(0, |queue| value(queue) >> shift) as u32;
-        match at {
-            0x00 => feature_select,
-            0x04 => half(offered, feature_select),
-            0x08 => driver_select,
-            0x0c => half(driver_features, driver_select),
-            0x10 => config_vector | queues << 16,
-            0x14 => status | u32::from(self.line.generation()) << 8 | selected << 16,
-            0x18 => queue.map_or(0, |queue| u32::from(queue.place.entries) | u32::from(queue.vector) << 16),
-            // The doorbell of a queue has the queue's number.
-            0x1c => queue.map_or(0, |queue| u32::from(queue.is_enabled) | selected << 16),
-            0x20 => of_queue(&|queue| queue.place.descriptors.0, 0),
-            0x24 => of_queue(&|queue| queue.place.descriptors.0, 32),
-            0x28 => of_queue(&|queue| queue.place.driver.0, 0),
-            0x2c => of_queue(&|queue| queue.place.driver.0, 32),
-            0x30 => of_queue(&|queue| queue.place.device.0, 0),
-            0x34 => of_queue(&|queue| queue.place.device.0, 32),
-            _ => 0,
-        }
-    }
-
-    /// Writes one field. 4.1.3.1: a driver uses accesses as wide as the field, or halves of a 64-bit one.
-    fn write_common(&mut self, at: u64, size: AccessSize, value: u32) {
-        let is_set_up = self.state.status & status::FEATURES_OK != 0;
-        let vectors = self.backend.queues() + 1;
-        let vector = if value as u16 >= vectors { NO_VECTOR } else { value as u16 };
-        match (at, size) {
-            (0x00, AccessSize::Dword) => self.state.feature_select[0] = value,
-            (0x08, AccessSize::Dword) => self.state.feature_select[1] = value,
-            (0x0c, AccessSize::Dword) if !is_set_up && self.state.feature_select[1] < 2 => {
-                let shift = 32 * self.state.feature_select[1];
-                let kept = self.state.driver_features & !(0xffff_ffff << shift);
-                self.state.driver_features = kept | u64::from(value) << shift;
-            }
-            (0x10, AccessSize::Word) => self.state.config_vector = vector,
-            (0x14, AccessSize::Byte) => self.set_status(value as u8),
-            (0x16, AccessSize::Word) => self.state.queue_select = value as u16,
-            (0x1a, AccessSize::Word) => {
-                let number = self.state.queue_select;
-                if let Some(queue) = self.queue() {
-                    queue.vector = vector;
-                }
-                if let Some(service) = &self.service {
-                    service.set_vector(number, vector);
-                }
-            }
-            _ => self.write_queue(at, size, value),
-        }
-    }
-
-    /// Fields of the selected queue that stand still once it is enabled.
-    fn write_queue(&mut self, at: u64, size: AccessSize, value: u32) {
-        let is_on = self.state.status & status::DRIVER_OK != 0;
-        let Some(queue) = self.queue().filter(|queue| !queue.is_enabled && !is_on) else { return };
-        let value16 = value as u16;
-        match (at, size) {
-            (0x18, AccessSize::Word) if value16.is_power_of_two() && value16 <= MOST_ENTRIES => {
-                queue.place.entries = value16;
-            }
-            (0x1c, AccessSize::Word) if value == 1 => queue.is_enabled = true,
-            (0x20, AccessSize::Dword) => set_half(&mut queue.place.descriptors, 0, value),
-            (0x24, AccessSize::Dword) => set_half(&mut queue.place.descriptors, 32, value),
-            (0x28, AccessSize::Dword) => set_half(&mut queue.place.driver, 0, value),
-            (0x2c, AccessSize::Dword) => set_half(&mut queue.place.driver, 32, value),
-            (0x30, AccessSize::Dword) => set_half(&mut queue.place.device, 0, value),
-            (0x34, AccessSize::Dword) => set_half(&mut queue.place.device, 32, value),
-            _ => {}
-        }
-    }
-
-    fn read_device(&self, at: u64, size: AccessSize) -> u64 {
-        let mut value = [0; 8];
-        let config = self.backend.config();
-        for (byte, place) in value.iter_mut().zip(at..).take(size.bytes()) {
-            *byte = usize::try_from(place).ok().and_then(|place| config.get(place)).copied().unwrap_or(0);
-        }
-        u64::from_le_bytes(value)
-    }
-
     /// 4.1.4.9 "PCI configuration access capability": where in the BAR the window looks, and how wide.
     fn window_target(&self, config: &Config, at: u8) -> Option<(u64, AccessSize)> {
         let window = self.window.filter(|window| at == window + 16)?;
@@ -329,29 +101,16 @@ impl Transport {
     }
 }
 
-/// The half of 64 feature bits that a select register chooses; there are no more.
-fn half(features: u64, select: u32) -> u32 {
-    match select {
-        0 => features as u32,
-        1 => (features >> 32) as u32,
-        _ => 0,
-    }
-}
-
-fn set_half(address: &mut Gpa, shift: u32, value: u32) {
-    address.0 = address.0 & !(0xffff_ffff << shift) | u64::from(value) << shift;
-}
-
 impl Function for Transport {
     fn read(&mut self, _bar: usize, offset: u64, size: AccessSize) -> u64 {
         let at = offset % PAGE;
         match offset - at {
             COMMON => {
-                let low = u64::from(self.read_common(at & !3)) >> (8 * (at & 3));
-                if size == AccessSize::Qword { low | u64::from(self.read_common(at + 4)) << 32 } else { low }
+                let low = u64::from(self.device.read_common(at & !3)) >> (8 * (at & 3));
+                if size == AccessSize::Qword { low | u64::from(self.device.read_common(at + 4)) << 32 } else { low }
             }
-            ISR if at == 0 => u64::from(self.interrupts.take_causes()),
-            DEVICE => self.read_device(at, size),
+            ISR if at == 0 => u64::from(self.device.interrupts.take_causes()),
+            DEVICE => self.device.read_config(at, size),
             _ => 0,
         }
     }
@@ -360,14 +119,14 @@ impl Function for Transport {
         let at = offset % PAGE;
         match offset - at {
             COMMON if size == AccessSize::Qword => {
-                self.write_common(at, AccessSize::Dword, value as u32);
-                self.write_common(at + 4, AccessSize::Dword, (value >> 32) as u32);
+                self.device.write_common(at, AccessSize::Dword, value as u32);
+                self.device.write_common(at + 4, AccessSize::Dword, (value >> 32) as u32);
             }
-            COMMON => self.write_common(at, size, value as u32),
-            DEVICE => self.backend.write_config(at, &value.to_le_bytes()[..size.bytes()]),
+            COMMON => self.device.write_common(at, size, value as u32),
+            DEVICE => self.device.write_config(at, size, value),
             NOTIFY => {
-                if let (Some(service), Ok(number)) = (&self.service, u16::try_from(at / u64::from(NOTIFY_STEP))) {
-                    service.notify(number);
+                if let Ok(number) = u16::try_from(at / u64::from(NOTIFY_STEP)) {
+                    self.device.notify(number);
                 }
             }
             _ => {}
@@ -386,42 +145,16 @@ impl Function for Transport {
     }
 
     fn state(&self) -> FunctionState {
-        let mut state = State { backend: self.backend.state(), ..self.state.clone() };
-        if let Some(service) = &self.service {
-            for (number, progress) in service.progress() {
-                if let Some(queue) = state.queues.get_mut(usize::from(number)) {
-                    queue.progress = progress;
-                }
-            }
-            if service.is_broken() {
-                state.status |= status::NEEDS_RESET;
-            }
-        }
-        FunctionState::Virtio(state)
+        FunctionState::Virtio(self.device.state())
     }
 
     fn end(&mut self) {
-        self.backend.finish();
-        // What a saved machine would keep stays.
-        if let FunctionState::Virtio(state) = self.state() {
-            self.state = state;
-        }
-        self.line.clear();
-        (self.service, self.ending) = (None, None);
-        self.backend.end();
+        self.device.end();
     }
 
     fn restore(&mut self, state: &FunctionState) {
-        let FunctionState::Virtio(saved) = state else { return };
-        self.reset();
-        self.ending = None;
-        let mut queues = saved.queues.clone();
-        queues.resize(self.state.queues.len(), fresh_state(1).queues[0]);
-        self.state = State { queues, ..saved.clone() };
-        self.backend.restore(&saved.backend);
-        let is_on = status::DRIVER_OK | status::FEATURES_OK;
-        if saved.status & (is_on | status::NEEDS_RESET) == is_on {
-            self.start();
+        if let FunctionState::Virtio(saved) = state {
+            self.device.restore(saved);
         }
     }
 }

@@ -71,19 +71,20 @@ def plan_boot(
     initrd_name: str = "initramfs",
     enter_long_mode: bool = False,
     vmlinux: memoryview | None = None,
+    mmio: bool = False,
 ) -> BootPlan:
     """Return how to start `kernel` on a machine with `memory` bytes and `cpus` processors.
 
     `name` and `initrd_name` are what messages call the two files. `enter_long_mode` enters an ELF file at its
     entry point in 64-bit mode even when it has a PVH entry: for debugging an engine. `vmlinux` is what a
-    bzImage unpacks to, when it shall not unpack itself (`unpacked_vmlinux`).
+    bzImage unpacks to, when it shall not unpack itself (`unpacked_vmlinux`). With `mmio` virtio devices are on no bus.
 
     Raises ImageError for a kernel that is damaged or no kernel, UnsupportedError for one that is not
     supported yet, InputError when something does not fit into `memory`.
     """
     if memory < 2 * address_map.MIB:
         raise InputError(f"a kernel needs more than {memory >> 10} KiB of memory: give at least 2M")
-    tables = acpi.build_tables(cpus)
+    tables = acpi.build_tables(cpus, mmio=mmio)
     rsdp = tables.rsdp
     by_multiboot = not bzimage.looks_like(kernel) and multiboot.looks_like(kernel)
     # A multiboot kernel finds its own name in front of its words, as boot loaders put it there.

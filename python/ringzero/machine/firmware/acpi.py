@@ -17,7 +17,7 @@ from typing import Final
 from ringzero.devices import ports
 from ringzero.errors import InputError
 from ringzero.machine import address_map
-from ringzero.machine.firmware import aml, hotplug
+from ringzero.machine.firmware import aml, hotplug, virtio_mmio
 
 __all__ = ["MOST_CPUS", "AcpiTables", "build_tables"]
 
@@ -218,7 +218,7 @@ def _pci_bridge() -> bytes:
     )
 
 
-def _dsdt() -> bytes:
+def _dsdt(mmio: bool) -> bytes:
     """Return the Differentiated System Description Table: soft off, the PCI bus, and the legacy devices with
     their resources.
     """
@@ -262,12 +262,14 @@ def _dsdt() -> bytes:
     zero = aml.integer(0)
     body = aml.name("\\_S5", aml.package(s5, s5, zero, zero))
     body += aml.scope("\\_SB", _pci_bridge(), *uarts, keyboard, clock, panic)
+    body += aml.scope("\\_SB", virtio_mmio.devices()) if mmio else b""
     body += aml.scope("\\_GPE", hotplug.event_handler())
     return _table(b"DSDT", 2, body)
 
 
-def build_tables(cpus: int) -> AcpiTables:
-    """Return all tables for a machine with `cpus` processors, placed in the firmware area.
+def build_tables(cpus: int, *, mmio: bool = False) -> AcpiTables:
+    """Return all tables for a machine with `cpus` processors, placed in the firmware area; with `mmio` for one whose
+    virtio devices are on no bus.
 
     Raises InputError for a number of processors that the tables cannot describe.
     """
@@ -284,7 +286,7 @@ def build_tables(cpus: int) -> AcpiTables:
         return address
 
     facs = place(_facs())
-    dsdt = place(_dsdt())
+    dsdt = place(_dsdt(mmio))
     tables = [place(_fadt(facs, dsdt)), place(_madt(cpus))]
     xsdt = place(_table(b"XSDT", 1, struct.pack(f"<{len(tables)}Q", *tables)))
     named.insert(0, ("RSDP", rsdp, _rsdp(xsdt)))

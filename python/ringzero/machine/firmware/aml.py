@@ -18,16 +18,20 @@ __all__ = [
     "DWORD_ACCESS",
     "MEMORY",
     "SYSTEM_IO",
+    "SYSTEM_MEMORY",
     "address_space",
     "bit_and",
     "buffer",
     "device",
     "eisa_id",
+    "equal",
     "field",
     "integer",
+    "interrupt",
     "io_ports",
     "irq",
     "local",
+    "memory",
     "method",
     "name",
     "notify",
@@ -59,6 +63,7 @@ _MULTI_NAME_PREFIX: Final = b"\x2f"
 _LOCAL0_OP: Final = 0x60
 _STORE_OP: Final = b"\x70"
 _AND_OP: Final = b"\x7b"
+_EQUAL_OP: Final = b"\x93"
 _NOTIFY_OP: Final = b"\x86"
 _IF_OP: Final = b"\xa0"
 _RETURN_OP: Final = b"\xa4"
@@ -66,8 +71,9 @@ _REGION_OP: Final = b"\x5b\x80"
 _FIELD_OP: Final = b"\x5b\x81"
 _DEVICE_OP: Final = b"\x5b\x82"
 
+SYSTEM_MEMORY: Final = 0
 SYSTEM_IO: Final = 1
-"""The address space of an operation region: I/O ports."""
+"""The address space of an operation region: physical addresses, or I/O ports."""
 DWORD_ACCESS: Final = 3
 """How a field is accessed: 32 bits at a time."""
 
@@ -171,6 +177,11 @@ def bit_and(left: bytes, right: bytes) -> bytes:
     return _AND_OP + left + right + _ZERO_OP
 
 
+def equal(left: bytes, right: bytes) -> bytes:
+    """Return `left == right`."""
+    return _EQUAL_OP + left + right
+
+
 def when(condition: bytes, *terms: bytes) -> bytes:
     """Return `If (condition) { terms }`."""
     return _IF_OP + _with_length(condition + b"".join(terms))
@@ -229,6 +240,19 @@ def irq(line: int) -> bytes:
     bytes).
     """
     return struct.pack("<BH", 0x22, 1 << line)
+
+
+def interrupt(line: int) -> bytes:
+    """Return a descriptor of one interrupt that several devices share: a level, active low as those of the PCI bus are
+    (6.4.3.6 Extended Interrupt Descriptor).
+    """
+    consumer, active_low, shared = 1 << 0, 1 << 2, 1 << 3
+    return struct.pack("<BHBBI", 0x89, 6, consumer | active_low | shared, 1, line)
+
+
+def memory(first: int, size: int) -> bytes:
+    """Return a descriptor of a fixed range of 32-bit addresses, read and written (6.4.3.4)."""
+    return struct.pack("<BHBII", 0x86, 9, 1, first, size)
 
 
 def address_space(kind: int, first: int, size: int, *, flags: int = 0) -> bytes:

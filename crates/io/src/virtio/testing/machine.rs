@@ -27,7 +27,7 @@ use crate::virtio::entropy::Entropy;
 use crate::virtio::fs::SharedFolder;
 use crate::virtio::net::Net;
 use crate::virtio::vsock::Vsock;
-use crate::virtio::{Backend, transport};
+use crate::virtio::{Backend, mmio, transport};
 
 pub const RAM: u64 = 1 << 20;
 /// From here on no driver points to anything, so nothing may change.
@@ -108,6 +108,8 @@ enum HostSide {
 pub struct Machine {
     kind: Kind,
     host: Arc<RankedMutex<Host>>,
+    /// Of a device that is on no bus.
+    registers: Option<Arc<RankedMutex<mmio::Registers>>>,
     memory: Arc<GuestMemory>,
     side: HostSide,
     backend: Arc<dyn Backend>,
@@ -156,12 +158,37 @@ fn device(kind: Kind, memory: &Arc<GuestMemory>) -> (Arc<dyn Backend>, HostSide)
     }
 }
 
+/// Where a register of PCI's structures is for a device that is on no bus (4.2.2 "MMIO Device Register Layout").
+fn place_off_bus(offset: u64) -> Option<u64> {
+    const PLACES: [(u64, u64); 14] = [
+        (0x00, 0x014),
+        (0x04, 0x010),
+        (0x08, 0x024),
+        (0x0c, 0x020),
+        (0x14, 0x070),
+        (0x16, 0x030),
+        (0x18, 0x038),
+        (0x1c, 0x044),
+        (0x20, 0x080),
+        (0x24, 0x084),
+        (0x28, 0x090),
+        (0x2c, 0x094),
+        (0x30, 0x0a0),
+        (0x34, 0x0a4),
+    ];
+    if offset >= NOTIFY {
+        return Some(0x050);
+    }
+    PLACES.into_iter().find_map(|(here, there)| (offset == COMMON + here).then_some(there))
+}
+
 impl Machine {
-    pub fn new(kind: Kind) -> Machine {
+    /// A machine with a device of this kind: on the PCI bus, or on none.
+    pub fn new(kind: Kind, is_on_bus: bool) -> Machine {
         let timers = TimerQueue::new(Clock::manual(1_000_000_000), Arc::default());
         let kick: Kick = Arc::new(|_| {});
         let fabric = Fabric::new(1, 1_000_000_000, &timers, &kick, Arc::default());
-        let host = Host::new(fabric, Arc::new(|_| {}));
+        let host = Host::new(Arc::clone(&fabric), Arc::new(|_| {}));
         let memory = Arc::new(GuestMemory::new(RAM).expect("a megabyte"));
         // A balloon takes whole pages, whatever is in them: that is what it is for.
         if kind != Kind::Balloon {
@@ -169,13 +196,17 @@ impl Machine {
             memory.write(Gpa(CANARY), &canary).expect("memory that is there");
         }
         let (backend, side) = device(kind, &memory);
-        {
+        let mut registers = None;
+        if !is_on_bus {
+            let (backend, memory) = (Arc::clone(&backend), Arc::clone(&memory));
+            registers = Some(mmio::registers(0, backend, memory, Arc::default(), &fabric));
+        } else {
             let mut bus = host.lock();
             let slot = bus.free_slot().expect("an empty bus");
             let card = transport::card(Arc::clone(&backend), Arc::clone(&memory), Arc::default(), &slot);
             bus.insert(&slot, card);
         }
-        let machine = Machine { kind, host, memory, side, backend, streams: Vec::new() };
+        let machine = Machine { kind, host, registers, memory, side, backend, streams: Vec::new() };
         machine.restore_bar();
         machine
     }
@@ -207,11 +238,40 @@ impl Machine {
         u16::from_le_bytes(bytes)
     }
 
+    pub fn is_on_bus(&self) -> bool {
+        self.registers.is_none()
+    }
+
+    /// Any register of a device that is on no bus.
+    pub fn get_raw(&self, offset: u64, size: AccessSize) {
+        if let Some(registers) = &self.registers {
+            let _ = registers.lock().read(offset, size);
+        }
+    }
+
+    pub fn set_raw(&self, offset: u64, size: AccessSize, value: u64) {
+        if let Some(registers) = &self.registers {
+            registers.lock().write(offset, size, value & size.mask());
+        }
+    }
+
     pub fn get(&self, offset: u64, size: AccessSize) -> u64 {
+        if let Some(registers) = &self.registers {
+            return place_off_bus(offset).map_or(0, |at| registers.lock().read(at, Dword)) & size.mask();
+        }
         MmioDevice::read(&mut *self.host.lock(), SLOT_BYTES + offset, size) & size.mask()
     }
 
     pub fn set(&self, offset: u64, size: AccessSize, value: u64) {
+        if self.registers.is_some() {
+            if let Some(at) = place_off_bus(offset) {
+                self.set_raw(at, Dword, value & size.mask());
+                if size == AccessSize::Qword {
+                    self.set_raw(at + 4, Dword, value >> 32);
+                }
+            }
+            return;
+        }
         MmioDevice::write(&mut *self.host.lock(), SLOT_BYTES + offset, size, value & size.mask());
     }
 
@@ -241,6 +301,12 @@ impl Machine {
     }
 
     pub fn save_and_restore(&self) {
+        if let Some(registers) = &self.registers {
+            let mut registers = registers.lock();
+            let state = registers.state();
+            registers.restore(&state);
+            return;
+        }
         let mut host = self.host.lock();
         let state = host.state();
         host.restore(&state);
@@ -295,6 +361,9 @@ impl Machine {
     }
 
     pub fn end(&self) {
+        if let Some(registers) = &self.registers {
+            registers.lock().end();
+        }
         self.host.lock().end();
     }
 }

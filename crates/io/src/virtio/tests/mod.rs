@@ -4,6 +4,7 @@ mod balloon;
 mod console;
 mod fs;
 mod helpers;
+mod mmio;
 mod net;
 mod queue;
 mod transport;
