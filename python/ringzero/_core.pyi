@@ -314,11 +314,15 @@ class NetworkCard(VirtioDevice):
     def set_link(self, is_up: bool) -> None:
         """Pull the cable out, or plug it in again: the guest is told."""
 
+    def plug_into(self, socket: int) -> None:
+        """Plug the cable of a `cable_card` into another socket, which is copied. Raises CoreError for another card."""
+
     def ports(self) -> list[int]:
         """Return the ports of this host that lead to the guest, in the order in which they were asked for."""
 
     def counters(self) -> dict[str, int]:
-        """Return bytes sent and received, and frames that were lost (the guest took none) or refused (nonsense)."""
+        """Return bytes sent and received, and frames that were lost (the guest took none) or refused (nonsense); with a
+        cable that leads out of this process, those that nobody took there."""
 
 @final
 class Switch:
@@ -327,6 +331,28 @@ class Switch:
     def __new__(cls) -> Self: ...
     def card(self, mac: bytes, *, mtu: int = 1500) -> NetworkCard:
         """Return a card that is plugged in, until its machine ends. Raises CoreError when another has its address."""
+
+def cable_card(mac: bytes, socket: int, *, mtu: int = 1500) -> NetworkCard:
+    """Return a card whose cable ends in a socket that keeps messages apart (SOCK_SEQPACKET; it is copied: close yours): each
+    message is a frame behind its `struct virtio_net_hdr`, both ways. When the other end goes, the card is plugged into
+    nothing until `plug_into`. Raises CoreError when it is no such socket."""
+
+def tap_card(mac: bytes, tap: str, *, mtu: int = 1500) -> NetworkCard:
+    """Return a card whose cable is a tap of this host, which is made when there is none. Raises CoreError when there is no
+    right to it, or somebody has it."""
+
+@final
+class HostSwitch:
+    """Joins cards of several processes, over sockets; a thread that ends when the object does."""
+
+    def __new__(cls) -> Self: ...
+    def plug_in(self, mac: bytes, socket: int) -> None:
+        """Plug in a card whose cable ends in a socket, which is copied. It is unplugged when the other end goes. Raises
+        CoreError when there is a card with its address, or no place."""
+
+    def report(self) -> dict[bytes, dict[str, int]]:
+        """Return for each card what it sent to the switch (received), what it got, what was lost because it took none,
+        what was refused (no frames, or another's address), and what was more than it may send to all others (limited)."""
 
 def nat_card(
     mac: bytes,

@@ -13,6 +13,7 @@ mod jail;
 mod memory;
 mod network;
 mod sharer;
+mod switch;
 mod virtio;
 mod vm;
 mod vsock;
@@ -42,6 +43,8 @@ mod core {
     use crate::network::{NetworkCard, Switch, nat_card};
     #[pymodule_export]
     use crate::sharer::Sharer;
+    #[pymodule_export]
+    use crate::switch::{HostSwitch, cable_card, tap_card};
     #[pymodule_export]
     use crate::virtio::VirtioDevice;
     #[pymodule_export]

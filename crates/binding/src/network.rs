@@ -6,7 +6,7 @@ use std::sync::Arc;
 use monitor::Error;
 use monitor::network::nat::Nat;
 use monitor::network::nat::config::{Config, Forward, Policy, Rule, Service};
-use monitor::network::{Mac, Net, Wire};
+use monitor::network::{Cable, Mac, Medium, Net, Wire};
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
 
@@ -19,6 +19,8 @@ pub struct NetworkCard {
     card: Arc<Net>,
     /// Ports of the host's that lead to the guest, in the order in which they were asked for.
     ports: Vec<u16>,
+    /// Where the cable leads out of this process.
+    cable: Option<Arc<Cable>>,
 }
 
 /// A rule: network, length of its prefix, and a port.
@@ -55,10 +57,18 @@ fn listen(is_udp: bool, at: &str, guest: u16) -> Result<(Forward, u16), Error> {
 
 fn new_card(wire: Arc<dyn Wire>, mac: Mac, mtu: u16, ports: Vec<u16>) -> PyClassInitializer<NetworkCard> {
     let card = Arc::new(Net::new(wire, mac, mtu));
-    PyClassInitializer::from(VirtioDevice::new(card.clone())).add_subclass(NetworkCard { card, ports })
+    PyClassInitializer::from(VirtioDevice::new(card.clone())).add_subclass(NetworkCard { card, ports, cable: None })
 }
 
-fn address_of_card(mac: &[u8]) -> PyResult<Mac> {
+/// A card whose cable leads out of this process.
+pub fn card_at(py: Python<'_>, cable: Cable, mac: Mac, mtu: u16) -> PyResult<Py<NetworkCard>> {
+    let cable = Arc::new(cable);
+    let card = Arc::new(Net::new(cable.clone(), mac, mtu));
+    let device = PyClassInitializer::from(VirtioDevice::new(card.clone()));
+    Py::new(py, device.add_subclass(NetworkCard { card, ports: Vec::new(), cable: Some(cable) }))
+}
+
+pub fn address_of_card(mac: &[u8]) -> PyResult<Mac> {
     let mac = mac.try_into().map(Mac).ok().filter(|mac| !mac.is_group());
     mac.ok_or_else(|| CoreError::new_err("a card's address has 6 bytes, and names one card"))
 }
@@ -72,6 +82,16 @@ impl NetworkCard {
         })?)
     }
 
+    fn plug_into(&self, py: Python<'_>, socket: &Bound<'_, PyAny>) -> PyResult<()> {
+        let socket = descriptor(socket)?;
+        Ok(py_enter(py, || {
+            let cable =
+                self.cable.as_ref().ok_or_else(|| Error::Network("this card has no cable to plug in".into()))?;
+            let plugged = Medium::socket(socket).and_then(|medium| cable.plug_into(medium));
+            plugged.map_err(|error| Error::Network(format!("a cable cannot be plugged in: {error}")))
+        })?)
+    }
+
     fn ports(&self) -> Vec<u16> {
         self.ports.clone()
     }
@@ -80,6 +100,9 @@ impl NetworkCard {
         let counters = PyDict::new(py);
         for (name, value) in self.card.counters() {
             counters.set_item(name, value)?;
+        }
+        if let Some(cable) = &self.cable {
+            counters.set_item("unsent_frames", cable.lost())?;
         }
         Ok(counters)
     }

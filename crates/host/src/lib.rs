@@ -12,6 +12,7 @@ pub mod jail;
 pub mod local;
 pub mod lock;
 pub mod map;
+pub mod medium;
 pub mod nameless;
 pub mod passing;
 pub mod private;

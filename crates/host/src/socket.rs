@@ -154,6 +154,26 @@ impl Epoll {
         self.add(fd, token, libc::EPOLLIN)
     }
 
+    /// Tells from here on of a descriptor as long as it is readable, or writable, where that is asked for; in any case of its
+    /// peer's end.
+    ///
+    /// # Errors
+    /// As [`Epoll::watch_changes`].
+    pub fn rewatch(&self, fd: BorrowedFd<'_>, token: u64, readable: bool, writable: bool) -> io::Result<()> {
+        let events = if readable { libc::EPOLLIN } else { 0 } | if writable { libc::EPOLLOUT } else { 0 };
+        let mut event = libc::epoll_event { events: events as u32, u64: token };
+        // SAFETY: the event lives through the call.
+        check(unsafe { libc::epoll_ctl(self.0.as_raw_fd(), libc::EPOLL_CTL_MOD, fd.as_raw_fd(), &raw mut event) })?;
+        Ok(())
+    }
+
+    /// Tells of it no more, also when somebody else has it open still.
+    pub fn forget(&self, fd: BorrowedFd<'_>) {
+        let mut event = libc::epoll_event { events: 0, u64: 0 };
+        // SAFETY: the event lives through the call. What is not watched cannot be forgotten, and need not.
+        unsafe { libc::epoll_ctl(self.0.as_raw_fd(), libc::EPOLL_CTL_DEL, fd.as_raw_fd(), &raw mut event) };
+    }
+
     /// Waits until something happens, at most `timeout` (for ever if `None`), and puts what it was into `events`.
     ///
     /// # Errors

@@ -60,7 +60,9 @@ pub use x86::Gpa;
 
 /// What a network card is, and what its cable may lead to.
 pub mod network {
-    pub use io::network::switch::Switch;
+    pub use host::medium::Medium;
+    pub use io::network::cable::Cable;
+    pub use io::network::switch::{Switch, server};
     pub use io::network::{Mac, Wire, nat};
     pub use io::virtio::net::Net;
 }

@@ -3,6 +3,7 @@
 //! A frame from the guest: [`crate::virtio::net`] -> [`Wire::send`] -> the network. A frame to the guest: the network ->
 //! [`inbox::Inbox`] -> the card's receive queue. docs/life-of-a-packet.md follows one each way.
 
+pub mod cable;
 pub mod checksum;
 pub mod fit;
 pub mod frame;

@@ -1,10 +1,16 @@
-//! A switch: joins the cards of several machines of this process. It learns where addresses are from what comes from them
-//! (IEEE 802.1D-2004, 7.8 "The Learning Process"), in a bounded table.
+//! Switches. [`Switch`] joins the cards of several machines of this process; [`server`] joins those of several processes, whose
+//! end of it is a [`super::cable`]. Both learn where addresses are in a [`table`].
 //!
 //! No machine is believed more than its own port: one that sends with the address of another's card is not heard, and one that
 //! takes nothing loses its own frames only.
 
-use std::collections::{BTreeMap, HashMap, VecDeque};
+pub mod backlog;
+pub mod server;
+#[cfg(test)]
+mod server_tests;
+pub mod table;
+
+use std::collections::BTreeMap;
 use std::sync::{Arc, OnceLock};
 
 use host::lock::{Rank, RankedMutex};
@@ -12,9 +18,7 @@ use host::lock::{Rank, RankedMutex};
 use super::frame::Frame;
 use super::inbox::Inbox;
 use super::{Mac, Wire, packet};
-
-/// Addresses that are learned, beside those of the cards themselves: a guest may have a bridge of its own.
-const MOST_LEARNED: usize = 1024;
+use table::{Route, Table};
 
 /// A card with this address is on the switch already.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
@@ -22,17 +26,15 @@ const MOST_LEARNED: usize = 1024;
 pub struct Taken(pub Mac);
 
 #[derive(Debug, Default)]
-struct Table {
+struct Ports {
+    table: Table,
     /// By the address of the card. Without an inbox it is not connected yet.
-    ports: BTreeMap<Mac, Option<Arc<Inbox>>>,
-    learned: HashMap<Mac, Mac>,
-    /// Learned addresses, the oldest first.
-    order: VecDeque<Mac>,
+    inboxes: BTreeMap<Mac, Option<Arc<Inbox>>>,
 }
 
 #[derive(Debug)]
 pub struct Switch {
-    table: RankedMutex<Table>,
+    ports: RankedMutex<Ports>,
 }
 
 /// The end of a cable that is plugged into a switch.
@@ -45,7 +47,7 @@ pub struct SwitchPort {
 
 impl Default for Switch {
     fn default() -> Switch {
-        Switch { table: RankedMutex::new(Rank::Network, Table::default()) }
+        Switch { ports: RankedMutex::new(Rank::Network, Ports::default()) }
     }
 }
 
@@ -55,58 +57,28 @@ impl Switch {
     /// # Errors
     /// [`Taken`].
     pub fn plug_in(self: &Arc<Switch>, card: Mac) -> Result<SwitchPort, Taken> {
-        let mut table = self.table.lock();
-        if table.ports.contains_key(&card) {
+        let mut ports = self.ports.lock();
+        if !ports.table.add(card) {
             return Err(Taken(card));
         }
-        table.forget(card);
-        table.ports.insert(card, None);
+        ports.inboxes.insert(card, None);
         Ok(SwitchPort { switch: Arc::clone(self), card, is_out: OnceLock::new() })
     }
 }
 
-impl Table {
-    fn forget(&mut self, address: Mac) {
-        if self.learned.remove(&address).is_some() {
-            self.order.retain(|known| *known != address);
-        }
-    }
-
-    /// Notes that an address is behind a port; false when it is another card's.
-    fn learn(&mut self, address: Mac, port: Mac) -> bool {
-        if address == port {
-            return true;
-        }
-        if address.is_group() || self.ports.contains_key(&address) {
-            return false;
-        }
-        if self.learned.insert(address, port).is_none() {
-            self.order.push_back(address);
-            if self.order.len() > MOST_LEARNED
-                && let Some(oldest) = self.order.pop_front()
-            {
-                self.learned.remove(&oldest);
-            }
-        }
-        true
-    }
-
+impl Ports {
     fn forward(&mut self, frame: &mut Frame, from: Mac) {
         let Some(target) = frame.target() else { return };
-        if !self.learn(Mac(packet::take(&frame.head, 6)), from) {
-            return;
-        }
-        let port = if self.ports.contains_key(&target) { Some(target) } else { self.learned.get(&target).copied() };
-        match port {
-            Some(port) if port == from => {}
-            // What finds no room in an inbox is lost, as on any switch.
-            Some(port) => {
-                if let Some(Some(inbox)) = self.ports.get(&port) {
+        // What finds no room in an inbox is lost, as on any switch.
+        match self.table.route(Mac(packet::take(&frame.head, 6)), target, from) {
+            Route::Nowhere | Route::Refused => {}
+            Route::Port(port) => {
+                if let Some(Some(inbox)) = self.inboxes.get(&port) {
                     let _ = inbox.offer(std::mem::take(frame));
                 }
             }
-            None => {
-                let others = self.ports.iter().filter(|(port, _)| **port != from);
+            Route::Others => {
+                let others = self.inboxes.iter().filter(|(port, _)| **port != from);
                 for inbox in others.filter_map(|(_, inbox)| inbox.as_ref()) {
                     let _ = inbox.offer(frame.clone());
                 }
@@ -117,14 +89,14 @@ impl Table {
 
 impl Wire for SwitchPort {
     fn connect(&self, inbox: &Arc<Inbox>) {
-        if let Some(port) = self.switch.table.lock().ports.get_mut(&self.card) {
+        if let Some(port) = self.switch.ports.lock().inboxes.get_mut(&self.card) {
             *port = Some(Arc::clone(inbox));
         }
     }
 
     fn send(&self, frame: &mut Frame) {
         if self.is_out.get().is_none() {
-            self.switch.table.lock().forward(frame, self.card);
+            self.switch.ports.lock().forward(frame, self.card);
         }
     }
 
@@ -134,12 +106,9 @@ impl Wire for SwitchPort {
 
     fn end(&self) {
         if self.is_out.set(()).is_ok() {
-            let mut table = self.switch.table.lock();
-            table.ports.remove(&self.card);
-            let card = self.card;
-            table.learned.retain(|_, port| *port != card);
-            let Table { learned, order, .. } = &mut *table;
-            order.retain(|address| learned.contains_key(address));
+            let mut ports = self.switch.ports.lock();
+            ports.inboxes.remove(&self.card);
+            ports.table.remove(self.card);
         }
     }
 }
@@ -210,12 +179,10 @@ mod tests {
             b.send(mac(number), mac(1));
             a.heard();
         }
-        let table = switch.table.lock();
-        assert_eq!((table.learned.len(), table.order.len()), (MOST_LEARNED, MOST_LEARNED));
-        drop(table);
+        assert_eq!(switch.ports.lock().table.learned(), (table::MOST_LEARNED, table::MOST_LEARNED));
         // Who is unplugged is forgotten, with all behind it, and its address is free.
         drop(b);
-        assert!(switch.table.lock().learned.is_empty());
+        assert_eq!(switch.ports.lock().table.learned(), (0, 0));
         let _ = Card::new(&switch, 2);
     }
 
