@@ -333,13 +333,13 @@ class Switch:
         """Return a card that is plugged in, until its machine ends. Raises CoreError when another has its address."""
 
 def cable_card(mac: bytes, socket: int, *, mtu: int = 1500) -> NetworkCard:
-    """Return a card whose cable ends in a socket that keeps messages apart (SOCK_SEQPACKET; it is copied: close yours): each
-    message is a frame behind its `struct virtio_net_hdr`, both ways. When the other end goes, the card is plugged into
-    nothing until `plug_into`. Raises CoreError when it is no such socket."""
+    """Return a card whose cable ends in a socket that keeps messages apart (SOCK_SEQPACKET; it is copied: close yours).
+    Each message is a frame behind its `struct virtio_net_hdr`, both ways. When the other end goes, the card is plugged
+    into nothing until `plug_into`. Raises CoreError when it is no such socket."""
 
 def tap_card(mac: bytes, tap: str, *, mtu: int = 1500) -> NetworkCard:
-    """Return a card whose cable is a tap of this host, which is made when there is none. Raises CoreError when there is no
-    right to it, or somebody has it."""
+    """Return a card whose cable is a tap of this host, which is made when there is none. Raises CoreError when there is
+    no right to it, or somebody has it."""
 
 @final
 class HostSwitch:
@@ -352,7 +352,8 @@ class HostSwitch:
 
     def report(self) -> dict[bytes, dict[str, int]]:
         """Return for each card what it sent to the switch (received), what it got, what was lost because it took none,
-        what was refused (no frames, or another's address), and what was more than it may send to all others (limited)."""
+        what was refused (no frames, or another's address), and what was more than it may send to all others (limited).
+        """
 
 def nat_card(
     mac: bytes,

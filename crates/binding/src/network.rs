@@ -14,7 +14,7 @@ use crate::enter::{CoreError, descriptor, fit, py_enter};
 use crate::virtio::VirtioDevice;
 
 /// A network card, with its cable plugged in.
-#[pyclass(frozen, extends = VirtioDevice, module = "ringzero._core")]
+#[pyclass(frozen, weakref, extends = VirtioDevice, module = "ringzero._core")]
 pub struct NetworkCard {
     card: Arc<Net>,
     /// Ports of the host's that lead to the guest, in the order in which they were asked for.

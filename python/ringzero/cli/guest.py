@@ -36,6 +36,7 @@ from ringzero.machine.seed import Seed
 
 if TYPE_CHECKING:
     from ringzero.machine.guest_process import GuestProcess
+    from ringzero.machine.network import Switches
 
 STATUS = {"poweroff": 0, "stopped": 0, "reboot": 3, "panic": 4, "triple-fault": 5}
 TIMED_OUT = 124
@@ -91,6 +92,15 @@ class Outcome:
         return None if self.deadline is None else max(0.0, self.deadline - time.monotonic())
 
 
+def _switches(net: tuple[str, ...]) -> Switches | None:
+    """Return what joins a machine to the switches of this user, if it is to be on one: its process has no others."""
+    if not any(network.startswith("switch=") for network in net):
+        return None
+    from ringzero.host.switches import HostSwitches
+
+    return HostSwitches()
+
+
 def run_guest(options: RunOptions) -> int:
     """Run a guest to its end and return the exit status. Raises InputError for what cannot be run."""
     command = options.command
@@ -144,6 +154,7 @@ def run_guest(options: RunOptions) -> int:
         mounts=options.mount,
         vsock=False if options.vsock is None else options.vsock,
         net=options.net,
+        switches=_switches(options.net),
         publish=options.publish,
         persist=options.persist,
         seed=Seed.parse(options.user, options.ssh_key, options.hostname, options.user_data),

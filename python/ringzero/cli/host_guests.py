@@ -55,7 +55,11 @@ def up(
         str | None, typer.Option(metavar="WORDS", help="For the kernel's command line.")
     ] = None,
     net: Annotated[
-        str | None, typer.Option(metavar="NETWORK", help="A network: none, nat, or allow=CIDR[:PORT],...")
+        list[str] | None,
+        typer.Option(
+            metavar="NETWORK",
+            help="Add a network card: none, nat, allow=CIDR[:PORT],..., switch=NAME, tap=NAME.",
+        ),
     ] = None,
     publish: Published = None,
     disk: Disks = None,
@@ -90,7 +94,7 @@ def up(
             kernel=kernel,
             initrd=initrd,
             append=append,
-            net=net,
+            net=net or (),
             publish=publish or (),
             disks=disk or (),
             mounts=mount or (),

@@ -116,7 +116,10 @@ def run(
     ] = None,
     net: Annotated[
         list[str] | None,
-        typer.Option(metavar="NETWORK", help="Add a network card: none, nat, or allow=CIDR[:PORT],..."),
+        typer.Option(
+            metavar="NETWORK",
+            help="Add a network card: none, nat, allow=CIDR[:PORT],..., switch=NAME, tap=NAME.",
+        ),
     ] = None,
     publish: Published = None,
     persist: Persist = None,

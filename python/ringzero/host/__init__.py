@@ -9,6 +9,7 @@ runtime      the folder where they find each other; `state` is the database in i
 arbiter      has the policy decide over the memory of all VMs; `vm_orders` is the other end, in a VM's process
 memory       a policy's counters, from what VMs tell (`guest_counters`) and /proc says (`facts`)
 sharing      joins VMs to the sharer (`sharer`, and `sharer_link` to it)
+switching    plugs VMs into the switch (`switch`; `switches` finds it, or starts it)
 rows         what the daemon tells of VMs; `metrics` and `map` show it
 policy       the protocol of a memory policy, our own one, and one that a user's file gives
 trace        recorded counters, as JSON lines

@@ -5,7 +5,7 @@
 No VM needs it: each is a process of its own. A daemon that is killed is started again and finds its VMs by their
 sockets. On its own socket everybody who may open it is the operator, and asks in JSON (ringzero.host.wire):
 
-    status, list, metrics, audit, events, up, down, watch, stop
+    status, list, metrics, audit, switches, events, up, down, watch, stop
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from ringzero.host.runtime import Runtime
 from ringzero.host.sharing import Sharing
 from ringzero.host.spec import GuestSpec
 from ringzero.host.state import State
+from ringzero.host.switching import Switching
 from ringzero.host.wire import Message, Peer, accept_own, failure, listen
 
 __all__ = ["Daemon", "main"]
@@ -73,8 +74,10 @@ class Daemon:
         self.arbiter = Arbiter(self.loop, self.guests, self.policy, self.memory, self.tell, record)
         self.sharing = Sharing(self.loop, runtime.sharer, self.guests, self.tell)
         self.arbiter.sharing = self.sharing
+        self.switching = Switching(self.loop, runtime, self.guests, self.tell)
         self._find_guests()
         self.sharing.start()
+        self.switching.start()
         self.fork.start()
         self._listener = listen(runtime.socket)
         self.loop.watch(self._listener, READ, self._accept)
@@ -96,6 +99,7 @@ class Daemon:
         self._listener.close()
         self.fork.close()
         self.sharing.close()
+        self.switching.close()
         for guest in self.guests.values():
             guest.close()
         self.state.close()
@@ -206,23 +210,32 @@ class Daemon:
             with contextlib.suppress(InputError):
                 self.state.started(name, pid)
             self.tell("started", name, f"vm {name!r} is process {pid}")
+            self.switching.look_after(guest, losses)
             self.loop.call_later(BOOT_LIMIT, lambda: self._boots_slowly(guest))
             if guest.is_condemned:
                 guest.kill()
             self._look_at_waiters()
 
         def joined(sharer: list[int]) -> None:
-            self.fork.fork(
-                guest.spec,
-                [listener.fileno(), log, *sharer],
-                answered,
-                swap_folder=self.options.swap_folder,
-                swap_bytes=min(self.options.swap, guest.spec.memory),
-            )
-            listener.close()
-            for fd in (log, *sharer):
-                os.close(fd)
+            self.switching.join(guest.spec, lambda cables, why: plugged(sharer, cables, why))
 
+        def plugged(sharer: list[int], cables: list[int], why: str | None) -> None:
+            if why is None:
+                self.fork.fork(
+                    guest.spec,
+                    [listener.fileno(), log, *sharer, *cables],
+                    answered,
+                    swap_folder=self.options.swap_folder,
+                    swap_bytes=min(self.options.swap, guest.spec.memory),
+                    cables=len(cables),
+                )
+            listener.close()
+            for fd in (log, *sharer, *cables):
+                os.close(fd)
+            if why is not None:
+                guest.end(f"error: {why}")
+
+        losses = self.switching.losses
         self.sharing.join(guest.spec, joined)
 
     def _boots_slowly(self, guest: Guest) -> None:
@@ -273,6 +286,7 @@ class Daemon:
             "list": self._list,
             "metrics": self._metrics,
             "audit": self._audit_sharing,
+            "switches": self._switches,
             "events": self._events,
             "up": self._up,
             "down": self._down,
@@ -302,6 +316,7 @@ class Daemon:
                 "pid": os.getpid(),
                 "fork_server": self.fork.pid,
                 "sharer": self.sharing.pid,
+                "switch": self.switching.pid,
                 "began": self.began,
                 "vms": {phase.value: self._count(phase) for phase in Phase},
                 "policy": self.policy.name,
@@ -324,6 +339,10 @@ class Daemon:
     def _audit_sharing(self, _: Message, answer: Callable[[Message], None]) -> None:
         """What of the sharer's is not as it must be; each VM's process is asked for its own."""
         self.sharing.audit(lambda faults: answer({"ok": True, "faults": faults}))
+
+    def _switches(self, _: Message, answer: Callable[[Message], None]) -> None:
+        """The cards that are on switches: tenant, switch, address and counters of each."""
+        self.switching.report(lambda reply: answer(reply if "error" in reply else {"ok": True} | reply))
 
     def _metrics(self, _: Message, answer: Callable[[Message], None]) -> None:
         from ringzero.host.metrics import exposition

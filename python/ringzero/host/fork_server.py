@@ -7,8 +7,8 @@ end of its channel does; VMs go on without it.
     python -m ringzero.host.fork_server FD      FD: a stream socket to the daemon
 
 Requests: {"do": "fork", "spec": ...} with two descriptors, the VM's listening socket and its log, or with two more,
-its socket to the sharer and its group's pool; the answer has the "pid". When a child has ended:
-{"event": "gone", "pid": ..., "status": ...} (as os.waitpid has it).
+its socket to the sharer and its group's pool, and "cables" more, those of its cards that are on switches; the answer
+has the "pid". When a child has ended: {"event": "gone", "pid": ..., "status": ...} (as os.waitpid has it).
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class ForkServer:
 
     def _received(self, peer: Peer, message: Message, fds: list[int]) -> None:
         try:
-            if message.get("do") != "fork" or len(fds) not in (2, 4):
+            if message.get("do") != "fork" or len(fds) - _cables(message) not in (2, 4):
                 raise InternalError("a fork server forks, given a socket and a log")
             spec = GuestSpec.from_json(message.get("spec"))
             files = self._boot_files(spec)
@@ -97,7 +97,7 @@ class ForkServer:
         return pid
 
     def _become(self, spec: GuestSpec, files: BootFiles, message: Message, fds: list[int]) -> NoReturn:
-        listener, log, *sharer = fds
+        listener, log, *sharer = fds[: len(fds) - _cables(message)]
         status = 1
         try:
             os.setsid()
@@ -105,6 +105,8 @@ class ForkServer:
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             self._loop.close()
             self._peer.connection.close()
+            # What came along for the next VM is not this one's.
+            self._peer.let_go()
             os.dup2(log, 1)
             os.dup2(log, 2)
             own = socket.socket(fileno=os.dup(listener))
@@ -118,6 +120,7 @@ class ForkServer:
                 (sharer[0], sharer[1]) if sharer else None,
                 message.get("swap_folder"),
                 int(message.get("swap_bytes", 0)),
+                tuple(fds[len(fds) - _cables(message) :]),
             )
             status = run_vm(place, files)
         finally:
@@ -130,6 +133,14 @@ class ForkServer:
                 if pid == 0:
                     return
                 self._peer.send({"event": "gone", "pid": pid, "status": status})
+
+
+def _cables(message: Message) -> int:
+    """Return how many descriptors of cables a request ends with."""
+    count = message.get("cables", 0)
+    if type(count) is not int or count < 0:
+        raise InternalError(f"there cannot be {count!r:.20} cables")
+    return count
 
 
 def _mark(path: Path | None) -> tuple[str, int, int, int] | None:

@@ -4,6 +4,8 @@
         lock              held by the daemon as long as it lives
         daemon.sock       what `ringzero host` talks to
         sharer.sock                    what daemons ask the sharer of pages on
+        switch.sock, switch.lock      what daemons and machines ask the switch on, and who starts it
+        switch.log        what the switch has to say
         daemon.log        what the daemon and the fork server have to say
         state.db          VMs and events (ringzero.host.state)
         vms/NAME.sock     the control socket of a VM's process
@@ -100,6 +102,11 @@ class Runtime:
     def sharer(self) -> Path:
         """Where the sharer listens."""
         return self.root / "sharer.sock"
+
+    @property
+    def switch(self) -> Path:
+        """Where the switch listens."""
+        return self.root / "switch.sock"
 
     @property
     def log(self) -> Path:

@@ -12,7 +12,7 @@ from ringzero.host.runtime import checked_name
 from ringzero.machine.disk import Disk
 from ringzero.machine.machine import Machine
 from ringzero.machine.mount import Mount
-from ringzero.machine.network import Networks
+from ringzero.machine.network import Networks, Switches
 from ringzero.machine.seed import Seed
 from ringzero.machine.spec import MachineSpec, format_size, parse_size
 from ringzero.policy import PAGE
@@ -46,8 +46,8 @@ class GuestSpec:
     initrd: str | None = None
     append: str | None = None
     shell: bool = True
-    net: str | None = None
-    """As `Machine` has it."""
+    net: tuple[str, ...] = ()
+    """As `Machine` has it; a switch is that of all VMs of the group that name it."""
     publish: tuple[str, ...] = ()
     disks: tuple[Disk, ...] = ()
     mounts: tuple[Mount, ...] = ()
@@ -71,7 +71,7 @@ class GuestSpec:
         initrd: str | None = None,
         append: str | None = None,
         shell: bool = True,
-        net: str | None = None,
+        net: str | Sequence[str] | None = None,
         publish: Sequence[str] = (),
         disks: Sequence[Disk | str] = (),
         mounts: Sequence[Mount | str] = (),
@@ -97,10 +97,9 @@ class GuestSpec:
             )
         if isinstance(shares, bool) or not isinstance(shares, int) or not 1 <= shares <= MOST_SHARES:
             raise InputError(f"{shares!r:.40} shares cannot be: give a number from 1 to {MOST_SHARES}")
-        if any(network.kind == "switch" for network in Networks.parse(name, net, publish).networks):
-            raise InputError(
-                f"--net {net}: a switch joins machines of one process, and here each has its own"
-            )
+        nets = (net,) if isinstance(net, str) else tuple(net or ())
+        if any(network.tenant for network in Networks.parse(name, nets, publish).networks):
+            raise InputError("--net: a vm of a host has its share group's switches: leave tenant= away")
         read = tuple(disk if isinstance(disk, Disk) else Disk.read(disk) for disk in disks)
         folders = tuple(mount if isinstance(mount, Mount) else Mount.read(mount) for mount in mounts)
         files: list[str | Path | None] = [kernel, initrd, persist]
@@ -127,7 +126,7 @@ class GuestSpec:
             initrd=initrd,
             append=append,
             shell=bool(shell),
-            net=net,
+            net=nets,
             publish=tuple(publish),
             disks=read,
             mounts=folders,
@@ -144,10 +143,12 @@ class GuestSpec:
         for key, value in values.items():
             if key not in known:
                 raise InputError(f"a vm has no {key!r:.40}: there is {', '.join(known)}")
-            if key in ("image", "kernel", "initrd", "append", "group", "engine", "net", "persist"):
+            if key in ("image", "kernel", "initrd", "append", "group", "engine", "persist"):
                 if value is not None and not isinstance(value, str):
                     raise InputError(f"{key} is {value!r:.40}, and must be text")
-            elif key in ("publish", "disks", "mounts"):
+            elif key == "net" and isinstance(value, str):
+                pass  # as an earlier daemon kept it
+            elif key in ("net", "publish", "disks", "mounts"):
                 if not isinstance(value, list | tuple) or not all(isinstance(word, str) for word in value):
                     raise InputError(f"{key} is {value!r:.40}, and must be a list of texts")
             elif key in ("memory", "min", "max") and isinstance(value, bool | float | list | dict):
@@ -166,8 +167,17 @@ class GuestSpec:
             "seed": None if self.seed is None else self.seed.as_json(),
         }
 
-    def machine(self) -> Machine:
-        """Return the machine, not started. Raises InputError for what cannot be."""
+    def switched(self) -> list[tuple[int, str, bytes]]:
+        """Return the cards that are on switches: number, switch and address."""
+        networks = Networks.parse(self.name, self.net, self.publish)
+        return [
+            (number, network.switch, networks.mac(number))
+            for number, network in enumerate(networks.networks)
+            if network.kind == "switch"
+        ]
+
+    def machine(self, switches: Switches | None = None) -> Machine:
+        """Return the machine, not started; `switches` has its cards' cables. Raises InputError for what cannot be."""
         return Machine(
             self.image,
             memory=self.memory,
@@ -177,11 +187,12 @@ class GuestSpec:
             initrd=self.initrd,
             append=self.append,
             shell=self.shell,
-            net=self.net,
+            net=self.net or None,
             publish=self.publish,
             disks=self.disks,
             mounts=self.mounts,
             persist=self.persist,
             seed=self.seed,
             name=self.name,
+            switches=switches,
         )

@@ -8,6 +8,7 @@ One thread of Python, which sleeps unless somebody asks for something. On the co
     states       the state of every page
     audit        what of the memory's invariants does not hold
     attach       join another sharer, at the other end of the socket that comes along
+    plug         plug the card of that number into another switch, with the cable that comes along
     console      from here on the connection is the guest's console, both ways; first comes what it last printed
     agent        from here on the connection is a line to the guest's agent, as its serial port is (frame.h)
     power_off    ask the guest to power itself off
@@ -51,6 +52,7 @@ from ringzero.machine.machine import (
     PANIC_SILENCE,
     core_errors,
 )
+from ringzero.machine.network import Network
 
 __all__ = ["Place", "VmProcess", "run_vm"]
 
@@ -83,6 +85,23 @@ class Place:
     swap_folder: str | None = None
     swap_bytes: int = 0
     """For a file without a name, of pages that memory has no place for."""
+    cables: tuple[int, ...] = ()
+    """Descriptors: of the cards that are on switches, in their order. They are closed once they are plugged in."""
+
+
+class _Cables:
+    """What a VM's cards are joined by: its daemon has done it, and does it again."""
+
+    def __init__(self, fds: tuple[int, ...]) -> None:
+        self._fds = list(fds)
+
+    def join(self, network: Network, _mac: bytes) -> socket.socket:
+        if not self._fds:
+            raise InternalError(f"nobody has plugged this vm into the switch {network.switch!r}")
+        return socket.socket(fileno=self._fds.pop(0))
+
+    def keep(self, *_: object) -> None:
+        pass
 
 
 class _Console:
@@ -208,12 +227,12 @@ class VmProcess:
             folders = served_elsewhere(spec.mounts, spec.name)
         except OSError as error:
             raise InternalError(f"the host gives no process for a folder: {error.strerror}") from error
-        self._machine = machine = replace(spec, mounts=tuple(folders)).machine()
+        self._machine = machine = replace(spec, mounts=tuple(folders)).machine(_Cables(place.cables))
         self._vm = machine.assembled(files)
         for folder in folders:
             assert folder.server is not None
             os.close(folder.server)
-        self._has_network = bool(machine.networks)
+        self._leads_out = machine.networks.leads_out
         self._memory = GuestMemory(self._vm, spec.memory)
         with core_errors():
             self._memory.use_swap(place.swap_folder, place.swap_bytes)
@@ -249,7 +268,7 @@ class VmProcess:
         from ringzero import _core
 
         try:
-            _core.enter_jail(network=self._has_network)
+            _core.enter_jail(network=self._leads_out)
             self._jail = ["no new privileges", "seccomp"]
         except _core.CoreError as error:
             print(f"the vm is not jailed: {error}", file=sys.stderr, flush=True)
@@ -349,6 +368,7 @@ class VmProcess:
             "states": self._states,
             "audit": self._audit,
             "attach": self._attach_sharer,
+            "plug": self._plug,
             "console": self._attach,
             "agent": self._relay,
             "power_off": self._power_off,
@@ -411,6 +431,14 @@ class VmProcess:
             raise InputError("a sharer is at the other end of one socket")
         with core_errors():
             self._memory.attach_sharer(fds[0])
+        return {"ok": True}
+
+    def _plug(self, _peer: Peer, message: Message, fds: list[int]) -> Message:
+        number, cards = message.get("card"), self._machine.networks.cards
+        if len(fds) != 1 or type(number) is not int or not 0 <= number < len(cards):
+            raise InputError("a cable is for one card")
+        with core_errors():
+            cards[number].plug_into(fds[0])
         return {"ok": True}
 
     def _attach(self, peer: Peer, message: Message, _: list[int]) -> None:

@@ -213,7 +213,7 @@ class Peer:
         self.is_open = False
         self.loop.forget(self.connection)
         self.connection.close()
-        self._let_go()
+        self.let_go()
         self._closed(self, why)
 
     def detach(self) -> tuple[socket.socket, bytes]:
@@ -221,10 +221,11 @@ class Peer:
         self.is_open = False
         self.loop.forget(self.connection)
         rest = bytes(self._arrivals.data)
-        self._let_go()
+        self.let_go()
         return self.connection, rest
 
-    def _let_go(self) -> None:
+    def let_go(self) -> None:
+        """Close the descriptors that are on their way, either way: a copy of the process has no use for them."""
         self._arrivals.drop()
         for _, fds in self._unsent:
             for fd in fds:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import os
 import re
 import socket
@@ -30,7 +31,7 @@ from ringzero.machine.firmware import virtio_mmio
 from ringzero.machine.hotplug import PATIENCE, Attached, Plugs
 from ringzero.machine.memory import MachineMemory
 from ringzero.machine.mount import Mount
-from ringzero.machine.network import GuestListener, Network, Networks, Publish
+from ringzero.machine.network import GuestListener, Network, Networks, Publish, Switches
 from ringzero.machine.ports import Ports
 from ringzero.machine.seed import SEED_WORD, Seed
 from ringzero.machine.spec import MachineSpec, parse_size
@@ -52,6 +53,9 @@ READY_TIMEOUT = 600.0
 AGAIN_TIMEOUT = 20.0
 # How long a panicked kernel must have been silent before we believe that it stands still for ever.
 PANIC_SILENCE = 0.5
+
+_UNNAMED = itertools.count()
+"""Tells machines of this process apart that have no name."""
 
 # Printed by the kernel's panic() (kernel/panic.c, Linux 6.1): the first line always, the last one only when
 # it does not restart the machine but stops for good. Both may begin with the time, or with the level of a raw
@@ -88,6 +92,7 @@ class Machine(Driven):
         net: str | Network | Sequence[str | Network] | None = None,
         publish: str | Publish | Sequence[str | Publish] = (),
         name: str | None = None,
+        switches: Switches | None = None,
         console: Sink | None = None,
         agent: bool | str = True,
         shell: bool = True,
@@ -114,6 +119,7 @@ class Machine(Driven):
         name of a Unix socket as well if that is what it is. `net` is a network, or several with a card each: "nat",
         "allow=192.0.2.0/24:443" (see ringzero.machine.network); `publish` are ports of this host that lead to the
         guest: "8080:80". `name` is what the guest's network calls it, and what the addresses of its cards come from.
+        `switches` joins its cards to the switches of this user's other processes (ringzero.host.switches.HostSwitches).
         `console` is given every piece of console output.
         An image with a root disk (debian-full, a disk of yours) has it as the first disk, with an overlay that is gone
         when the machine is; with `persist`, the overlay is the qcow2 image of that name, made when it is not there yet.
@@ -155,6 +161,10 @@ class Machine(Driven):
         self._way = AgentWay(agent)
         self._vsock = Vsock.parse(vsock or self._way.needs_vsock)
         self.networks = Networks.parse(name or "ringzero", net, publish)
+        if switches is not None:
+            self.networks.switches = switches
+            # Machines of several processes that have no name do not share an address.
+            self.networks.salt = "" if name else f"\0{os.getpid()} {next(_UNNAMED)}"
         self._metadata: MetadataServer | None = None
         if names := [device for device in self._devices if isinstance(device, str)]:
             from ringzero.devices import check_names

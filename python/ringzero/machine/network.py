@@ -4,10 +4,13 @@
     nat                         a network of the guest's own, with a way out through this host
     allow=CIDR[:PORT],...       the same, but nothing else is reached; `dns` among them lets names be asked for,
                                 `metadata` has the guest told about itself
-    switch=NAME                 joined with the other machines of this process that name the same switch
+    switch=NAME                 joined with the other machines that name the same switch: those of this process, or
+                                of this user where the machine is given `switches` (on the command line it is)
+    tap=NAME                    a card of this host's kernel, where the user has the right to it
 
 Words behind a comma change it: `nat,host-loopback` (10.0.2.2 stands for this host's 127.0.0.1), `nat,no-metadata`,
-`nat,mtu=9000`, `nat,mac=02:00:00:00:00:01`, `switch=lan,ip=192.168.7.1/24` (our own images take that address).
+`nat,mtu=9000`, `nat,mac=02:00:00:00:00:01`, `switch=lan,ip=192.168.7.1/24` (our own images take that
+address; on a tap, too), `switch=lan,tenant=NAME` (tenants have switches of their own).
 docs/networks.md tells what is inside.
 """
 
@@ -28,15 +31,17 @@ from ringzero.errors import InputError
 if typing.TYPE_CHECKING:
     from ringzero import _core
 
-__all__ = ["GuestListener", "Network", "Networks", "Publish", "mac_of"]
+__all__ = ["GuestListener", "Network", "Networks", "Publish", "Switches", "mac_of"]
 
 _LEAST_MTU, _MOST_MTU = 1280, 65520
 _MAC = re.compile(r"[0-9a-fA-F]{2}(:[0-9a-fA-F]{2}){5}")
 _RESOLV_CONF = Path("/etc/resolv.conf")
 _MOST_RESOLVERS = 3
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
-_SWITCHES: weakref.WeakValueDictionary[str, _core.Switch] = weakref.WeakValueDictionary()
-"""By name: there as long as a machine has a card on one."""
+_TAP = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,14}")
+_MOST_CARDS = 8
+_SWITCHES: weakref.WeakValueDictionary[tuple[str, str], _core.Switch] = weakref.WeakValueDictionary()
+"""By tenant and name: there as long as a machine has a card on one."""
 
 
 def mac_of(name: str, number: int = 0) -> bytes:
@@ -123,11 +128,13 @@ class Network:
     """A card of a machine, and what its cable leads to. Make one with `parse`."""
 
     kind: str
-    """nat, switch, or none."""
+    """nat, switch, tap, or none."""
     switch: str = ""
-    """The switch's name."""
+    """The switch's name, or the tap's."""
+    tenant: str = ""
+    """Whose switch it is."""
     address: str = ""
-    """Of the guest on its switch, with the length of the network's prefix."""
+    """Of the guest on its switch or tap, with the length of the network's prefix."""
     rules: tuple[Rule, ...] | None = None
     """What may be reached; everything without a list."""
     names: bool = True
@@ -157,14 +164,21 @@ class Network:
         elif kind == "switch" and _NAME.fullmatch(value):
             network = cls("switch", switch=value)
             del words[0]
+        elif kind == "tap" and _TAP.fullmatch(value):
+            network = cls("tap", switch=value)
+            del words[0]
         else:
-            raise InputError(f"--net {text}: there is none, nat, allow=CIDR[:PORT],..., switch=NAME")
+            raise InputError(
+                f"--net {text}: there is none, nat, allow=CIDR[:PORT],..., switch=NAME, tap=NAME"
+            )
         for word in words:
             name, equals, value = word.partition("=")
             if word == "host-loopback" and network.kind == "nat":
                 network = replace(network, host_loopback=True)
-            elif name == "ip" and network.kind == "switch":
+            elif name == "ip" and network.kind in ("switch", "tap"):
                 network = replace(network, address=_address(value))
+            elif name == "tenant" and network.kind == "switch" and _NAME.fullmatch(value):
+                network = replace(network, tenant=value)
             elif name == "mtu" and equals:
                 network = replace(network, mtu=_mtu(value))
             elif name == "mac" and equals:
@@ -265,6 +279,16 @@ class GuestListener:
         self._theirs.close()
 
 
+class Switches(typing.Protocol):
+    """Joins cards to switches that other processes have, too."""
+
+    def join(self, network: Network, mac: bytes) -> socket.socket:
+        """Return the card's end of a cable into the network's switch. Raises InputError when it cannot be."""
+
+    def keep(self, network: Network, mac: bytes, card: _core.NetworkCard) -> None:
+        """Take note of the card, which is to be plugged in again when the switch has been away."""
+
+
 @dataclass
 class Networks:
     """All cards of a machine, and the ports that lead to it."""
@@ -276,6 +300,10 @@ class Networks:
     services: list[GuestListener] = field(default_factory=list)
     cards: list[_core.NetworkCard] = field(default_factory=list)
     """There from when the machine is started."""
+    switches: Switches | None = None
+    """Who joins cards to switches; without, they join the machines of this process."""
+    salt: str = ""
+    """Tells cards of machines apart that have the same name."""
     _switches: list[_core.Switch] = field(default_factory=list)
 
     @classmethod
@@ -297,6 +325,8 @@ class Networks:
             raise InputError(
                 f"--publish {ports[0]}: this machine has no network that a port could lead to: add --net nat"
             )
+        if len(networks) > _MOST_CARDS:
+            raise InputError(f"--net: a machine has {_MOST_CARDS} cards at most, not {len(networks)}")
         given = [network.mac for network in networks if network.mac is not None]
         if twice := [mac for mac in given if given.count(mac) > 1]:
             raise InputError(f"two cards have the address {twice[0].hex(':')}: give each its own")
@@ -309,16 +339,33 @@ class Networks:
     def devices(self) -> list[_core.VirtioDevice]:
         """Open what the cards need, and return them. Raises the core's CoreError: a port is taken, say."""
         for number, network in enumerate(self.networks):
-            self.cards.append(self._card(network, network.mac or mac_of(self.name, number)))
+            self.cards.append(self._card(network, self.mac(number)))
         return list(self.cards)
+
+    def mac(self, number: int) -> bytes:
+        """Return the address of a card."""
+        return self.networks[number].mac or mac_of(self.name + self.salt, number)
+
+    @property
+    def leads_out(self) -> bool:
+        """Whether a card needs sockets of this host's network."""
+        return any(network.kind == "nat" for network in self.networks)
 
     def _card(self, network: Network, mac: bytes) -> _core.NetworkCard:
         from ringzero import _core
 
+        if network.kind == "tap":
+            return _core.tap_card(mac, network.switch, mtu=network.mtu)
+        if network.kind == "switch" and self.switches is not None:
+            with self.switches.join(network, mac) as cable:
+                card = _core.cable_card(mac, cable.fileno(), mtu=network.mtu)
+            self.switches.keep(network, mac, card)
+            return card
         if network.kind == "switch":
-            switch = _SWITCHES.get(network.switch)
+            key = (network.tenant, network.switch)
+            switch = _SWITCHES.get(key)
             if switch is None:
-                switch = _SWITCHES[network.switch] = _core.Switch()
+                switch = _SWITCHES[key] = _core.Switch()
             self._switches.append(switch)
             return switch.card(mac, mtu=network.mtu)
         return _core.nat_card(
@@ -338,16 +385,16 @@ class Networks:
         """Return the address and the card of a guest that is to be told about itself; None for one that is not."""
         for number, network in enumerate(self.networks):
             if network.kind == "nat" and network.metadata:
-                return ("10.0.2.15", (network.mac or mac_of(self.name, number)).hex(":"))
+                return ("10.0.2.15", self.mac(number).hex(":"))
         return None
 
     def words(self) -> list[str]:
         """Return what the kernel's command line tells our own images of the cards."""
         cards = enumerate(self.networks)
         return ["ringzero.net"] * bool(self.networks) + [
-            f"ringzero.ip={(network.mac or mac_of(self.name, number)).hex(':')}={network.address or 'none'}"
+            f"ringzero.ip={self.mac(number).hex(':')}={network.address or 'none'}"
             for number, network in cards
-            if network.kind == "switch"
+            if network.kind == "switch" or (network.kind == "tap" and network.address)
         ]
 
     def published(self) -> list[Publish]:

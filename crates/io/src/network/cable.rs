@@ -77,9 +77,12 @@ impl Cable {
     /// Plugs it in, instead of where it was before: what waits goes there.
     ///
     /// # Errors
-    /// The system's, when it cannot be watched.
+    /// The system's, when it cannot be watched; `BrokenPipe` when the machine has ended.
     pub fn plug_into(&self, medium: Medium) -> io::Result<()> {
         let mut end = self.shared.end.lock();
+        if self.shared.is_over.load(Ordering::SeqCst) {
+            return Err(io::Error::new(ErrorKind::BrokenPipe, "the machine has ended"));
+        }
         end.unplug(&self.shared.epoll);
         end.plugs += 1;
         let token = end.plugs;

@@ -80,6 +80,10 @@ fn frames_come_in_order_and_as_they_are_through_a_switch_that_comes_back() {
             thread::sleep(Duration::from_millis(1));
         }
     }
+    a.cable.end();
+    let (ours, _theirs) = medium::pair().unwrap();
+    let late = a.cable.plug_into(Medium::socket(ours).unwrap()).unwrap_err();
+    assert_eq!(late.kind(), ErrorKind::BrokenPipe);
 }
 
 #[test]
