@@ -1,4 +1,4 @@
-"""Switches of a host: VMs in processes of their own hear each other, tenants do not, and the killed take nobody along."""
+"""Switches of a host: VMs of different processes hear each other, tenants do not, and the killed take nobody along."""
 
 import contextlib
 import ipaddress

@@ -196,12 +196,14 @@ class Plugs:
         ]
         if network.kind == "nat" and any(other.kind == "nat" for other in others):
             raise InputError("--net: one network of a machine leads out, not several")
-        mac = network.mac or mac_of(self._networks.name, self._cards)
-        used = [other.mac or mac_of(self._networks.name, at) for at, other in enumerate(others)]
+        name = self._networks.name + self._networks.salt
+        mac = network.mac or mac_of(name, self._cards)
+        used = [other.mac or mac_of(name, at) for at, other in enumerate(others)]
         if mac in used:
             raise InputError(f"two cards have the address {mac.hex(':')}: give each its own")
         self._cards += 1
-        return dataclasses.replace(asked, networks=(dataclasses.replace(network, mac=mac),))
+        card = dataclasses.replace(network, mac=mac)
+        return dataclasses.replace(asked, networks=(card,), switches=self._networks.switches)
 
     def _new_ports(self, names: Sequence[str]) -> Ports:
         if terminals := [name for name in names if name.startswith("hvc")]:
