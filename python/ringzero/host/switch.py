@@ -13,7 +13,6 @@ opens no files once it has begun, and is jailed as those are whose frames it car
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
 import socket
@@ -23,7 +22,7 @@ from collections.abc import Callable, Mapping
 from ringzero import _core
 from ringzero.errors import InputError, RingzeroError
 from ringzero.host.loop import READ, Loop
-from ringzero.host.wire import Message, Peer, credentials, failure
+from ringzero.host.wire import Message, Peer, accept_own, failure
 
 __all__ = ["SwitchProcess", "main"]
 
@@ -65,11 +64,7 @@ class SwitchProcess:
                 del self._switches[key]
 
     def _accept(self, _: int) -> None:
-        with contextlib.suppress(OSError):
-            connection, _address = self._listener.accept()
-            if credentials(connection)[1] != os.geteuid():
-                connection.close()
-                return
+        if (connection := accept_own(self._listener)) is not None:
             self._peers.add(Peer(self._loop, connection, self._received, self._gone))
 
     def _gone(self, peer: Peer, _why: str) -> None:
