@@ -73,6 +73,8 @@ impl Translator {
         }
         if self.recall.is_asleep && self.idle.looked.elapsed() >= SECOND {
             (self.idle.added, self.idle.fills, self.idle.looked) = (added, fills, Instant::now());
+            // What was interpreted has become warm by now, or will not come again soon.
+            self.decoder.clear();
         }
         let quiet = self.idle.since.elapsed();
         let sleeps = quiet >= LONG && used > LITTLE && self.idle.slept.elapsed() >= self.idle.again;
@@ -85,6 +87,7 @@ impl Translator {
             self.idle.slept = Instant::now();
             self.idle.again = (2 * self.idle.again).max(AGAIN);
             self.recall.is_asleep = true;
+            self.cold.forget();
         } else if drops {
             self.idle.worth = 2 * used;
         }

@@ -8,6 +8,7 @@ mod apart;
 mod asm;
 mod block;
 mod blocks;
+mod cold;
 mod copy;
 mod encode;
 mod enter;
@@ -48,6 +49,7 @@ use x86::{CpuState, Gpa, GuestFault, PAGE_MASK, PAGE_SIZE, Ppn, cr0, cr4, dr7, r
 use self::asm::Asm;
 use self::block::{BlockDecoder, Features};
 use self::blocks::{Blocks, Key};
+use self::cold::Cold;
 pub(crate) use self::encode::make_tables;
 use self::enter::Stubs;
 use self::fetch::FetchCache;
@@ -130,6 +132,7 @@ pub struct Translator {
     groups: Groups,
     scratch: lower::Scratch,
     recall: recall::Recall,
+    cold: Cold,
     landing: Arc<Landing>,
     fetches: FetchCache,
     decoder: DecodeCache,
@@ -187,6 +190,7 @@ impl Translator {
             groups: Groups::default(),
             scratch: lower::Scratch::default(),
             recall: recall::Recall::default(),
+            cold: Cold::default(),
             landing,
             fetches: FetchCache::new(),
             decoder: DecodeCache::new(),
@@ -325,6 +329,9 @@ impl Translator {
                 return Some(self.remember(core, key, host, slot));
             }
             self.blocks.forget(&key);
+        }
+        if self.recall.is_asleep && self.cold.is_cold(&key) {
+            return None;
         }
         let (host, slot) = self.translate(core, key)?;
         Some(self.remember(core, key, host, slot))
