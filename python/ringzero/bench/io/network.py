@@ -2,8 +2,9 @@
 byte goes there and back in a second, by NetPIPE.
 
 Guests and programs are the same for both monitors, and so is the far end of the host: iperf3 from the same package, at
-this host's 127.0.0.1, behind our NAT and behind QEMU's user network. Two guests are joined by a switch here, and by
-QEMU's networks over sockets, of which its best for an item counts. All have an MTU of 1500 bytes, as networks have; two
+this host's 127.0.0.1, behind our NAT and behind QEMU's user network. Two guests are joined by a switch here, in one
+process or over the host's from one process to another, and by QEMU's networks over sockets, of which its best for an
+item counts. All have an MTU of 1500 bytes, as networks have; two
 guests are also measured with the largest there is, which spares QEMU's most of their frames and ours none.
 """
 
@@ -38,12 +39,16 @@ __all__ = ["NetworkBench", "measured"]
 ITEMS = {
     "up": ("TCP, guest to host, user NAT", "Gbit/s"),
     "down": ("TCP, host to guest, user NAT", "Gbit/s"),
-    "between": ("TCP, VM to VM, switch", "Gbit/s"),
+    "between": ("TCP, VM to VM, switch of a process", "Gbit/s"),
+    "between processes": ("TCP, VM to VM, switch of the host", "Gbit/s"),
     "between, MTU 65520": ("TCP, VM to VM, MTU of 65520", "Gbit/s"),
     "latency": ("a byte to the host and back", "a second"),
-    "latency between": ("a byte to another VM and back", "a second"),
+    "latency between": ("a byte to another VM and back, switch of a process", "a second"),
+    "latency between processes": ("a byte to another VM and back, switch of the host", "a second"),
 }
-BARRED = ("up", "down", "between")
+BARRED = ("up", "down", "between", "between processes")
+ACROSS = " processes"
+"""Ends the names of what is measured over the host's switch. QEMU has no other: it always takes a process a guest."""
 BAR = 2.0
 SERIES = "6.12"
 NAT = "virtio-net-pci,netdev=net,mac=52:54:00:00:00:01"
@@ -56,8 +61,9 @@ HALF_TRIP = re.compile(r"1 bytes +\d+ times --> .* in +([0-9.]+) usec")
 LARGE = "MTU 65520"
 SERVER, CLIENT = "192.168.7.1", "192.168.7.2"
 
+Command = Callable[[Guest], list[str]]
 Ends = tuple[list[str], list[str]]
-"""What QEMU is told of the network of a guest that serves, and of its client's."""
+"""What a monitor is told of the network of a guest that serves, and of its client's."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +105,7 @@ class NetworkBench:
     def _ways(self, folder: Path, programs: Programs) -> dict[str, Callable[[], Run]]:
         """Return the ways to measure: by name, what runs a guest of each and returns what that said."""
 
-        def user(command: Callable[[Guest], list[str]]) -> Callable[[], Run]:
+        def user(command: Command) -> Callable[[], Run]:
             def once() -> Run:
                 with far_end(programs, folder) as (port, latency):
                     words = self._words("up,down,latency", "10.0.2.15/24", "10.0.2.2", port, latency)
@@ -107,23 +113,32 @@ class NetworkBench:
 
             return once
 
-        def pair(networks: Callable[[], Ends], mtu: int = 1500) -> Callable[[], Run]:
+        def apart(command: Command, networks: Callable[[], Ends], mtu: int = 1500) -> Callable[[], Run]:
             items = "up" if mtu != 1500 else "up,latency"
 
             def once() -> Run:
                 first, second = networks()
                 served = self._words("serve", f"{SERVER}/24", mtu=mtu)
                 asked = self._words(items, f"{CLIENT}/24", SERVER, mtu=mtu)
-                server, client = (qemu_command(self._guest(folder, words)) for words in (served, asked))
-                card = f"virtio-net-pci,netdev=net,host_mtu={mtu},mac=52:54:00:00:00:0"
-                with serving([*server, *first, "-device", f"{card}1"], self.timeout):
-                    return run([*client, *second, "-device", f"{card}2"], timeout=self.timeout)
+                server, client = (command(self._guest(folder, words)) for words in (served, asked))
+                with serving([*server, *first], self.timeout):
+                    return run([*client, *second], timeout=self.timeout)
 
             return once
+
+        def pair(networks: Callable[[], Ends], mtu: int = 1500) -> Callable[[], Run]:
+            card = f"virtio-net-pci,netdev=net,host_mtu={mtu},mac=52:54:00:00:00:0"
+
+            def ends() -> Ends:
+                first, second = networks()
+                return [*first, "-device", f"{card}1"], [*second, "-device", f"{card}2"]
+
+            return apart(qemu_command, ends, mtu)
 
         ways: dict[str, Callable[[], Run]] = {
             "ringzero user": user(lambda guest: [*ringzero_command(guest), "--net", "nat,host-loopback"]),
             "ringzero switch": lambda: self._switched(folder),
+            f"ringzero switch{ACROSS}": apart(ringzero_command, _by_host),
         }
         for name, device in USER.items():
             options = ["-netdev", "user,id=net", "-device", device]
@@ -173,7 +188,8 @@ class NetworkBench:
         figures, notes = [], []
         for item, (title, unit) in ITEMS.items():
             ours = next(found for way, found in samples[item].items() if way.startswith("ringzero"))
-            theirs = {way: found for way, found in samples[item].items() if way.startswith("qemu")}
+            rivals = samples[item.removesuffix(ACROSS)]
+            theirs = {way: found for way, found in rivals.items() if way.startswith("qemu")}
             best = max(theirs, key=lambda way: theirs[way].median)
             ratio = ours.median / theirs[best].median
             figures.append(Figure(title, ours.median, unit, theirs=theirs[best].median))
@@ -194,8 +210,11 @@ def _label(item: str, way: str) -> str:
     """Return which of ITEMS a way has measured."""
     if "user" in way:
         return item
+    across = ACROSS if way.endswith(ACROSS) else ""
     if item == "latency":
-        return "latency between"
+        return f"latency between{across}"
+    if across:
+        return f"between{across}"
     return f"between, {LARGE}" if way.endswith(LARGE) else "between"
 
 
@@ -304,6 +323,11 @@ def _free_ports(count: int) -> list[int]:
     with contextlib.ExitStack() as stack:
         sockets = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
         return [one.getsockname()[1] for one in sockets]
+
+
+def _by_host() -> Ends:
+    words = ["--net", f"switch=bench-{time.monotonic_ns()}"]
+    return (words, words)
 
 
 def _by_socket() -> Ends:
