@@ -1,5 +1,5 @@
 //! A switch between processes: each port is an end of a pair of sockets, over which frames come and go as a card has them,
-//! `struct virtio_net_hdr` before each (docs/decisions/0025-frames-go-over-seqpacket-sockets.md). The processes at the other
+//! `struct virtio_net_hdr` before each (docs/decisions/0026-frames-go-over-sockets.md). The processes at the other
 //! ends run guests, and are not trusted: a frame here is bytes of a bounded number, of which both addresses are looked at and no
 //! more. Who gets it checks what it says of itself.
 //!
