@@ -16,12 +16,14 @@ __all__ = [
     "Console",
     "CoreError",
     "Disk",
+    "HostSwitch",
     "NetworkCard",
     "Sharer",
     "Switch",
     "VirtioDevice",
     "Vm",
     "Vsock",
+    "cable_card",
     "engines",
     "enter_jail",
     "host_features",
@@ -36,6 +38,7 @@ __all__ = [
     "prepare",
     "serve_folder",
     "shared_folder",
+    "tap_card",
 ]
 
 class CoreError(Exception):
@@ -153,10 +156,10 @@ class Vm:
         """End the VM from a device, with the reason that `wait` returns."""
     def raise_irq(self, line: int, level: bool) -> None:
         """Drive an ISA interrupt line (0-15) from a Python device."""
-    def attach(self, device: VirtioDevice, /) -> None:
+    def attach(self, device: VirtioDevice) -> None:
         """Put a device on the PCI bus of a machine that has started, and tell the guest."""
 
-    def detach(self, device: VirtioDevice, timeout: float, /) -> bool:
+    def detach(self, device: VirtioDevice, timeout: float) -> bool:
         """Ask the guest to let a device go, and wait for it up to `timeout` seconds; False when it has not by then. It
         may do so later still; the device can be asked for again.
         """
